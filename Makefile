@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make mnist` trains the main model, `make test` runs the tests.
+# Both set up what they need once; setting PYTHON and VENV chooses other places.
+PYTHON ?= python3
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+INPUTS := setup.cfg constraints.txt pyproject.toml
+
+.PHONY: mnist test test-all lint format bench clean
+
+mnist: $(VENV)/.jax
+	$(VENV)/bin/python -m blacksmith.launch --gin_file=gin/mnist_jax.gin $(ARGS)
+
+test: $(VENV)/.all
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.all
+	$(VENV)/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.all
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+format: $(VENV)/.all
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(VENV)/.all
+	$(VENV)/bin/python benchmarks/mnist.py $(ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "blacksmith needs Python 3.11 or newer; name one with make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.jax: $(INPUTS) | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[jax]'
+	touch $@
+
+$(VENV)/.all: $(INPUTS) | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@ $(VENV)/.jax
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

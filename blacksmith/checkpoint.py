@@ -1,0 +1,257 @@
+"""Checkpoints as directories that are complete or absent: atomic, verified, retained.
+
+``checkpoints/step_XXXXXXXX/`` holds ``state.json`` and the experiment's files. This module owns writing
+them through a temporary sibling, hashing, choosing which to keep and falling back to the newest intact
+one; what the files mean is the experiment's business. No pickle, no framework.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blacksmith.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint: its directory and what its ``state.json`` says."""
+
+    path: Path
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken when it was written."""
+        return self.state["step"]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Args:
+      directory: the ``checkpoints/`` directory; made with the first checkpoint.
+      keep_last: how many of the newest stay.
+      keep_best: how many of the best by `metric` stay besides.
+      metric: a name in the metrics given to `save`.
+      mode: ``min`` or ``max``, or ``auto``: ``min`` for names that end in ``loss``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        metric: str = "val_loss",
+        mode: str = "auto",
+    ) -> None:
+        self.directory = Path(directory)
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.metric = metric
+        self.mode = ("min" if metric.endswith("loss") else "max") if mode == "auto" else mode
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        write: Callable[[Path], None],
+        metrics: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Writes one checkpoint, then removes those that are no longer kept.
+
+        Args:
+          step: optimiser steps taken.
+          state: JSON values to find again in `Saved.state`.
+          write: puts the experiment's files into the (existing, empty) directory it is given.
+          metrics: the latest validation metrics, for `keep_best`.
+
+        Returns:
+          The checkpoint's directory.
+
+        Raises:
+          OSError: it could not be written (a full disk, say); every older checkpoint is left as it was.
+        """
+        target = self.directory / f"step_{step:08d}"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        temporary = self.directory / f".{target.name}.tmp-{os.getpid()}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write(temporary)
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            for path in files:
+                _fsync(path)
+            content = {
+                **state,
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "metrics": {k: float(v) for k, v in (metrics or {}).items()},
+                "sha256": {str(p.relative_to(temporary)): file_sha256(p) for p in files},
+            }
+            content["state_sha256"] = _content_sha256(content)
+            with (temporary / "state.json").open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            _fsync(temporary)
+            if target.exists():
+                replaced = self.directory / f".{target.name}.old-{os.getpid()}"
+                shutil.rmtree(replaced, ignore_errors=True)
+                target.rename(replaced)
+                temporary.rename(target)
+                shutil.rmtree(replaced)
+            else:
+                temporary.rename(target)
+            _fsync(self.directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._retain(newest=target)
+        return target
+
+    def steps(self) -> list[Path]:
+        """All checkpoint directories, oldest first; not verified."""
+        if not self.directory.is_dir():
+            return []
+        found = [p for p in self.directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
+        return sorted(found, key=lambda p: int(_STEP.fullmatch(p.name)[1]))
+
+    def newest(self) -> Saved | None:
+        """The newest intact checkpoint; broken newer ones are named in a warning.
+
+        Raises:
+          CheckpointError: there are checkpoints and none is intact.
+        """
+        return self._first_intact(list(reversed(self.steps())))
+
+    def best(self) -> Saved | None:
+        """The best intact checkpoint by `metric`, the earlier of equals; None if none carries it."""
+        return self._first_intact(self._by_metric())
+
+    def clean(self) -> None:
+        """Removes what an interrupted `save` left; call it only while the run's lock is held."""
+        if not self.directory.is_dir():
+            return
+        for old in self.directory.glob(".step_*.old-*"):
+            target = self.directory / old.name[1:].partition(".old-")[0]
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(target)
+        for temporary in self.directory.glob(".step_*.tmp-*"):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def remove_after(self, step: int) -> None:
+        """Removes checkpoints newer than `step`: they belong to a history that a resume gave up."""
+        for path in self.steps():
+            if int(_STEP.fullmatch(path.name)[1]) > step:
+                shutil.rmtree(path)
+
+    def _first_intact(self, candidates: list[Path]) -> Saved | None:
+        problems = []
+        for path in candidates:
+            try:
+                saved = load(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                print(f"warning: {error}; trying the one before", file=sys.stderr)
+                continue
+            return saved
+        if problems:
+            raise CheckpointError(f"no intact checkpoint in {self.directory}: {problems[0]}")
+        return None
+
+    def _by_metric(self) -> list[Path]:
+        scored = []
+        for path in self.steps():
+            try:
+                value = json.loads((path / "state.json").read_text())["metrics"].get(self.metric)
+            except (OSError, ValueError, KeyError):
+                continue
+            if value is not None and math.isfinite(value):
+                scored.append((value if self.mode == "min" else -value, path))
+        return [path for _, path in sorted(scored, key=lambda pair: pair[0])]
+
+    def _retain(self, newest: Path) -> None:
+        steps = self.steps()
+        keep = set(steps[-self.keep_last :]) | {newest} | set(self._by_metric()[: self.keep_best])
+        for path in steps:
+            if path not in keep:
+                shutil.rmtree(path)
+
+
+def find(path: Path) -> Saved:
+    """The checkpoint that a user's path means: itself, or the newest of a run directory.
+
+    Raises:
+      CheckpointError: there is none, or it is broken.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
+    if (path / "state.json").is_file():
+        return load(path)
+    for directory in (path, path / "checkpoints"):
+        saved = Checkpoints(directory).newest()
+        if saved is not None:
+            return saved
+    raise CheckpointError(
+        f"no checkpoint at {path}: expected a run directory, its checkpoints/ or one of its step_*"
+    )
+
+
+def load(path: Path) -> Saved:
+    """Reads and verifies one checkpoint directory.
+
+    Raises:
+      CheckpointError: a file is missing, changed or unreadable, or the format is another version.
+    """
+    file = path / "state.json"
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        recorded = state.pop("state_sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__})") from error
+    if recorded != _content_sha256(state):
+        raise CheckpointError(f"{file} has changed since it was written")
+    if state["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {state['format_version']}, this blacksmith reads {FORMAT_VERSION}"
+        )
+    for name, expected in state["sha256"].items():
+        part = path / name
+        if not part.is_file():
+            raise CheckpointError(f"{part} is missing")
+        if file_sha256(part) != expected:
+            raise CheckpointError(f"{part} has changed since it was written")
+    return Saved(path, state)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content_sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

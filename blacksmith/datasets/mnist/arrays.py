@@ -1,0 +1,36 @@
+"""What every MNIST source returns before it is split: the official train and test sets, in stored
+order.
+
+The sources (`idx`, `tfds_source`, `mnist5k`) produce `Arrays`; `blacksmith.datasets.mnist.load`
+turns them into train, validation and test.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+SIDE = 28
+"""Height and width of an image, in pixels."""
+
+
+class Arrays(NamedTuple):
+    """Images uint8 [samples, 28, 28] and labels uint8 [samples] of both official sets."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: int
+
+    def sha256(self) -> str:
+        """Returns one hash over the content, whatever container it came from.
+
+        It covers, in this order, images then labels of train then test; of each, the shape as text
+        and the bytes in stored order.
+        """
+        digest = hashlib.sha256()
+        for array in self[:4]:
+            digest.update(f"{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array, np.uint8))
+        return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""Makes one backend ready on one device before any experiment code is imported.
+
+The launcher calls `check_installed` and `activate`; frameworks are imported here, inside the functions,
+once the configuration is known to be good.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from blacksmith import assets
+from blacksmith.errors import ConfigError
+from blacksmith.registry import Experiment
+
+
+def check_installed(experiment: Experiment, backend: str) -> None:
+    """Checks that the packages of `backend` are installed, without importing them.
+
+    Raises:
+      ConfigError: one is missing; names the extra that brings it.
+    """
+    needs = experiment.backends[backend]
+    missing = [m for m in needs.modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ConfigError(
+            f"{experiment.name} on {backend} needs {' and '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install 'blacksmith[{needs.extra}]'"
+        )
+
+
+def check_keras(backend: str) -> None:
+    """Checks that nothing contradicts the Keras backend that the configuration names.
+
+    Raises:
+      ConfigError: ``KERAS_BACKEND`` says otherwise, or Keras is already imported on another backend.
+    """
+    wanted = os.environ.get("KERAS_BACKEND")
+    if wanted and wanted != backend:
+        raise ConfigError(
+            f"KERAS_BACKEND={wanted} in the environment contradicts Run.backend = {backend!r}; "
+            "unset it, or change Run.backend"
+        )
+    if "keras" in sys.modules:
+        imported = sys.modules["keras"].config.backend()
+        if imported != backend:
+            raise ConfigError(
+                f"Keras is already imported with the backend {imported!r} and cannot change to "
+                f"{backend!r}; start a new process"
+            )
+
+
+def activate(experiment: Experiment, backend: str, device: str) -> str:
+    """Imports the framework and chooses the device.
+
+    Args:
+      experiment: what will run.
+      backend: ``jax`` or ``torch``.
+      device: ``auto``, ``cpu``, ``gpu``, ``tpu``, or a JAX platform or torch device by name, with an
+        optional index (``cuda:1``).
+
+    Returns:
+      The device in the framework's words, ``cpu`` or ``cuda:0`` for example.
+
+    Raises:
+      ConfigError: there is no such device; names those there are.
+    """
+    if experiment.uses_keras:
+        check_keras(backend)
+        os.environ["KERAS_BACKEND"] = backend
+        # Keras writes a keras.json into its home when imported; a run must not depend on the user's.
+        os.environ.setdefault("KERAS_HOME", str(assets.cache_dir() / "keras"))
+    name = _activate_jax(device) if backend == "jax" else _activate_torch(device)
+    if device == "auto" and name == "cpu" and _gpu_present():
+        extra = "jax-cuda" if backend == "jax" else experiment.backends[backend].extra
+        print(
+            f"note: this machine has an NVIDIA GPU, but the installed {backend} is built for the CPU; "
+            f"to use the GPU install a CUDA build (blacksmith[{extra}])",
+            file=sys.stderr,
+        )
+    return name
+
+
+def _activate_jax(device: str) -> str:
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    if device == "auto":
+        chosen = jax.devices()[0]
+    else:
+        platform, _, index = device.partition(":")
+        try:
+            chosen = jax.devices(platform)[int(index or 0)]
+        except (RuntimeError, IndexError, ValueError) as error:
+            here = sorted({f"{d.platform}:{d.id}" for d in jax.devices()} | {"cpu"})
+            raise ConfigError(
+                f"--device={device}: JAX has no such device here; there is {', '.join(here)}"
+            ) from error
+        jax.config.update("jax_default_device", chosen)
+    return chosen.platform if chosen.platform == "cpu" else f"{chosen.platform}:{chosen.id}"
+
+
+def _activate_torch(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "gpu":
+        present = [
+            name
+            for name, backend in (("cuda", torch.cuda), ("mps", torch.mps), ("xpu", torch.xpu))
+            if backend.is_available()
+        ]
+        device = present[0] if present else "cuda"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            here.append("mps")
+        raise ConfigError(
+            f"--device={device}: PyTorch has no such device here; there is {', '.join(here)}"
+        ) from error
+    os.environ["KERAS_TORCH_DEVICE"] = device
+    return device
+
+
+def _gpu_present() -> bool:
+    return Path("/proc/driver/nvidia/gpus").is_dir() or shutil.which("nvidia-smi") is not None

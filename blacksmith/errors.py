@@ -1,0 +1,35 @@
+"""The errors a user can cause, each with the exit status that the launcher ends with.
+
+Raise one with a single readable line: what is wrong, where, what is allowed, what to do next.
+The launcher prints that line without a traceback; any other exception is a bug and shows one.
+"""
+
+
+class UserError(Exception):
+    """Base of the errors that end a command with one line instead of a traceback."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """A flag, a Gin file or a binding is wrong (exit status 2)."""
+
+    exit_status = 2
+
+
+class DataError(UserError):
+    """A dataset is missing, broken or not what it claims to be (exit status 3)."""
+
+    exit_status = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, broken or does not fit the run (exit status 3)."""
+
+    exit_status = 3
+
+
+class RunError(UserError):
+    """The run cannot go on, though the program is right: a full disk, a loss that is not finite."""
+
+    exit_status = 1

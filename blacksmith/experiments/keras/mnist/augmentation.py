@@ -1,0 +1,55 @@
+"""Random shifts and rotations of images, drawn with NumPy and applied inside the compiled step."""
+
+import numpy as np
+from keras import ops
+
+
+class ShiftAndRotate:
+    """Moves and turns each image by its own random amount, with bilinear interpolation.
+
+    Args:
+      shift: the most pixels to move, each way and along each axis.
+      rotate: the most degrees to turn, each way.
+      background: value of the pixels that come in from outside.
+    """
+
+    def __init__(self, shift: float, rotate: float, background: float = 0.0) -> None:
+        self.shift = shift
+        self.rotate = rotate
+        self.background = background
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Shift down and right in pixels, and the angle in radians: float32 [count, 3]."""
+        limits = np.array([self.shift, self.shift, np.deg2rad(self.rotate)])
+        return (rng.uniform(-1, 1, (count, 3)) * limits).astype(np.float32)
+
+    def apply(self, inputs: object, parameters: object) -> object:
+        """Images [batch, height, width] changed by [batch, 3], same shape.
+
+        Each output pixel is read at the rotated and shifted place of the input; a place outside has the
+        background's value.
+        """
+        height, width = inputs.shape[1:]
+        down, right = parameters[:, 0, None, None], parameters[:, 1, None, None]
+        cos = ops.cos(parameters[:, 2])[:, None, None]
+        sin = ops.sin(parameters[:, 2])[:, None, None]
+        y = (ops.arange(height, dtype="float32") - (height - 1) / 2)[None, :, None] - down
+        x = (ops.arange(width, dtype="float32") - (width - 1) / 2)[None, None, :] - right
+        source_y = cos * y - sin * x + (height - 1) / 2
+        source_x = sin * y + cos * x + (width - 1) / 2
+        # One pixel of background around the image catches every place outside.
+        padded = ops.pad(inputs, [[0, 0], [1, 1], [1, 1]], constant_values=float(self.background))
+        source_y = ops.clip(source_y + 1, 0.0, height + 1.0 - 1e-3)
+        source_x = ops.clip(source_x + 1, 0.0, width + 1.0 - 1e-3)
+        top, left = ops.floor(source_y), ops.floor(source_x)
+        part_y, part_x = source_y - top, source_x - left
+        first = ops.cast(top, "int32") * (width + 2) + ops.cast(left, "int32")
+        flat = ops.reshape(padded, (inputs.shape[0], (height + 2) * (width + 2)))
+
+        def pixel(offset: int) -> object:
+            places = ops.reshape(first + offset, (inputs.shape[0], height * width))
+            return ops.reshape(ops.take_along_axis(flat, places, axis=1), (inputs.shape[0], height, width))
+
+        upper = pixel(0) * (1 - part_x) + pixel(1) * part_x
+        lower = pixel(width + 2) * (1 - part_x) + pixel(width + 3) * part_x
+        return upper * (1 - part_y) + lower * part_y

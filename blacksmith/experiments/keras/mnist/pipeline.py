@@ -1,0 +1,284 @@
+"""What the MNIST experiments share: prepared data, model, optimiser, final test and export.
+
+`keras/mnist` and `lightning/mnist` differ in who runs the loop; everything before and after it is here.
+"""
+
+import contextlib
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from blacksmith.datasets import mnist
+from blacksmith.errors import DataError
+from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
+from blacksmith.experiments.keras.mnist.configs import Config, Data
+from blacksmith.models.keras.mnist.mlp import mlp
+from blacksmith.order import Order
+from blacksmith.run import Run, write_json
+from blacksmith.trainers import losses
+from blacksmith.trainers.backend import Backend, Task, make_backend
+from blacksmith.trainers.initial_weights import initialise
+from blacksmith.trainers.keras_trainer import (
+    KerasTrainer,
+    Samples,
+    evaluate,
+    load_checkpoint,
+    make_plan,
+)
+from blacksmith.trainers.optimizers import make_optimizer
+
+WORST = 48
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Everything that a run works with, ready to train.
+
+    Attributes:
+      data: the images as they were read.
+      task: model, optimiser, loss.
+      backend: holds the training data and the weights.
+      order: the batches.
+      total_steps: where training ends.
+      validation: prepared validation samples.
+    """
+
+    data: mnist.Mnist
+    task: Task
+    backend: Backend
+    order: Order
+    total_steps: int
+    validation: Samples
+
+
+def prepare(run: Run) -> Pipeline:
+    """Loads the data, builds the model with its initial weights, and puts both on the device.
+
+    Raises:
+      DataError: the data is missing, broken, or not what a resumed run was trained on.
+    """
+    config: Config = run.config
+    data = load_data(run)
+    train = samples(data.train, config.data)
+    order = Order(len(train), config.train.batch_size, config.run.seed)
+    total_steps = config.train.steps or config.train.epochs * order.steps_per_epoch
+    task = make_task(config, data.num_classes, total_steps)
+    backend = make_backend(task, train.inputs, train.labels, block_steps=config.train.block_steps, say=print)
+    return Pipeline(data, task, backend, order, total_steps, samples(data.validation, config.data))
+
+
+def load_data(run: Run) -> mnist.Mnist:
+    """Loads what `mnist.Data` names and records it with the run."""
+    settings: Data = run.config.data
+    data = mnist.load(
+        settings.source,
+        settings.path,
+        name=settings.name,
+        validation=settings.validation,
+        seed=run.config.run.seed,
+    )
+    run.use_data(data.info, mnist.describe(data.info))
+    return data
+
+
+def samples(split: mnist.Split, settings: Data) -> Samples:
+    """Pixels as ``(pixel / scale - mean) / std``: inputs float32 [samples, 28, 28]."""
+    inputs = split.images.astype(np.float32)
+    inputs *= np.float32(1 / (settings.scale * settings.std))
+    if settings.mean:
+        inputs -= np.float32(settings.mean / settings.std)
+    return Samples(inputs, split.labels.astype(np.int32))
+
+
+def make_task(config: Config, num_classes: int, total_steps: int) -> Task:
+    """The model with its initial weights, its optimiser and its loss."""
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy(config.train.precision)
+    model = mlp(
+        config.model.hidden,
+        activation=config.model.activation,
+        dropout=config.model.dropout,
+        bias=config.model.bias,
+        num_classes=num_classes,
+    )
+    initialise(model, config.run.seed)
+    augmentation = None
+    if config.data.shift or config.data.rotate:
+        background = -config.data.mean / config.data.std
+        augmentation = ShiftAndRotate(config.data.shift, config.data.rotate, background)
+    return Task(
+        model=model,
+        optimizer=make_optimizer(config.optimizer, config.schedule, total_steps),
+        loss=losses.LOSSES[config.train.loss],
+        metrics={"accuracy": losses.accuracy},
+        augmentation=augmentation,
+        accumulate=config.train.accumulate,
+        seed=config.run.seed,
+    )
+
+
+def make_trainer(run: Run, pipeline: Pipeline, *, progress: str | None = None) -> KerasTrainer:
+    """The loop over `pipeline`, at the checkpoint that the run goes on from.
+
+    Args:
+      run: the run.
+      pipeline: from `prepare`.
+      progress: style of the console progress instead of ``Log.progress``.
+    """
+    _check_longer_schedule(run, pipeline)
+    plan = make_plan(pipeline.total_steps, run.config)
+    return KerasTrainer(
+        pipeline.task,
+        pipeline.backend,
+        pipeline.order,
+        plan if progress is None else dataclasses.replace(plan, progress=progress),
+        pipeline.validation,
+        run,
+    )
+
+
+def conclude(run: Run, pipeline: Pipeline, trainer: KerasTrainer, status: str) -> int:
+    """Tests the best checkpoint once training is done, and writes the result; returns the exit status."""
+    state = trainer.state
+    result: dict[str, Any] = {
+        "step": state.step,
+        "epoch": round(state.step / pipeline.order.steps_per_epoch, 4),
+        "parameters": pipeline.task.model.count_params(),
+        "initial_weights_sha256": state.initial_weights_sha256,
+        "order_sha256": state.order_sha256,
+        "best": {"metric": trainer.plan.metric, "value": state.best, "step": state.best_step},
+        "final": dict(state.validation),
+    }
+    if status == "stopped":
+        run.finish("stopped", result)
+        print(f"stopped at step {state.step}; the same command with --workdir={run.directory} goes on")
+        return 75
+    saved = run.checkpoints.best() or run.checkpoints.newest()
+    load_checkpoint(pipeline.backend, saved)
+    result["tested_checkpoint"] = saved.path.name
+    result["test"] = test(pipeline.backend, pipeline.data, run.config.data, run.directory)
+    values = {k: result["test"][k] for k in ("loss", "accuracy")}
+    run.metrics.write(state.step, state.step / pipeline.order.steps_per_epoch, "test", values)
+    run.finish("done", result)
+    print(
+        f"test accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f} "
+        f"({saved.path.name}, {run.metrics.seconds:.1f} s)\n{run.directory / 'report.html'}"
+    )
+    return 0
+
+
+def test(backend: Backend, data: mnist.Mnist, settings: Data, directory: Path) -> dict[str, Any]:
+    """Evaluates on the test set; writes the worst-classified images to `worst.npz`.
+
+    Returns:
+      loss, accuracy, per-class accuracy and the confusion matrix (rows: true, columns: predicted).
+    """
+    means, logits = evaluate(backend, samples(data.test, settings))
+    labels = data.test.labels
+    predictions = logits.argmax(axis=1)
+    confusion = np.zeros((data.num_classes, data.num_classes), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    of_truth = probabilities[np.arange(len(labels)), labels]
+    wrong = np.flatnonzero(predictions != labels)
+    worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST]
+    np.savez(
+        directory / "worst.npz",
+        images=data.test.images[worst],
+        labels=labels[worst],
+        predictions=predictions[worst],
+        probabilities=of_truth[worst],
+    )
+    counts = confusion.sum(axis=1)
+    per_class = np.divide(confusion.diagonal(), counts, out=np.zeros(len(counts)), where=counts > 0)
+    return {
+        **means,
+        "per_class_accuracy": per_class.tolist(),
+        "confusion_matrix": confusion.tolist(),
+    }
+
+
+def evaluate_checkpoint(run: Run) -> int:
+    """``--mode=eval``: the checkpoint on the validation and test sets, into `eval.json`."""
+    pipeline = prepare(run)
+    load_checkpoint(pipeline.backend, run.resumed)
+    result: dict[str, Any] = {"checkpoint": str(run.resumed.path), "data": run.data}
+    if len(pipeline.validation):
+        result["val"] = evaluate(pipeline.backend, pipeline.validation)[0]
+    result["test"] = test(pipeline.backend, pipeline.data, run.config.data, run.directory)
+    write_json(run.directory / "eval.json", result)
+    for split in ("val", "test"):
+        if split in result:
+            print(f"{split}: " + "  ".join(f"{k} {result[split][k]:.6f}" for k in ("loss", "accuracy")))
+    print(run.directory / "eval.json")
+    return 0
+
+
+def export(run: Run) -> int:
+    """``--mode=export``: the checkpoint's model as ``.keras`` and in the backend's own format.
+
+    Writes into ``export/``: ``model.keras``; on JAX ``model.stablehlo`` (`jax.export`, any batch size);
+    on PyTorch ``model.pt2`` (`torch.export`, any batch size); and ``export.json``, which says how inputs
+    are prepared.
+    """
+    pipeline = prepare(run)
+    load_checkpoint(pipeline.backend, run.resumed)
+    pipeline.backend.sync()
+    model = pipeline.task.model
+    directory = run.directory / "export"
+    directory.mkdir(exist_ok=True)
+    model.save(directory / "model.keras")
+    written = ["model.keras"]
+    with _quiet():
+        if run.backend == "jax":
+            from blacksmith.trainers.export import export_stablehlo
+
+            written.append(export_stablehlo(model, directory / "model.stablehlo").name)
+        else:
+            from blacksmith.trainers.export import export_torch
+
+            written.append(export_torch(model, directory / "model.pt2").name)
+    settings = run.config.data
+    write_json(
+        directory / "export.json",
+        {
+            "checkpoint": str(run.resumed.path),
+            "files": written,
+            "input": "float32 [batch, 28, 28]",
+            "output": f"logits [batch, {pipeline.data.num_classes}]",
+            "preparation": "(pixel / scale - mean) / std",
+            "scale": settings.scale,
+            "mean": settings.mean,
+            "std": settings.std,
+        },
+    )
+    for name in [*written, "export.json"]:
+        print(directory / name)
+    return 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """torch.export reports through the C library's standard error; nothing there is for the user."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+        yield
+
+
+def _check_longer_schedule(run: Run, pipeline: Pipeline) -> None:
+    """A decay to the end of the run cannot be resumed towards another end: its past would change."""
+    if run.resumed is None or run.config.schedule.name == "constant":
+        return
+    before = run.resumed.state["config"]["train"]
+    old = before["steps"] or before["epochs"] * pipeline.order.steps_per_epoch
+    if run.config.schedule.decay_steps is None and old != pipeline.total_steps:
+        raise DataError(
+            f"the schedule {run.config.schedule.name!r} decays to the end of the run, which was step "
+            f"{old} and is now {pipeline.total_steps}; set Schedule.decay_steps to what it was, "
+            f"{old - run.config.schedule.warmup_steps}"
+        )

@@ -1,0 +1,1 @@
+"""The same MNIST MLP inside Lightning's Trainer."""

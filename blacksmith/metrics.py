@@ -1,0 +1,277 @@
+"""Where numbers go: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request, the console.
+
+A `Metrics` belongs to one run directory. Each line of the JSON file has ``step``, ``epoch``, ``seconds`` and
+``split`` beside the values. No framework is imported; TensorBoard events are written by TensorBoard's own
+writer.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+# The values that differ between two identical runs: comparisons leave them out.
+TIMED = frozenset({"seconds", "examples_per_second"})
+
+
+class Writer(Protocol):
+    """A place that metrics go to besides `metrics.jsonl`."""
+
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes some values of one split at one step."""
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Writes the distribution of an array of any shape."""
+
+    def flush(self) -> None:
+        """Makes what was written visible to readers."""
+
+    def close(self) -> None:
+        """Flushes and lets go of the files."""
+
+
+class TensorBoardWriter:
+    """Scalars and histograms as TensorBoard events.
+
+    Args:
+      directory: the log directory.
+      purge_step: events from this step on, written before, are to be forgotten (a resumed run).
+    """
+
+    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2, summary_pb2
+        self._writer = EventFileWriter(str(directory))
+        if purge_step is not None:
+            # TensorBoard drops events at or after a restart's step when it meets this record.
+            self._add(step=purge_step, file_version="brain.Event:2")
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step=purge_step, session_log=start)
+
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes ``split/name`` scalars."""
+        summary = self._summary.Summary(
+            value=[
+                self._summary.Summary.Value(tag=f"{split}/{name}", simple_value=value)
+                for name, value in values.items()
+            ]
+        )
+        self._add(step=step, summary=summary)
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Writes a 30-bucket histogram of the finite values."""
+        values = np.asarray(values, np.float64).reshape(-1)
+        values = values[np.isfinite(values)]
+        if not values.size:
+            return
+        counts, edges = np.histogram(values, bins=30)
+        histogram = self._summary.HistogramProto(
+            min=values.min(),
+            max=values.max(),
+            num=values.size,
+            sum=values.sum(),
+            sum_squares=np.square(values).sum(),
+            bucket_limit=edges[1:].tolist(),
+            bucket=counts.tolist(),
+        )
+        value = self._summary.Summary.Value(tag=name, histo=histogram)
+        self._add(step=step, summary=self._summary.Summary(value=[value]))
+
+    def flush(self) -> None:
+        """Writes out the queued events."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes out the queued events and closes the file."""
+        self._writer.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._writer.add_event(self._event.Event(wall_time=time.time(), **fields))
+
+
+class WandbWriter:
+    """Scalars and histograms to Weights & Biases.
+
+    Args:
+      directory: where wandb keeps its files, the run directory.
+      mode: ``online`` or ``offline``.
+      project: the project's name.
+      config: the run's configuration.
+    """
+
+    def __init__(self, directory: Path, mode: str, project: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._wandb = wandb
+        directory = Path(directory).resolve()
+        self._run = wandb.init(
+            project=project,
+            mode=mode,
+            dir=str(directory),
+            name=f"{directory.parent.name}/{directory.name}",
+            id=hashlib.sha256(str(directory).encode()).hexdigest()[:16],
+            resume="allow" if mode == "online" else None,
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Logs ``split/name`` scalars at `step`."""
+        self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Logs a histogram at `step`."""
+        self._run.log({name: self._wandb.Histogram(np.asarray(values).reshape(-1))}, step=step)
+
+    def flush(self) -> None:
+        """Nothing to do: wandb streams by itself."""
+
+    def close(self) -> None:
+        """Ends the wandb run."""
+        self._run.finish(quiet=True)
+
+
+class Metrics:
+    """The metric stream of one run.
+
+    Args:
+      path: the JSON-lines file.
+      writers: further places.
+      offset: bytes of an existing file to keep (a resumed run); what follows is cut off.
+      seconds: wall seconds that the run had already taken.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        writers: list[Writer] | None = None,
+        *,
+        offset: int = 0,
+        seconds: float = 0,
+    ) -> None:
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(offset)
+        self._file.seek(offset)
+        self._writers = writers or []
+        self._start = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of the run so far, those before a resume included."""
+        return time.perf_counter() - self._start
+
+    def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        """Writes one line: scalar metrics of one split after `step` optimiser steps."""
+        values = {name: float(value) for name, value in values.items()}
+        line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4)}
+        line["split"] = split
+        line.update({name: _json_number(value) for name, value in values.items()})
+        self._file.write(json.dumps(line).encode() + b"\n")
+        for writer in self._writers:
+            writer.scalars(step, split, values)
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Writes the distribution of an array to the writers that can show one."""
+        for writer in self._writers:
+            writer.histogram(step, name, values)
+
+    def flush(self) -> int:
+        """Puts everything on disk; returns the length of `metrics.jsonl` in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for writer in self._writers:
+            writer.flush()
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flushes and closes every writer."""
+        if not self._file.closed:
+            self._file.close()
+            for writer in self._writers:
+                writer.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            parsed = json.loads(line)
+        except ValueError:
+            break
+        lines.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in parsed.items()})
+    return lines
+
+
+def _json_number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+class Progress:
+    """Progress on the console: a live bar on a terminal, plain lines elsewhere.
+
+    Args:
+      total: samples of the whole run.
+      done: samples already seen (a resumed run).
+      style: ``auto``, ``bar``, ``lines`` or ``off``.
+      every_seconds: how often plain lines appear.
+    """
+
+    def __init__(self, total: int, done: int = 0, style: str = "auto", every_seconds: float = 5.0) -> None:
+        if style == "auto":
+            style = "bar" if sys.stderr.isatty() else "lines"
+        self._bar = None
+        self._lines = style == "lines"
+        self._every = every_seconds
+        self._total, self._done, self._first = total, done, done
+        self._start = self._last = time.perf_counter()
+        if style == "bar":
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                unit="ex",
+                unit_scale=True,
+                dynamic_ncols=True,
+                smoothing=0.1,
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            )
+
+    def update(self, done: int, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Shows that `done` samples have been seen, with the latest values."""
+        advance, self._done = done - self._done, done
+        shown = {k: f"{v:.4f}" for k, v in values.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(advance)
+        now = time.perf_counter()
+        if self._lines and now - self._last >= self._every:
+            self._last = now
+            rate = (done - self._first) / max(now - self._start, 1e-9)
+            left = (self._total - done) / max(rate, 1e-9)
+            numbers = "  ".join(f"{k} {v}" for k, v in shown.items())
+            self.say(f"step {step}  epoch {epoch:.2f}  {numbers}  {rate:,.0f} examples/s  {left:.0f} s left")
+
+    def say(self, line: str) -> None:
+        """Prints one line without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,1 @@
+"""Models, by framework and then by task."""

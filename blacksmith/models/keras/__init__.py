@@ -1,0 +1,1 @@
+"""Models written on Keras 3, which run on every backend."""

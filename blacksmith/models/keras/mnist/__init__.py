@@ -1,0 +1,1 @@
+"""Models for 28x28 classification sets such as MNIST."""

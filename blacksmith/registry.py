@@ -1,0 +1,95 @@
+"""Which experiments there are: names and strings only, so that listing them imports nothing.
+
+An experiment of one's own is a module named with ``--plugin`` that calls `add`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from blacksmith.config import closest
+from blacksmith.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one backend of an experiment needs: an install extra, and the modules that it brings."""
+
+    extra: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One entry of the registry.
+
+    Attributes:
+      name: what ``Run.experiment`` says.
+      summary: one line for ``--list``.
+      configs: the module with the frozen `Config` dataclass; importing it loads no framework.
+      entry: ``module:function``, called with the `blacksmith.run.Run`; imported once the backend is set.
+      backends: what each value of ``Run.backend`` needs.
+      checkpoint_format: experiments with the same format read each other's checkpoints.
+      uses_keras: whether ``KERAS_BACKEND`` has to be set before it is imported.
+    """
+
+    name: str
+    summary: str
+    configs: str
+    entry: str
+    backends: Mapping[str, Needs]
+    checkpoint_format: str
+    uses_keras: bool = False
+
+
+_EXPERIMENTS: dict[str, Experiment] = {}
+
+
+def add(experiment: Experiment) -> None:
+    """Adds an experiment; a second one under the same name is an error."""
+    if _EXPERIMENTS.get(experiment.name, experiment) != experiment:
+        raise ConfigError(f"two experiments are called {experiment.name!r}; rename yours")
+    _EXPERIMENTS[experiment.name] = experiment
+
+
+def names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_EXPERIMENTS)
+
+
+def get(name: str, *, where: str = "Run.experiment") -> Experiment:
+    """The experiment called `name`.
+
+    Raises:
+      ConfigError: there is none; lists those there are.
+    """
+    if not isinstance(name, str) or name not in _EXPERIMENTS:
+        hint = closest(name, _EXPERIMENTS) if isinstance(name, str) else ""
+        raise ConfigError(f"{where}: no experiment {name!r}{hint}; allowed: {', '.join(names())}")
+    return _EXPERIMENTS[name]
+
+
+add(
+    Experiment(
+        name="keras/mnist",
+        summary="MNIST MLP written once on Keras 3, on JAX or PyTorch",
+        configs="blacksmith.experiments.keras.mnist.configs",
+        entry="blacksmith.experiments.keras.mnist.train:main",
+        backends={
+            "jax": Needs("jax", ("keras", "jax")),
+            "torch": Needs("torch", ("keras", "torch")),
+        },
+        checkpoint_format="keras-arrays-1",
+        uses_keras=True,
+    )
+)
+add(
+    Experiment(
+        name="lightning/mnist",
+        summary="the same Keras 3 MLP inside Lightning's Trainer",
+        configs="blacksmith.experiments.keras.mnist.configs",
+        entry="blacksmith.experiments.lightning.mnist.train:main",
+        backends={"torch": Needs("lightning", ("keras", "torch", "lightning"))},
+        checkpoint_format="keras-arrays-1",
+        uses_keras=True,
+    )
+)

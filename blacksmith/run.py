@@ -1,0 +1,431 @@
+"""What an experiment is handed: one run directory with its metrics, checkpoints, stop flag and provenance.
+
+The launcher opens a `Run` and passes it to the experiment's entry function. Nothing here knows a framework.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blacksmith import config as configuration
+from blacksmith import metrics as metric_writers
+from blacksmith.checkpoint import Checkpoints, Saved
+from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
+from blacksmith.registry import Experiment
+
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
+
+_PACKAGES = (
+    "blacksmith",
+    "gin-config",
+    "h5py",
+    "jax",
+    "jaxlib",
+    "keras",
+    "lightning",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "tensorboard",
+    "tensorflow-datasets",
+    "torch",
+)
+
+
+class StopFlag:
+    """Turns SIGTERM and SIGINT into a flag that the loop reads; a second signal interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> "StopFlag":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._set)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _set(self, number: int, _frame: object) -> None:
+        self.signal = signal.Signals(number).name
+        print(f"\n{self.signal}: finishing the step and saving; again to abort", file=sys.stderr)
+        signal.signal(number, signal.default_int_handler)
+
+
+class Run:
+    """One run.
+
+    Attributes:
+      directory: the run directory.
+      config: the experiment's frozen configuration.
+      experiment: its registry entry.
+      backend: ``jax`` or ``torch``.
+      device: the device in the framework's words.
+      mode: ``train``, ``eval`` or ``export``.
+      resumed: the checkpoint that this run goes on from, or None.
+      checkpoints: the run's own checkpoints.
+      metrics: the metric stream.
+      stop: true once the run is to stop.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Any,
+        experiment: Experiment,
+        *,
+        backend: str,
+        device: str,
+        mode: str = "train",
+        resumed: Saved | None = None,
+        bindings: Sequence[configuration.Binding] = (),
+        command: Sequence[str] = (),
+    ) -> None:
+        self.directory = Path(directory)
+        self.config = config
+        self.experiment = experiment
+        self.backend = backend
+        self.device = device
+        self.mode = mode
+        self.resumed = resumed
+        self.stop = StopFlag()
+        self.data: dict[str, Any] = {}
+        self._bindings = bindings
+        self._command = list(command)
+        self._environment: dict[str, Any] = {}
+        self.checkpoints = checkpoints_of(self.directory, config)
+        self.metrics: metric_writers.Metrics | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator["Run"]:
+        """Makes and locks the directory, records provenance, opens the metrics; closes them at the end.
+
+        A directory that this run made is removed again when it ends in a `ConfigError`, `DataError` or
+        `CheckpointError`; any other failure leaves a `result.json` that says so.
+
+        Raises:
+          ConfigError: another process is running in this directory.
+          RunError: the disk is full.
+        """
+        made = not self.directory.exists()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--workdir: cannot make {self.directory}: {error.strerror}") from error
+        with self._lock(), self.stop:
+            try:
+                if self.mode == "train":
+                    self._start()
+                yield self
+            except (ConfigError, DataError, CheckpointError):
+                self._close()
+                if made:
+                    shutil.rmtree(self.directory, ignore_errors=True)
+                raise
+            except BaseException as error:
+                if self.mode == "train":
+                    self._failed(error)
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise RunError(_disk_full(error, self.directory)) from error
+                raise
+            finally:
+                self._close()
+
+    def use_data(self, info: Mapping[str, Any], line: str) -> None:
+        """Records which data is used and prints `line`.
+
+        Raises:
+          DataError: a resumed run's data is not that of its checkpoint.
+        """
+        print(line, file=sys.stderr)
+        self.data = dict(info)
+        if self.resumed is not None and self.mode == "train":
+            before = self.resumed.state["data"]
+            if before.get("sha256") != info.get("sha256"):
+                raise DataError(
+                    f"the data has changed since {self.resumed.path.name}: it was "
+                    f"{before.get('source')} {str(before.get('sha256'))[:12]}, now it is "
+                    f"{info.get('source')} {str(info.get('sha256'))[:12]}; give the same source"
+                )
+        if self.mode == "train":
+            self._environment["data"] = self.data
+            write_json(self.directory / "environment.json", self._environment)
+
+    def save_checkpoint(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        write: Callable[[Path], None],
+        metrics: Mapping[str, float],
+    ) -> Path:
+        """Saves the experiment's files with everything that a resume has to know.
+
+        Args:
+          step: optimiser steps taken.
+          state: the experiment's own JSON values, found again under ``loop``.
+          write: puts the files into a directory.
+          metrics: the latest validation metrics.
+
+        Raises:
+          OSError: it could not be written; older checkpoints are intact.
+        """
+        content = {
+            "experiment": self.experiment.name,
+            "checkpoint_format": self.experiment.checkpoint_format,
+            "backend": self.backend,
+            "device": self.device,
+            "seed": self.config.run.seed,
+            "config": configuration.as_dict(self.config),
+            "config_hash": configuration.config_hash(self.config),
+            "data": self.data,
+            "metrics_offset": self.metrics.flush(),
+            "seconds": self.metrics.seconds,
+            "loop": dict(state),
+        }
+        return self.checkpoints.save(step, content, write, metrics)
+
+    def finish(self, status: str, result: Mapping[str, Any]) -> None:
+        """Writes `result.json`, then the report.
+
+        Args:
+          status: ``done`` or ``stopped``.
+          result: what the experiment has to say; see the experiment's README.
+        """
+        self.metrics.flush()
+        content = {
+            "status": status,
+            "experiment": self.experiment.name,
+            "backend": self.backend,
+            "device": self.device,
+            "seconds": round(self.metrics.seconds, 3),
+            "data": self.data,
+            **result,
+        }
+        write_json(self.directory / "result.json", content)
+        self._report()
+
+    def _start(self) -> None:
+        self.checkpoints.clean()
+        same_directory = False
+        if self.resumed is not None:
+            same_directory = self.resumed.path.parent.resolve() == self.checkpoints.directory.resolve()
+        for stale in ("result.json", "report.html", "worst.npz"):
+            (self.directory / stale).unlink(missing_ok=True)
+        (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
+        (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))
+        write_json(self.directory / "config.json", configuration.as_dict(self.config))
+        self._environment = self._provenance()
+        write_json(self.directory / "environment.json", self._environment)
+        offset, seconds, purge = 0, 0.0, None
+        if self.resumed is not None:
+            seconds = self.resumed.state["seconds"]
+            if same_directory:
+                self.checkpoints.remove_after(self.resumed.step)
+                offset = self.resumed.state["metrics_offset"]
+                purge = self.resumed.step + 1
+        elif (self.directory / "tensorboard").exists():
+            purge = 0
+        path = self.directory / "metrics.jsonl"
+        if offset > (path.stat().st_size if path.exists() else 0):
+            raise CheckpointError(
+                f"{path} is shorter than when {self.resumed.path.name} was written; "
+                "resume into a new directory with --resume=PATH"
+            )
+        log = self.config.log
+        writers: list[metric_writers.Writer] = []
+        if log.tensorboard:
+            writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", purge_step=purge))
+        if log.wandb != "off":
+            writers.append(
+                metric_writers.WandbWriter(
+                    self.directory, log.wandb, log.wandb_project, configuration.as_dict(self.config)
+                )
+            )
+        self.metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
+
+    def _provenance(self) -> dict[str, Any]:
+        previous = []
+        with contextlib.suppress(OSError, ValueError):
+            old = json.loads((self.directory / "environment.json").read_text())
+            previous = old.pop("previous", [])
+            previous.append({k: old[k] for k in ("started", "command", "backend", "device", "resumed_from")})
+        return {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": self._command,
+            "experiment": self.experiment.name,
+            "backend": self.backend,
+            "device": self.device,
+            "resumed_from": str(self.resumed.path) if self.resumed else None,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu_count": os.cpu_count(),
+            "versions": versions(),
+            "git": _git_state(),
+            "data": self.data,
+            "previous": previous,
+        }
+
+    def _failed(self, error: BaseException) -> None:
+        """Leaves word of a crash, as far as the disk lets it."""
+        with contextlib.suppress(Exception):
+            step = 0
+            if self.metrics is not None:
+                self.metrics.flush()
+                lines = metric_writers.read(self.directory / "metrics.jsonl")
+                step = lines[-1]["step"] if lines else 0
+            write_json(
+                self.directory / "result.json",
+                {
+                    "status": "failed",
+                    "error": f"{type(error).__name__}: {error}",
+                    "experiment": self.experiment.name,
+                    "backend": self.backend,
+                    "device": self.device,
+                    "step": step,
+                    "data": self.data,
+                },
+            )
+            self._report()
+
+    def _report(self) -> None:
+        from blacksmith import report
+
+        try:
+            report.write(self.directory)
+        except Exception as error:
+            print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _close(self) -> None:
+        if self.metrics is not None:
+            with contextlib.suppress(OSError):
+                self.metrics.close()
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        path = self.directory / ".lock"
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ConfigError(
+                f"{self.directory} is in use by another run (process {holder}); "
+                "wait for it or choose another --workdir"
+            ) from error
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+        finally:
+            file.close()
+
+
+def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
+    """The checkpoints of a run directory under a configuration's retention rules."""
+    rules = config.checkpoint
+    return Checkpoints(
+        directory / "checkpoints",
+        keep_last=rules.keep_last,
+        keep_best=rules.keep_best,
+        metric=rules.metric,
+        mode=rules.mode,
+    )
+
+
+def check_resume(saved: Saved, config: Any, experiment: Experiment) -> None:
+    """Checks that `config` may go on from `saved`.
+
+    Raises:
+      ConfigError: it differs in a field that must not change; names the first differences.
+      CheckpointError: the checkpoint belongs to an experiment of another kind.
+    """
+    if saved.state["checkpoint_format"] != experiment.checkpoint_format:
+        raise CheckpointError(
+            f"{saved.path} was written by {saved.state['experiment']} and does not fit {experiment.name}"
+        )
+    different = configuration.forbidden_changes(config, saved.state["config"])
+    if different:
+        shown = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in list(different.items())[:4])
+        raise ConfigError(
+            f"cannot go on from {saved.path} with other settings: {shown}; "
+            "set them back, or start in a new --workdir"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that can influence a run."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON atomically; numbers that are not finite become null."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The commit of the source tree that runs, or None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+        status = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _disk_full(error: OSError, directory: Path) -> str:
+    newest = Checkpoints(directory / "checkpoints").steps()
+    kept = f"the last checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
+    return f"the disk is full ({error.strerror}); {kept}; make room and run the same command again"

@@ -1,0 +1,47 @@
+"""A Keras model in its backend's own exchange format, for any batch size."""
+
+from pathlib import Path
+
+import keras
+
+
+def export_stablehlo(model: keras.Model, path: Path) -> Path:
+    """Writes the model as serialised StableHLO; read it with `jax.export.deserialize`.
+
+    Args:
+      model: a Keras model on JAX with one input.
+      path: the file.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax import export
+
+    trainable = [v.value for v in model.trainable_variables]
+    fixed = [v.value for v in model.non_trainable_variables]
+
+    def forward(x: jax.Array) -> jax.Array:
+        return model.stateless_call(trainable, fixed, x, training=False)[0]
+
+    (batch,) = export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, *model.inputs[0].shape[1:]), jnp.float32)
+    # Made for every platform, so that a model trained on a GPU can be served on a CPU.
+    exported = export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(shape)
+    path.write_bytes(exported.serialize())
+    return path
+
+
+def export_torch(model: keras.Model, path: Path) -> Path:
+    """Writes the model as an `ExportedProgram`; read it with `torch.export.load`.
+
+    Args:
+      model: a Keras model on PyTorch with one input.
+      path: the file.
+    """
+    import torch
+
+    device = model.trainable_variables[0].value.device
+    example = torch.zeros((2, *model.inputs[0].shape[1:]), device=device)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model.eval(), (example,), dynamic_shapes=((({0: batch},)),), strict=False)
+    torch.export.save(program, path)
+    return path

@@ -1,0 +1,28 @@
+"""Losses and metrics of the Keras trainer: one value per sample, in `keras.ops`, for every backend."""
+
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+PerSample = Callable[[object, object], object]
+
+
+def cross_entropy(labels: object, logits: object) -> object:
+    """Softmax cross entropy: labels int [batch], logits [batch, classes] -> [batch]."""
+    return keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+
+
+def mse(labels: object, outputs: object) -> object:
+    """Mean squared error to the one-hot label: labels int [batch], outputs [batch, classes] -> [batch]."""
+    target = ops.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+    return ops.mean(ops.square(outputs - target), axis=-1)
+
+
+def accuracy(labels: object, outputs: object) -> object:
+    """1 where the largest output is at the label: [batch], [batch, classes] -> [batch]."""
+    predicted = ops.cast(ops.argmax(outputs, axis=-1), "int32")
+    return ops.cast(ops.equal(predicted, ops.cast(labels, "int32")), "float32")
+
+
+LOSSES: dict[str, PerSample] = {"cross_entropy": cross_entropy, "mse": mse}

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import os
 import re
 import sys
 import tokenize
@@ -72,7 +73,8 @@ def setting(default: Any, description: str, *, resume_may_change: bool = False, 
 
 def sections(config_class: type) -> dict[str, type]:
     """The sections of an experiment's `Config` class, by attribute name."""
-    return typing.get_type_hints(config_class)
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
 
 def fields(section_class: type) -> dict[str, pydantic.fields.FieldInfo]:
@@ -97,7 +99,7 @@ def gin_directory() -> Path:
 def find_file(name: str, *, beside: Path | None = None, where: str = "--gin_file") -> Path:
     """The Gin file called `name`.
 
-    Looks at `name` itself, next to the including file, then among the shipped files (with or without a
+    Looks next to the including file, at `name` itself, then among the shipped files (with or without a
     leading ``gin/``).
 
     Raises:
@@ -109,9 +111,10 @@ def find_file(name: str, *, beside: Path | None = None, where: str = "--gin_file
     if beside is not None:
         candidates.insert(0, beside / name)
     for path in candidates:
-        if path.is_file():
+        # os.path, since Path.is_file raises for a name too long or a directory that may not be read.
+        if os.path.isfile(path):
             return path
-        if path.is_dir() and name:
+        if os.path.isdir(path) and name:
             raise ConfigError(f"{where}: {name!r} is a directory, not a Gin file")
     names = sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.gin"))
     raise ConfigError(
@@ -164,18 +167,21 @@ def parse(files: Sequence[str], params: Sequence[str] = (), *, allow_imports: bo
     bindings: list[Binding] = []
     for name in files:
         path = find_file(name)
-        bindings += _parse_file(path, display=name, allow_imports=allow_imports, parents=())
+        bindings += _parse_file(path, name, where="--gin_file", allow_imports=allow_imports, parents=())
     for text in params:
         bindings += _parse_text(text, f"--gin_param {text!r}", None, allow_imports=allow_imports, parents=())
     return bindings
 
 
-def _parse_file(path: Path, *, display: str, allow_imports: bool, parents: tuple[Path, ...]) -> list[Binding]:
+def _parse_file(
+    path: Path, display: str, *, where: str, allow_imports: bool, parents: tuple[Path, ...]
+) -> list[Binding]:
     real = path.resolve()
     if real in parents:
-        raise ConfigError(f"{display}: includes itself ({' -> '.join(p.name for p in parents)})")
+        circle = " -> ".join(p.name for p in (*parents[parents.index(real) :], real))
+        raise ConfigError(f"{where}: {display} includes itself: {circle}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{display}: cannot be read: {error}") from error
     return _parse_text(text, display, path, allow_imports=allow_imports, parents=(*parents, real))
@@ -203,14 +209,16 @@ def _parse_text(
                 try:
                     importlib.import_module(statement.module)
                 except ImportError as error:
-                    raise ConfigError(f"{where}: cannot import {statement.module!r}: {error}") from error
+                    reason = " ".join(str(error).split())
+                    raise ConfigError(f"{where}: cannot import {statement.module!r}: {reason}") from error
             case config_parser.IncludeStatement():
-                included = find_file(statement.filename, beside=path.parent if path else None, where=where)
+                beside = path.parent if path else None
+                included = find_file(statement.filename, beside=beside, where=where)
+                shown = statement.filename
+                if beside and included == beside / shown:
+                    shown = os.path.normpath(os.path.join(os.path.dirname(display), shown))
                 bindings += _parse_file(
-                    included,
-                    display=statement.filename,
-                    allow_imports=allow_imports,
-                    parents=parents,
+                    included, shown, where=where, allow_imports=allow_imports, parents=parents
                 )
             case config_parser.BindingStatement():
                 key = f"{statement.selector}.{statement.arg_name}"
@@ -248,29 +256,52 @@ def _statements(text: str, display: str, *, is_file: bool) -> Iterable[Any]:
     parser = None
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
-        for statement in parser:
-            if hasattr(statement, "location") and statement.location.line_num:
-                line = statement.location.line_num
-            yield statement
-    except ConfigError:
-        raise
-    except (SyntaxError, ValueError, tokenize.TokenError, IndexError) as error:
+        yield from parser
+    except (SyntaxError, ValueError, TypeError, RecursionError, tokenize.TokenError) as error:
         if getattr(error, "lineno", None):
             line = error.lineno
-        elif parser is not None and getattr(parser, "_current_token", None):
-            line = parser._current_token.start[0]
-        message = str(getattr(error, "msg", None) or error).strip().splitlines()[0].rstrip(".")
-        if "malformed node" in message:
-            message = "not a plain value (number, string, tuple, True, False, None or %macro)"
-        source = text.splitlines()[line - 1].strip() if 0 < line <= len(text.splitlines()) else ""
-        value = source.partition("=")[2].strip()
-        hint = ""
-        if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value not in ("True", "False", "None"):
-            hint = f'; a string needs quotes: "{value}"'
-        elif not value and source and "import" not in source and "include" not in source:
-            hint = "; write Section.field = value"
+        elif parser is not None:
+            line = parser.current_token.start[0]
+        lines = text.split("\n")
+        source = lines[line - 1].strip() if 0 < line <= len(lines) else ""
         where = f"{display}:{line}" if is_file else display
-        raise ConfigError(f"{where}: cannot be parsed: {message}{hint}") from error
+        raise ConfigError(f"{where}: cannot be parsed: {_syntax_message(error, source)}") from error
+
+
+def _syntax_message(error: Exception, source: str) -> str:
+    """What is wrong with the line `source`, in the terms of someone who writes settings."""
+    message = error.args[0] if isinstance(error, tokenize.TokenError) else getattr(error, "msg", str(error))
+    message = message.strip().splitlines()[0].partition("  Got ")[0].rstrip(".")
+    key, equals, value = (part.strip() for part in source.partition("#")[0].partition("="))
+    keyword, _, operand = key.partition(" ")
+    if keyword == "include":
+        return f'expected a file name in quotes: include "{operand or "file.gin"}"'
+    if keyword in ("import", "from"):
+        return "expected import package.module"
+    if "EOF in multi-line" in message:
+        return "a bracket or a quote is never closed"
+    if message.startswith("Expected indentation"):
+        return "after 'Section:' come indented lines 'field = value'"
+    if message.startswith("Expected ',' or"):
+        return f"{message[0].lower()}{message[1:]}; is a bracket left open?"
+    if not equals or message.startswith(
+        ("Couldn't parse", "Malformatted", "Invalid identifier", "Expected '='")
+    ):
+        return "expected Section.field = value"
+    if message == "Expected newline":
+        return "expected one setting a line, with a plain value: no arithmetic, nothing after it"
+    if message.startswith(("Unable to parse value", "malformed node")):
+        message = "expected a plain value (number, string, tuple, True, False, None or %macro)"
+    constants = {"true": "True", "false": "False", "none": "None", "null": "None"}
+    if value.lower() in constants:
+        return f"{message}; write {constants[value.lower()]}"
+    if value[:1] in ("'", '"') and value.count(value[0]) % 2:
+        return f"{message}; the quote is not closed"
+    if value.lower() in ("inf", "nan"):
+        return f"{message}; numbers are finite"
+    if re.fullmatch(r"[A-Za-z_./~][\w./:~-]*", value):
+        return f'{message}; a string needs quotes: "{value}"'
+    return message
 
 
 def bound(bindings: Sequence[Binding], selector: str, field: str) -> Binding | None:
@@ -282,18 +313,23 @@ def bound(bindings: Sequence[Binding], selector: str, field: str) -> Binding | N
     return dataclasses.replace(found[-1], value=_resolve(found[-1].value, macros, found[-1], set()))
 
 
-def _resolve(value: Any, macros: Mapping[str, Binding], binding: Binding, used: set[str]) -> Any:
+def _resolve(
+    value: Any, macros: Mapping[str, Binding], binding: Binding, used: set[str], within: tuple[str, ...] = ()
+) -> Any:
+    """`value`, found in `binding` and in the macros `within`, with macros replaced; adds them to `used`."""
     if isinstance(value, _Macro):
-        if value.name not in macros:
-            raise ConfigError(f"{binding.where}: %{value.name} is not defined{closest(value.name, macros)}")
-        if value.name in used and value == macros[value.name].value:
-            raise ConfigError(f"{binding.where}: %{value.name} is defined by itself")
-        used.add(value.name)
-        return _resolve(macros[value.name].value, macros, binding, used)
+        name = value.name
+        if name not in macros:
+            raise ConfigError(f"{binding.where}: %{name} is not defined{closest(name, macros)}")
+        if name in within:
+            circle = " -> ".join(f"%{n}" for n in (*within[within.index(name) :], name))
+            raise ConfigError(f"{binding.where}: %{name} is defined by itself: {circle}")
+        used.add(name)
+        return _resolve(macros[name].value, macros, macros[name], used, (*within, name))
     if isinstance(value, (list, tuple)):
-        return type(value)(_resolve(v, macros, binding, used) for v in value)
+        return type(value)(_resolve(v, macros, binding, used, within) for v in value)
     if isinstance(value, dict):
-        return {k: _resolve(v, macros, binding, used) for k, v in value.items()}
+        return {k: _resolve(v, macros, binding, used, within) for k, v in value.items()}
     return value
 
 
@@ -335,6 +371,7 @@ def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str
     for name, macro in macros.items():
         if name not in used:
             owners = [f"{n}.{name}" for n, cls in by_name.items() if name in fields(cls)]
+            owners += [f"{n}.<field>" for n in by_name if n == name]
             hint = f"; to set a field write {' or '.join(owners)}" if owners else ""
             mistakes.append(f"{macro.where}: the macro {name!r} is never used{hint}")
     built = {}
@@ -351,7 +388,7 @@ def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str
         try:
             config.check()
         except ConfigError as error:
-            mistakes.append(str(error))
+            mistakes.append(_located(str(error), sources))
     if mistakes:
         more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
         raise ConfigError(mistakes[0] + more)
@@ -359,13 +396,11 @@ def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str
 
 
 def _section_name(binding: Binding, by_name: Mapping[str, type], experiment: str) -> str:
-    matches = [n for n in by_name if n == binding.selector or n.endswith("." + binding.selector)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise ConfigError(
-            f"{binding.where}: {binding.selector!r} could be {' or '.join(matches)}; write one of them"
-        )
+    if binding.selector in by_name:
+        return binding.selector
+    whole = f"{binding.selector}.{binding.field}"
+    if whole in by_name:
+        raise ConfigError(f"{binding.where}: {whole} is a section; write {whole}.<field> = value")
     raise ConfigError(
         f"{binding.where}: the experiment {experiment!r} has no section {binding.selector!r}"
         f"{_closest_section(binding.selector, by_name)}; allowed: {', '.join(by_name)}"
@@ -377,7 +412,7 @@ def _closest_section(selector: str, names: Iterable[str]) -> str:
     whole = closest(selector, names)
     last = {n.rpartition(".")[2]: n for n in names}
     found = difflib.get_close_matches(selector.rpartition(".")[2], last, n=1, cutoff=0.55)
-    return whole or (f"; did you mean {last[found[0]]!r}?" if found else "")
+    return whole or (f" (did you mean {last[found[0]]!r}?)" if found else "")
 
 
 def _explain(
@@ -388,31 +423,47 @@ def _explain(
     """One readable line for pydantic's errors of one field; a union has one for each alternative."""
     error = errors[0]
     field = str(error["loc"][0]) if error["loc"] else ""
+    index = _index(error)
+    errors = [e for e in errors if _index(e) == index]
     binding = sources.get((cls.gin_name, field))
     value = error.get("input")
     message = " or ".join(e["msg"] for e in errors).replace("Input should be", "must be")
-    message = message.replace(" or must be", " or")
+    message = message.replace(" or must be", " or").replace("a valid integer", "an integer")
+    message = message.replace("a valid ", "a ")
     if not field:
         return f"{cls.gin_name}: {message}"
     name = f"{cls.gin_name}.{field}"
     if error["type"] == "missing":
         return f"{name} is required: {fields(cls)[field].description}"
     where = f"{binding.where}: " if binding else ""
-    hint = ""
+    near = hint = ""
     if error["type"] == "literal_error" and isinstance(value, str):
-        hint = closest(value, re.findall(r"'([^']*)'", str(error["ctx"]["expected"])))
+        near = closest(value, re.findall(r"'([^']*)'", str(error["ctx"]["expected"])))
     elif error["type"] == "tuple_type" and isinstance(value, list):
         hint = f"; write ({', '.join(map(repr, value))}{',' if len(value) == 1 else ''})"
     elif error["type"] == "tuple_type" and isinstance(value, int):
         hint = f"; write ({value!r},)"
-    return f"{where}{name} = {value!r}: {message}{hint} ({fields(cls)[field].description})"
+    return f"{where}{name}{index} = {value!r}{near}: {message}{hint} ({fields(cls)[field].description})"
+
+
+def _index(error: Mapping[str, Any]) -> str:
+    """Where in a tuple a value is wrong: ``[1]``, or nothing."""
+    return "".join(f"[{part}]" for part in error["loc"][1:] if isinstance(part, int))
+
+
+def _located(message: str, sources: Mapping[tuple[str, str], Binding]) -> str:
+    """A message about several fields, after the place where the first of those that a file binds is bound."""
+    for key in re.findall(r"([A-Za-z_][\w.]*)\.(\w+)", message):
+        if key in sources:
+            return f"{sources[key].where}: {message}"
+    return message
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the name nearest to `name`, or nothing."""
+    """`` (did you mean 'x'?)`` for the name nearest to `name`, or nothing."""
     by_lower = {n.lower(): n for n in names}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.55)
-    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
+    return f" (did you mean {by_lower[found[0]]!r}?)" if found else ""
 
 
 # Saving and comparing
@@ -444,7 +495,9 @@ def bindings_as_gin(bindings: Sequence[Binding]) -> str:
     for binding in bindings:
         if not binding.field or decided[binding.selector, binding.field] is not binding:
             continue
-        source = binding.where if "--" in binding.where else binding.where.rpartition(":")[0]
+        source = binding.where
+        if not source.startswith("--gin_param"):
+            source = source.rpartition(":")[0]
         if source != last:
             lines += ["", f"# {source}"]
             last = source
@@ -498,6 +551,8 @@ def _names(config: Any) -> list[str]:
 
 def import_module(name: str, *, what: str) -> Any:
     """Imports `name`; a module that does not exist is a ConfigError naming `what` asked for it."""
+    if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+        raise ConfigError(f"{what}: {name!r} is not a module's name; write package.module, without .py")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

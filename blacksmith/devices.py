@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from blacksmith import assets
 from blacksmith.errors import ConfigError
@@ -93,19 +94,25 @@ def _activate_jax(device: str) -> str:
     else:
         platform, _, index = device.partition(":")
         try:
-            chosen = jax.devices(platform)[int(index or 0)]
-        except (RuntimeError, IndexError, ValueError) as error:
-            here = sorted({f"{d.platform}:{d.id}" for d in jax.devices()} | {"cpu"})
+            chosen = {str(i): d for i, d in enumerate(jax.devices(platform))}[index or "0"]
+        except (RuntimeError, KeyError) as error:
+            here = sorted({_jax_name(d) for d in jax.devices()} | {"cpu"})
             raise ConfigError(
                 f"--device={device}: JAX has no such device here; there is {', '.join(here)}"
             ) from error
         jax.config.update("jax_default_device", chosen)
-    return chosen.platform if chosen.platform == "cpu" else f"{chosen.platform}:{chosen.id}"
+    return _jax_name(chosen)
+
+
+def _jax_name(device: Any) -> str:
+    name = f"{device.platform}:{device.id}"
+    return "cpu" if name == "cpu:0" else name
 
 
 def _activate_torch(device: str) -> str:
     import torch
 
+    asked = device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "gpu":
@@ -116,13 +123,14 @@ def _activate_torch(device: str) -> str:
         ]
         device = present[0] if present else "cuda"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # Read back, since the meta device has shapes without values.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():
             here.append("mps")
         raise ConfigError(
-            f"--device={device}: PyTorch has no such device here; there is {', '.join(here)}"
+            f"--device={asked}: PyTorch has no such device here; there is {', '.join(here)}"
         ) from error
     os.environ["KERAS_TORCH_DEVICE"] = device
     return device

@@ -6,7 +6,9 @@ the configuration is known to be good.
 """
 
 import dataclasses
+import difflib
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -85,8 +87,9 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bo
         flags.DEFINE_bool(name, False, "Show this help.", flag_values=values)
     try:
         rest = values(list(argv))
-    except flags.Error as error:
-        line = str(error).strip().replace("\n", " ")
+    except (flags.Error, ValueError) as error:
+        line = " ".join(str(error).split())
+        line = re.sub(r"\('Non-boolean argument to boolean flag', .*\)", "must be true or false", line)
         raise ConfigError(f"{line} (see --helpfull)") from error
     if values.help or values.helpfull or values.helpshort:
         print(usage.strip() + "\n\nflags:\n" + values.get_help())
@@ -96,6 +99,18 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bo
             f"{rest[1]!r} is not a flag; a Gin file is given as --gin_file={rest[1]} (see --helpfull)"
         )
     return True
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Imports modules that add experiments; they may lie in the directory one works in.
+
+    Raises:
+      ConfigError: there is no such module.
+    """
+    for name in names:
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        configuration.import_module(name, what=f"--plugin={name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +130,13 @@ def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_import
       ConfigError: the first mistake.
     """
     if not gin_files and not gin_params:
-        raise ConfigError("give a configuration: --gin_file=gin/mnist_jax.gin (--list shows all)")
+        raise ConfigError("give a configuration: --gin_file=gin/mnist_jax.gin (--list shows the experiments)")
     bindings = configuration.parse(gin_files, gin_params, allow_imports=allow_imports)
     binding = configuration.bound(bindings, "Run", "experiment")
     if binding is None:
+        bound = {f"{b.selector}.{b.field}".strip("."): b.where for b in bindings}
+        for name in difflib.get_close_matches("Run.experiment", bound, n=1, cutoff=0.7):
+            raise ConfigError(f"{bound[name]}: {name!r} is unknown; did you mean 'Run.experiment'?")
         raise ConfigError(
             f"{', '.join(gin_files) or '--gin_param'}: Run.experiment is not set; it names the "
             f"experiment, one of: {', '.join(registry.names())}. A file in gin/include/ is a fragment, "
@@ -158,11 +176,7 @@ def _main(argv: list[str]) -> int:
     values = define_flags()
     if not parse_flags(values, argv, __doc__):
         return 0
-    # A plugin may lie in the directory one works in, also when started by an installed script.
-    for plugin in values.plugin:
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        configuration.import_module(plugin, what=f"--plugin={plugin}")
+    import_plugins(values.plugin)
     if values["list"].value:
         for name in registry.names():
             entry = registry.get(name)

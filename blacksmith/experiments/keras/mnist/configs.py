@@ -140,6 +140,36 @@ class Config:
                 '"tfds" (idx files of any set are read by mnist.Data.path)'
             )
 
+    def parity_bindings(self, steps: int) -> dict[str, object]:
+        """What a comparison of backends changes: random masks off, one data source, every step logged.
+
+        Args:
+          steps: optimiser steps of the comparison.
+
+        Returns:
+          Values by Gin name. Dropout and augmentation are off because their masks differ between backends
+          by nature; an ``auto`` source is resolved here, once for all runs.
+
+        Raises:
+          DataError: the data is not there or broken.
+        """
+        from blacksmith.datasets import mnist
+
+        data = self.data
+        info = mnist.load(
+            data.source, data.path, name=data.name, validation=data.validation, seed=self.run.seed
+        ).info
+        return {
+            "mnist.Data.source": info["source"],
+            "mnist.Data.path": info["path"],
+            "mnist.Data.shift": 0.0,
+            "mnist.Data.rotate": 0.0,
+            "mnist.Model.dropout": 0.0,
+            "mnist.Train.steps": steps,
+            "mnist.Train.early_stopping": None,
+            "mnist.Train.stop_at": None,
+        }
+
 
 def _check_only_for(optimizer: OptimizerConfig, field: str, default: object, names: tuple) -> None:
     value = getattr(optimizer, field)

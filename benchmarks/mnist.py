@@ -168,6 +168,7 @@ def make_loop(width, batch, inputs, labels):
         'Run.experiment = "keras/mnist"',
         f'Run.backend = "{os.environ["KERAS_BACKEND"]}"',
         f"mnist.Model.hidden = ({width}, {width})",
+        'mnist.Model.activation = "relu"',
         f"mnist.Train.batch_size = {batch}",
         "Checkpoint.every_epochs = None",
         "Log.tensorboard = False",
@@ -218,7 +219,7 @@ def lightning(width, batch, inputs, labels, steps):
         trainer = L.Trainer(
             accelerator="cpu",
             max_epochs=-1,
-            max_steps=-1,
+            reload_dataloaders_every_n_epochs=1,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -246,7 +247,7 @@ def fit(width, batch, x, y, executions):
 
     from blacksmith.models.keras.mnist.mlp import mlp
 
-    model = mlp((width, width))
+    model = mlp((width, width), activation="relu")
     model.compile(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

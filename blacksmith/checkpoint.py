@@ -107,11 +107,7 @@ class Checkpoints:
                 os.fsync(file.fileno())
             _fsync(temporary)
             if target.exists():
-                replaced = self.directory / f".{target.name}.old-{os.getpid()}"
-                shutil.rmtree(replaced, ignore_errors=True)
-                target.rename(replaced)
-                temporary.rename(target)
-                shutil.rmtree(replaced)
+                self._replace(target, temporary)
             else:
                 temporary.rename(target)
             _fsync(self.directory)
@@ -157,7 +153,7 @@ class Checkpoints:
         """Removes checkpoints newer than `step`: they belong to a history that a resume gave up."""
         for path in self.steps():
             if int(_STEP.fullmatch(path.name)[1]) > step:
-                shutil.rmtree(path)
+                self._remove(path)
 
     def _first_intact(self, candidates: list[Path]) -> Saved | None:
         problems = []
@@ -189,7 +185,25 @@ class Checkpoints:
         keep = set(steps[-self.keep_last :]) | {newest} | set(self._by_metric()[: self.keep_best])
         for path in steps:
             if path not in keep:
-                shutil.rmtree(path)
+                self._remove(path)
+
+    def _replace(self, target: Path, temporary: Path) -> None:
+        """Puts `temporary` in the place of `target`, which stays if that fails; see `clean`."""
+        replaced = self.directory / f".{target.name}.old-{os.getpid()}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            replaced.rename(target)
+            raise
+        shutil.rmtree(replaced)
+
+    def _remove(self, path: Path) -> None:
+        """Removes a checkpoint at once for readers: a kill on the way must not leave half of it."""
+        removed = self.directory / f".{path.name}.tmp-{os.getpid()}"
+        path.rename(removed)
+        shutil.rmtree(removed)
 
 
 def find(path: Path) -> Saved:
@@ -222,7 +236,7 @@ def load(path: Path) -> Saved:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         recorded = state.pop("state_sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__})") from error
     if recorded != _content_sha256(state):
         raise CheckpointError(f"{file} has changed since it was written")

@@ -271,7 +271,7 @@ def _statements(text: str, display: str, *, is_file: bool) -> Iterable[Any]:
 def _syntax_message(error: Exception, source: str) -> str:
     """What is wrong with the line `source`, in the terms of someone who writes settings."""
     message = error.args[0] if isinstance(error, tokenize.TokenError) else getattr(error, "msg", str(error))
-    message = message.strip().splitlines()[0].partition("  Got ")[0].rstrip(".")
+    message = (message.strip() or type(error).__name__).splitlines()[0].partition("  Got ")[0].rstrip(".")
     key, equals, value = (part.strip() for part in source.partition("#")[0].partition("="))
     keyword, _, operand = key.partition(" ")
     if keyword == "include":
@@ -433,9 +433,11 @@ def _explain(
     if not field:
         return f"{cls.gin_name}: {message}"
     name = f"{cls.gin_name}.{field}"
+    where = f"{binding.where}: " if binding else ""
+    if error["type"] == "missing" and index:
+        return f"{where}{name} = {value!r}: {name}{index} is missing ({fields(cls)[field].description})"
     if error["type"] == "missing":
         return f"{name} is required: {fields(cls)[field].description}"
-    where = f"{binding.where}: " if binding else ""
     near = hint = ""
     if error["type"] == "literal_error" and isinstance(value, str):
         near = closest(value, re.findall(r"'([^']*)'", str(error["ctx"]["expected"])))

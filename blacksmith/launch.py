@@ -135,8 +135,9 @@ def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_import
     binding = configuration.bound(bindings, "Run", "experiment")
     if binding is None:
         bound = {f"{b.selector}.{b.field}".strip("."): b.where for b in bindings}
-        for name in difflib.get_close_matches("Run.experiment", bound, n=1, cutoff=0.7):
-            raise ConfigError(f"{bound[name]}: {name!r} is unknown; did you mean 'Run.experiment'?")
+        near = difflib.get_close_matches("Run.experiment", bound, n=1, cutoff=0.7)
+        if near:
+            raise ConfigError(f"{bound[near[0]]}: {near[0]!r} is unknown; did you mean 'Run.experiment'?")
         raise ConfigError(
             f"{', '.join(gin_files) or '--gin_param'}: Run.experiment is not set; it names the "
             f"experiment, one of: {', '.join(registry.names())}. A file in gin/include/ is a fragment, "
@@ -246,7 +247,11 @@ def run_experiment(
             )
         if resume == "never" and mode != "train":
             raise ConfigError(f"--mode={mode} reads a checkpoint; --resume=never forbids it")
-        saved = None if resume == "never" else find(Path(resume))
+        saved = None
+        if resume != "never":
+            path = Path(resume)
+            best = runs.checkpoints_of(path, config).best() if mode != "train" else None
+            saved = best or find(path)
     if saved is not None and mode == "train":
         runs.check_resume(saved, config, experiment)
     name = devices.activate(experiment, resolved.backend, device)

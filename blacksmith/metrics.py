@@ -2,13 +2,15 @@
 
 A `Metrics` belongs to one run directory. Each line of the JSON file has ``step``, ``epoch``, ``seconds`` and
 ``split`` beside the values. No framework is imported; TensorBoard events are written by TensorBoard's own
-writer.
+record writer.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -47,13 +49,20 @@ class TensorBoardWriter:
 
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2, summary_pb2
-        self._writer = EventFileWriter(str(directory))
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Readers take the files in the order of their names. No EventFileWriter: its errors, a full disk for
+        # example, show up as a traceback from a thread.
+        number = len(list(directory.glob("*.tfevents.*")))
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{number}"
+        self._file = (directory / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
         if purge_step is not None:
             # TensorBoard drops events at or after a restart's step when it meets this record.
-            self._add(step=purge_step, file_version="brain.Event:2")
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._add(step=purge_step, session_log=start)
 
@@ -66,11 +75,11 @@ class TensorBoardWriter:
             ]
         )
         self._add(step=step, summary=summary)
+        self._file.flush()
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         """Writes a 30-bucket histogram of the finite values."""
-        values = np.asarray(values, np.float64).reshape(-1)
-        values = values[np.isfinite(values)]
+        values = _finite_values(values)
         if not values.size:
             return
         counts, edges = np.histogram(values, bins=30)
@@ -87,15 +96,15 @@ class TensorBoardWriter:
         self._add(step=step, summary=self._summary.Summary(value=[value]))
 
     def flush(self) -> None:
-        """Writes out the queued events."""
-        self._writer.flush()
+        """Makes what was written visible to TensorBoard."""
+        self._file.flush()
 
     def close(self) -> None:
-        """Writes out the queued events and closes the file."""
-        self._writer.close()
+        """Flushes and closes the file."""
+        self._file.close()
 
     def _add(self, **fields: Any) -> None:
-        self._writer.add_event(self._event.Event(wall_time=time.time(), **fields))
+        self._records.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 class WandbWriter:
@@ -109,10 +118,14 @@ class WandbWriter:
     """
 
     def __init__(self, directory: Path, mode: str, project: str, config: Mapping[str, Any]) -> None:
+        directory = Path(directory).resolve()
+        # Read by wandb when imported: else its logs go into the user's home, and it reports home offline.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(directory / "wandb" / "cache"))
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self._wandb = wandb
-        directory = Path(directory).resolve()
         self._run = wandb.init(
             project=project,
             mode=mode,
@@ -129,15 +142,17 @@ class WandbWriter:
         self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """Logs a histogram at `step`."""
-        self._run.log({name: self._wandb.Histogram(np.asarray(values).reshape(-1))}, step=step)
+        """Logs a histogram of the finite values at `step`."""
+        values = _finite_values(values)
+        if values.size:
+            self._run.log({name: self._wandb.Histogram(values)}, step=step)
 
     def flush(self) -> None:
         """Nothing to do: wandb streams by itself."""
 
     def close(self) -> None:
         """Ends the wandb run."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Metrics:
@@ -176,6 +191,7 @@ class Metrics:
         line["split"] = split
         line.update({name: _json_number(value) for name, value in values.items()})
         self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
         for writer in self._writers:
             writer.scalars(step, split, values)
 
@@ -193,11 +209,11 @@ class Metrics:
         return self._file.tell()
 
     def close(self) -> None:
-        """Flushes and closes every writer."""
+        """Flushes and closes the file and every writer, also when one of them fails."""
         if not self._file.closed:
-            self._file.close()
-            for writer in self._writers:
-                writer.close()
+            with contextlib.ExitStack() as stack:
+                for closing in (self._file, *self._writers):
+                    stack.callback(closing.close)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -210,6 +226,12 @@ def read(path: Path) -> list[dict[str, Any]]:
             break
         lines.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in parsed.items()})
     return lines
+
+
+def _finite_values(values: np.ndarray) -> np.ndarray:
+    """The finite values of an array of any shape: float64 [values]."""
+    values = np.asarray(values, np.float64).reshape(-1)
+    return values[np.isfinite(values)]
 
 
 def _json_number(value: float) -> float | str:

@@ -46,7 +46,9 @@ _PACKAGES = (
 
 
 class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads; a second signal interrupts at once."""
+    """Turns SIGTERM and SIGINT into a flag that the loop reads; the same signal again interrupts at once."""
+
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -56,17 +58,23 @@ class StopFlag:
         return self.signal is not None
 
     def __enter__(self) -> "StopFlag":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._set)
+        self._previous = {number: signal.getsignal(number) for number in self._NUMBERS}
+        self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def listen(self) -> None:
+        """Puts the handlers in place, also again where a framework has put its own over them."""
+        for number in self._NUMBERS:
+            signal.signal(number, self._set)
+
     def _set(self, number: int, _frame: object) -> None:
         self.signal = signal.Signals(number).name
-        print(f"\n{self.signal}: finishing the step and saving; again to abort", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one, and a stream is not re-entrant.
+        os.write(2, f"\n{self.signal}: finishing the step and saving; again to abort\n".encode())
         signal.signal(number, signal.default_int_handler)
 
 
@@ -82,7 +90,6 @@ class Run:
       mode: ``train``, ``eval`` or ``export``.
       resumed: the checkpoint that this run goes on from, or None.
       checkpoints: the run's own checkpoints.
-      metrics: the metric stream.
       stop: true once the run is to stop.
     """
 
@@ -112,14 +119,26 @@ class Run:
         self._command = list(command)
         self._environment: dict[str, Any] = {}
         self.checkpoints = checkpoints_of(self.directory, config)
-        self.metrics: metric_writers.Metrics | None = None
+        self._metrics: metric_writers.Metrics | None = None
+        self._opened_at = 0.0
+        self._started = False
+
+    @property
+    def metrics(self) -> metric_writers.Metrics:
+        """The metric stream of a training run. Its first use is what changes a directory with checkpoints."""
+        if self._metrics is None:
+            if self.mode != "train":
+                raise RuntimeError(f"--mode={self.mode} has no metric stream")
+            self._start()
+        return self._metrics
 
     @contextlib.contextmanager
     def opened(self) -> Iterator["Run"]:
         """Makes and locks the directory, records provenance, opens the metrics; closes them at the end.
 
-        A directory that this run made is removed again when it ends in a `ConfigError`, `DataError` or
-        `CheckpointError`; any other failure leaves a `result.json` that says so.
+        A run that is refused (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: a directory
+        that it made is removed again, one that it was to go on in is as it was. Any other failure leaves a
+        `result.json` that says so.
 
         Raises:
           ConfigError: another process is running in this directory.
@@ -130,24 +149,31 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--workdir: cannot make {self.directory}: {error.strerror}") from error
-        with self._lock(), self.stop:
-            try:
-                if self.mode == "train":
-                    self._start()
-                yield self
-            except (ConfigError, DataError, CheckpointError):
-                self._close()
-                if made:
-                    shutil.rmtree(self.directory, ignore_errors=True)
-                raise
-            except BaseException as error:
-                if self.mode == "train":
-                    self._failed(error)
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise RunError(_disk_full(error, self.directory)) from error
-                raise
-            finally:
-                self._close()
+        self._opened_at = time.perf_counter()
+        try:
+            with self._lock(), self.stop:
+                try:
+                    if self.mode == "train" and not self._goes_on:
+                        self._start()
+                    yield self
+                except BaseException as error:
+                    refused = isinstance(error, (ConfigError, DataError, CheckpointError))
+                    if refused and made and not self.checkpoints.steps():
+                        self._close()
+                        shutil.rmtree(self.directory, ignore_errors=True)
+                    elif self._started:
+                        self._failed(error)
+                    raise
+                finally:
+                    self._close()
+        except Exception as error:
+            if reason := _full_disk(error):
+                newest = self.checkpoints.steps()
+                kept = f"the last checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
+                raise RunError(
+                    f"the disk is full ({reason}); {kept}; make room and run the same command again"
+                ) from error
+            raise
 
     def use_data(self, info: Mapping[str, Any], line: str) -> None:
         """Records which data is used and prints `line`.
@@ -165,7 +191,7 @@ class Run:
                     f"{before.get('source')} {str(before.get('sha256'))[:12]}, now it is "
                     f"{info.get('source')} {str(info.get('sha256'))[:12]}; give the same source"
                 )
-        if self.mode == "train":
+        if self._started:
             self._environment["data"] = self.data
             write_json(self.directory / "environment.json", self._environment)
 
@@ -222,11 +248,24 @@ class Run:
         write_json(self.directory / "result.json", content)
         self._report()
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the run goes on in the directory of the checkpoint that it starts from."""
+        if self.resumed is None:
+            return False
+        return self.resumed.path.parent.resolve() == self.checkpoints.directory.resolve()
+
     def _start(self) -> None:
+        """Puts the directory into the state that the run starts from."""
+        path = self.directory / "metrics.jsonl"
+        offset = self.resumed.state["metrics_offset"] if self._goes_on else 0
+        if offset > (path.stat().st_size if path.exists() else 0):
+            raise CheckpointError(
+                f"{path} is shorter than when {self.resumed.path.name} was written; "
+                "resume into a new directory with --resume=PATH"
+            )
+        self._started = True
         self.checkpoints.clean()
-        same_directory = False
-        if self.resumed is not None:
-            same_directory = self.resumed.path.parent.resolve() == self.checkpoints.directory.resolve()
         for stale in ("result.json", "report.html", "worst.npz"):
             (self.directory / stale).unlink(missing_ok=True)
         (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
@@ -234,21 +273,12 @@ class Run:
         write_json(self.directory / "config.json", configuration.as_dict(self.config))
         self._environment = self._provenance()
         write_json(self.directory / "environment.json", self._environment)
-        offset, seconds, purge = 0, 0.0, None
-        if self.resumed is not None:
-            seconds = self.resumed.state["seconds"]
-            if same_directory:
-                self.checkpoints.remove_after(self.resumed.step)
-                offset = self.resumed.state["metrics_offset"]
-                purge = self.resumed.step + 1
+        purge = None
+        if self._goes_on:
+            self.checkpoints.remove_after(self.resumed.step)
+            purge = self.resumed.step + 1
         elif (self.directory / "tensorboard").exists():
             purge = 0
-        path = self.directory / "metrics.jsonl"
-        if offset > (path.stat().st_size if path.exists() else 0):
-            raise CheckpointError(
-                f"{path} is shorter than when {self.resumed.path.name} was written; "
-                "resume into a new directory with --resume=PATH"
-            )
         log = self.config.log
         writers: list[metric_writers.Writer] = []
         if log.tensorboard:
@@ -259,14 +289,18 @@ class Run:
                     self.directory, log.wandb, log.wandb_project, configuration.as_dict(self.config)
                 )
             )
-        self.metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
+        seconds = time.perf_counter() - self._opened_at
+        if self.resumed is not None:
+            seconds += self.resumed.state["seconds"]
+        self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
 
     def _provenance(self) -> dict[str, Any]:
         previous = []
         with contextlib.suppress(OSError, ValueError):
             old = json.loads((self.directory / "environment.json").read_text())
             previous = old.pop("previous", [])
-            previous.append({k: old[k] for k in ("started", "command", "backend", "device", "resumed_from")})
+            kept = ("started", "command", "backend", "device", "resumed_from")
+            previous.append({key: old.get(key) for key in kept})
         return {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": self._command,
@@ -286,11 +320,8 @@ class Run:
     def _failed(self, error: BaseException) -> None:
         """Leaves word of a crash, as far as the disk lets it."""
         with contextlib.suppress(Exception):
-            step = 0
-            if self.metrics is not None:
-                self.metrics.flush()
-                lines = metric_writers.read(self.directory / "metrics.jsonl")
-                step = lines[-1]["step"] if lines else 0
+            path = self.directory / "metrics.jsonl"
+            lines = metric_writers.read(path) if path.exists() else []
             write_json(
                 self.directory / "result.json",
                 {
@@ -299,11 +330,12 @@ class Run:
                     "experiment": self.experiment.name,
                     "backend": self.backend,
                     "device": self.device,
-                    "step": step,
+                    "step": lines[-1]["step"] if lines else 0,
                     "data": self.data,
                 },
             )
-            self._report()
+            if _full_disk(error) is None:
+                self._report()
 
     def _report(self) -> None:
         from blacksmith import report
@@ -314,17 +346,19 @@ class Run:
             print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
 
     def _close(self) -> None:
-        if self.metrics is not None:
+        if self._metrics is not None:
             with contextlib.suppress(OSError):
-                self.metrics.close()
+                self._metrics.close()
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        path = self.directory / ".lock"
-        file = path.open("a+")
+        try:
+            file = (self.directory / ".lock").open("a+")
+        except OSError as error:
+            raise ConfigError(f"--workdir: cannot write in {self.directory}: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
@@ -425,7 +459,9 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
-def _disk_full(error: OSError, directory: Path) -> str:
-    newest = Checkpoints(directory / "checkpoints").steps()
-    kept = f"the last checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
-    return f"the disk is full ({error.strerror}); {kept}; make room and run the same command again"
+def _full_disk(error: Exception) -> str | None:
+    """The reason where a full disk or quota is behind `error`: libraries hide the OSError in a message."""
+    reasons = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
+    if isinstance(error, OSError) and error.errno in reasons:
+        return reasons[error.errno]
+    return next((reason for reason in reasons.values() if reason in str(error)), None)

@@ -4,12 +4,13 @@ A backend keeps the training data on the device and runs blocks of steps as one 
 in and out as named NumPy arrays, under the same names on every backend.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import keras
 import numpy as np
+from keras import ops
 
 from blacksmith.order import Block, seed_words
 from blacksmith.trainers.initial_weights import variable_name
@@ -134,9 +135,7 @@ def named_state(task: Task) -> dict[str, keras.Variable]:
 
 def read_state(task: Task) -> dict[str, np.ndarray]:
     """`named_state` as NumPy arrays."""
-    return {
-        name: np.array(keras.ops.convert_to_numpy(variable)) for name, variable in named_state(task).items()
-    }
+    return {name: np.array(ops.convert_to_numpy(variable)) for name, variable in named_state(task).items()}
 
 
 def assign_state(task: Task, state: Mapping[str, np.ndarray]) -> None:
@@ -156,6 +155,21 @@ def assign_state(task: Task, state: Mapping[str, np.ndarray]) -> None:
                 f"the checkpoint's {name} has the shape {state[name].shape}, not {tuple(variable.shape)}"
             )
         variable.assign(state[name].astype(str(variable.dtype)))
+
+
+def check_parts(accumulate: int, batch: int) -> None:
+    """Checks that a batch can be cut into `accumulate` equal parts.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    if batch % accumulate:
+        raise ValueError(f"accumulate = {accumulate} does not divide the batch of {batch} samples")
+
+
+def added_loss(added: Sequence[object]) -> object:
+    """What the model's layers add to the loss of a batch (regularisers, `add_loss`), as one float32."""
+    return sum(ops.cast(loss, "float32") for loss in added)
 
 
 def step_seeds(seed: int, first: int, count: int) -> np.ndarray:

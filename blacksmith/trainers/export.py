@@ -13,7 +13,6 @@ def export_stablehlo(model: keras.Model, path: Path) -> Path:
       path: the file.
     """
     import jax
-    import jax.numpy as jnp
     from jax import export
 
     trainable = [v.value for v in model.trainable_variables]
@@ -23,7 +22,7 @@ def export_stablehlo(model: keras.Model, path: Path) -> Path:
         return model.stateless_call(trainable, fixed, x, training=False)[0]
 
     (batch,) = export.symbolic_shape("batch")
-    shape = jax.ShapeDtypeStruct((batch, *model.inputs[0].shape[1:]), jnp.float32)
+    shape = jax.ShapeDtypeStruct((batch, *model.inputs[0].shape[1:]), model.inputs[0].dtype)
     # Made for every platform, so that a model trained on a GPU can be served on a CPU.
     exported = export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(shape)
     path.write_bytes(exported.serialize())
@@ -40,7 +39,8 @@ def export_torch(model: keras.Model, path: Path) -> Path:
     import torch
 
     device = model.trainable_variables[0].value.device
-    example = torch.zeros((2, *model.inputs[0].shape[1:]), device=device)
+    dtype = getattr(torch, model.inputs[0].dtype)
+    example = torch.zeros((2, *model.inputs[0].shape[1:]), dtype=dtype, device=device)
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model.eval(), (example,), dynamic_shapes=((({0: batch},)),), strict=False)
     torch.export.save(program, path)

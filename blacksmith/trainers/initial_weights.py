@@ -27,9 +27,8 @@ def initialise(model: keras.Model, seed: int) -> None:
         raise ValueError(f"variables share a name: {sorted(duplicates)}; name every layer")
     for layer in model._flatten_layers():
         for variable in layer._trainable_variables:
-            initializer = getattr(layer, f"{variable.name}_initializer", None)
             value = _draw(
-                initializer,
+                _initializer(layer, variable),
                 tuple(variable.shape),
                 generator(seed, "weights", variable_name(model, variable)),
                 f"{layer.name}/{variable.name}",
@@ -53,8 +52,30 @@ def weights_sha256(state: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _initializer(layer: keras.Layer, variable: keras.Variable) -> object | None:
+    """The initialiser that a layer keeps for one of its variables; None where the variable is a constant.
+
+    Raises:
+      ValueError: the variable is random, and nothing says how it is drawn.
+    """
+    # Keras's separable layers keep `depthwise_initializer` for `depthwise_kernel` or for `kernel`.
+    names = [variable.name, variable.name.removesuffix("_kernel")]
+    if variable.name == "kernel":
+        names.append("depthwise")
+    for name in names:
+        if (initializer := getattr(layer, f"{name}_initializer", None)) is not None:
+            return initializer
+    values = np.ravel(keras.ops.convert_to_numpy(variable))
+    if (values != values[:1]).any():
+        raise ValueError(
+            f"{layer.name}/{variable.name} is random, but the layer has no attribute "
+            f"{variable.name}_initializer that says how to draw it"
+        )
+    return None
+
+
 def _draw(
-    initializer: object, shape: tuple[int, ...], rng: np.random.Generator, name: str
+    initializer: object | None, shape: tuple[int, ...], rng: np.random.Generator, name: str
 ) -> np.ndarray | None:
     """A float32 sample of `initializer`'s distribution, or None where it is a constant."""
     kinds = keras.initializers

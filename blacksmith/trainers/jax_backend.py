@@ -11,7 +11,9 @@ from keras import ops
 from blacksmith.order import Block
 from blacksmith.trainers.backend import (
     Task,
+    added_loss,
     assign_state,
+    check_parts,
     draw_augmentation,
     read_state,
     seed_states,
@@ -46,6 +48,8 @@ class JaxBackend:
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
         """See `Backend.train_block`."""
         count = len(block.indices)
+        if count > self._capacity:
+            raise ValueError(f"a block of {count} steps is longer than block_steps = {self._capacity}")
         rows = self._rows(block, step, self._capacity)
         self._state, values = self._run(self._state, self._inputs, self._labels, rows, count)
         return {name: np.asarray(value)[:count] for name, value in values.items()}
@@ -167,6 +171,7 @@ class JaxBackend:
         gradient = jax.value_and_grad(self._loss, has_aux=True)
         per_sample = {k: v for k, v in row.items() if k != "seeds"}
         parts = self.task.accumulate
+        check_parts(parts, len(row["indices"]))
         total, values = None, None
         for part in range(parts):
             size = per_sample["indices"].shape[0] // parts
@@ -187,10 +192,14 @@ class JaxBackend:
         x, y = inputs[columns["indices"]], labels[columns["indices"]]
         if task.augmentation is not None:
             x = task.augmentation.apply(x, columns["augmentation"])
-        outputs, fixed = task.model.stateless_call(trainable, fixed, x, training=True)
+        outputs, fixed, added = task.model.stateless_call(
+            trainable, fixed, x, training=True, return_losses=True
+        )
         outputs = ops.cast(outputs, "float32")
         weights = columns["weights"]
         loss = jnp.sum(task.loss(y, outputs) * weights)
+        if added:
+            loss += added_loss(added) * jnp.sum(weights)
         values = {name: jnp.sum(f(y, outputs) * weights) for name, f in task.metrics.items()}
         return loss, (fixed, values)
 

@@ -1,6 +1,7 @@
 """Keras optimisers and learning-rate schedules from their configuration, the same on every backend."""
 
 import math
+import re
 
 import keras
 from keras import ops
@@ -133,11 +134,14 @@ def named_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) -
     """The optimiser's variables by backend-neutral names such as ``hidden_1_kernel_momentum``.
 
     The optimiser's and the model's own names are left out; where Keras gives two variables one name, the
-    second becomes ``name.2``.
+    second becomes ``name.2``. A variable that Keras numbers for want of a name (``variable_7``) loses the
+    number, which depends on what the process made before.
     """
     named: dict[str, keras.Variable] = {}
     for variable in optimizer.variables:
         name = base = variable.path.removeprefix(f"{optimizer.name}/").removeprefix(f"{model.name}_")
+        if re.fullmatch(r"variable_\d+", name):
+            name = base = "variable"
         number = 1
         while name in named:
             number += 1

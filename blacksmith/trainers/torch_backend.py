@@ -8,6 +8,7 @@ every other optimiser's own `stateless_apply` is traced likewise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -19,7 +20,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from blacksmith.order import Block
 from blacksmith.trainers.backend import (
     Task,
+    added_loss,
     assign_state,
+    check_parts,
     draw_augmentation,
     read_state,
     seed_states,
@@ -91,20 +94,18 @@ class TorchBackend:
           model's trainable variables.
         """
         indices, weights, augmentation, seed = row
-        if self._random:
-            self._reseed(seed)
         x = self._inputs.index_select(0, indices)
         y = self._labels.index_select(0, indices)
-        if self.task.accumulate == 1:
-            return self._part(x, y, weights, augmentation)
-        parts = self.task.accumulate
-        chunks = zip(
-            x.chunk(parts),
-            y.chunk(parts),
-            weights.chunk(parts),
-            [None] * parts if augmentation is None else augmentation.chunk(parts),
-        )
-        done = [self._part(*chunk) for chunk in chunks]
+        drawn = [] if augmentation is None else [augmentation]
+        parts = self._parts([x, y, weights, *drawn])
+        if self._graph is None:
+            self._graph = self._trace(self._arguments(parts[0]))
+        if self._random:
+            # After tracing, which draws as well: a resumed run has to see the masks of one that never stopped.
+            self._reseed(seed)
+        if len(parts) == 1:
+            return self._part(parts[0])
+        done = [self._part(part) for part in parts]
         total = done[0][3]
         for _, _, _, more in done[1:]:
             torch._foreach_add_(total, more)
@@ -163,7 +164,8 @@ class TorchBackend:
         self._fixed = fixed
         found = {}
         for v, w, g in zip(self.task.model.trainable_variables, self._trainable, gradients):
-            found[f"weights/{v.path}"] = w.detach().cpu().numpy()
+            # A copy: on the CPU the array would be the weights themselves, and change with the next step.
+            found[f"weights/{v.path}"] = np.array(w.detach().cpu())
             found[f"gradients/{v.path}"] = g.cpu().numpy()
         return found
 
@@ -191,22 +193,29 @@ class TorchBackend:
         self._trainable = [v.value.detach() for v in model.trainable_variables]
         self._fixed = [v.value.detach() for v in model.non_trainable_variables]
 
+    def _parts(self, columns: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """The columns of a batch, cut into the parts that it is computed in."""
+        parts = self.task.accumulate
+        if parts == 1:
+            return [columns]
+        check_parts(parts, len(columns[0]))
+        return [list(part) for part in zip(*(column.chunk(parts) for column in columns))]
+
+    def _arguments(self, part: list[torch.Tensor]) -> tuple[Any, ...]:
+        x, y, weights, *drawn = part
+        return self._trainable, self._fixed, x, y, weights, drawn
+
     def _part(
-        self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, augmentation: Any
+        self, part: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        drawn = [] if augmentation is None else [augmentation]
-        arguments = (self._trainable, self._fixed, x, y, weights, drawn)
-        if self._graph is None:
-            self._graph = self._trace(arguments)
-        loss, outputs, gradients, fixed = self._graph(arguments)
+        loss, outputs, gradients, fixed = self._graph(self._arguments(part))
         if fixed:
             self._fixed = list(fixed)
-        return loss, outputs, y, list(gradients)
+        return loss, outputs, part[1], list(gradients)
 
     def _trace(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         """The flat graph of `_forward_backward` for these shapes."""
-        copies = torch.utils._pytree.tree_map(lambda t: t.detach().clone(), arguments)
-        return _simplify(_trace(self._forward_backward, copies))
+        return _simplify(_trace(self._forward_backward, _copies(arguments)))
 
     def _forward_backward(
         self,
@@ -222,24 +231,31 @@ class TorchBackend:
             trainable = [t.detach().requires_grad_(True) for t in trainable]
             if augmentation:
                 x = task.augmentation.apply(x, augmentation[0])
-            outputs, new_fixed = task.model.stateless_call(trainable, fixed, x, training=True)
+            outputs, new_fixed, added = task.model.stateless_call(
+                trainable, fixed, x, training=True, return_losses=True
+            )
             outputs = ops.cast(outputs, "float32")
             loss = (task.loss(y, outputs) * weights).sum()
+            if added:
+                loss = loss + added_loss(added) * weights.sum()
             gradients = torch.autograd.grad(loss, trainable)
+        # The fused kernel goes through memory in one order: a transposed gradient would be scrambled.
+        gradients = [g.contiguous() for g in gradients]
         seeds = {id(v) for v in seed_states(task.model)}
         # Seed states are not used by layers without a seed of their own; they stay as they are.
         new_fixed = [
             old if id(v) in seeds else new.detach()
             for v, old, new in zip(task.model.non_trainable_variables, fixed, new_fixed)
         ]
-        return loss.detach(), outputs.detach(), list(gradients), new_fixed
+        return loss.detach(), outputs.detach(), gradients, new_fixed
 
     def _check_random_layers(self) -> None:
         """Random layers must draw from torch's generator: another's state would be frozen in the trace."""
         self._random = False
         for layer in self.task.model._flatten_layers():
-            generator = getattr(layer, "seed_generator", None)
-            if generator is None:
+            # Keras gives every recurrent cell a generator, which only its dropout uses.
+            idle = getattr(layer, "recurrent_dropout", None) == 0 and layer.dropout == 0
+            if not layer._seed_generators or idle:
                 continue
             self._random = True
             plain = isinstance(layer, keras.layers.Dropout) and layer.noise_shape is None
@@ -261,6 +277,10 @@ def _write_back(variables: Sequence[keras.Variable], tensors: Sequence[torch.Ten
     for variable, tensor in zip(variables, tensors):
         if variable.value.data_ptr() != tensor.data_ptr():
             variable.value.copy_(tensor)
+
+
+def _copies(tensors: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda t: t.detach().clone(), tensors)
 
 
 def _trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
@@ -333,6 +353,8 @@ def fused_kernel_refusal(optimizer: keras.optimizers.Optimizer, model: keras.Mod
         return "weight constraints"
     if any(v.value.dtype != torch.float32 for v in variables):
         return "weights that are not float32"
+    if not all(v.value.is_contiguous() for v in variables):
+        return "weights that are transposed in memory"
     if not devices <= {"cpu", "cuda", "mps"}:
         return f"no such kernel on {', '.join(devices)}"
     return None
@@ -418,6 +440,20 @@ def _float32_power(base: float, exponents: np.ndarray) -> np.ndarray:
     return (float(np.float32(base)) ** exponents.astype(np.float64)).astype(np.float32)
 
 
+class _TensorAlpha(torch.overrides.TorchFunctionMode):
+    """Lets `alpha` of `torch._foreach_add_` be a tensor, as Keras passes its learning rate.
+
+    PyTorch would read the tensor's value, which a trace cannot hold.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        alpha = kwargs.get("alpha")
+        if func is torch._foreach_add_ and isinstance(alpha, torch.Tensor):
+            return torch._foreach_add_(args[0], torch._foreach_mul(args[1], alpha))
+        return func(*args, **kwargs)
+
+
 class _TracedOptimizer:
     """Any Keras optimiser's own `stateless_apply`, traced once; run untraced where tracing fails."""
 
@@ -438,7 +474,7 @@ class _TracedOptimizer:
     def apply(self, trainable: list[torch.Tensor], gradients: list[torch.Tensor], planned: None) -> None:
         """One step; `trainable` is updated in place or its entries replaced."""
         if self._graph is None:
-            self._graph = self._trace(trainable, gradients)
+            self._graph = self._trace((trainable, self._slots, gradients))
         new_trainable, new_slots = self._graph((trainable, self._slots, gradients))
         trainable[:] = new_trainable
         self._slots = list(new_slots)
@@ -447,15 +483,20 @@ class _TracedOptimizer:
         """Gives the slots to the Keras optimiser."""
         _write_back(self._keras.variables, self._slots)
 
-    def _trace(self, trainable: list[torch.Tensor], gradients: list[torch.Tensor]) -> Callable[..., Any]:
-        copies = torch.utils._pytree.tree_map(
-            lambda t: t.detach().clone(), (trainable, self._slots, gradients)
-        )
-        try:
-            return _trace(self._update, copies)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            self._say(f"PyTorch: {type(self._keras).__name__} cannot be traced ({error}); runs as it is")
-            return lambda packed: self._update(*packed)
+    def _trace(self, arguments: tuple[list[torch.Tensor], ...]) -> Callable[..., Any]:
+        """Keras's PyTorch update as a graph; where that cannot be, its backend-neutral one."""
+        why = ""
+        for update in (self._update, self._neutral_update):
+            try:
+                graph = _trace(update, _copies(arguments))
+            except (RuntimeError, TypeError, AttributeError) as error:
+                why = why or str(error)
+                continue
+            if _holds_later(graph, update, arguments):
+                return graph
+            why = why or "it takes a number of the first step for a constant"
+        self._say(f"PyTorch: {type(self._keras).__name__} cannot be traced ({why}); runs as it is")
+        return lambda packed: self._update(*packed)
 
     def _update(
         self,
@@ -465,3 +506,33 @@ class _TracedOptimizer:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         new_trainable, new_slots = self._keras.stateless_apply(slots, gradients, trainable)
         return list(new_trainable), list(new_slots)
+
+    def _neutral_update(
+        self,
+        trainable: list[torch.Tensor],
+        slots: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The formula that Keras has for all backends: some of those for PyTorch read values (SGD, Nadam)."""
+        optimizer = self._keras
+        neutral = next(c for c in type(optimizer).__mro__ if c.__module__.startswith("keras.src.optimizers."))
+        vars(optimizer)["_backend_update_step"] = partial(neutral._backend_update_step, optimizer)
+        try:
+            return self._update(trainable, slots, gradients)
+        finally:
+            del vars(optimizer)["_backend_update_step"]
+
+
+def _holds_later(
+    graph: Callable[..., Any], update: Callable[..., Any], arguments: tuple[list[torch.Tensor], ...]
+) -> bool:
+    """Whether a traced update still equals the update a step later, with other gradients."""
+    trainable, slots, gradients = _copies(arguments)
+    trainable, slots = update(trainable, slots, gradients)
+    later = trainable, slots, [0.3 * g for g in arguments[2]]
+    expected, found = update(*_copies(later)), graph(_copies(later))
+    return all(
+        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        for old, new in zip(expected, found)
+        for a, b in zip(old, new)
+    )

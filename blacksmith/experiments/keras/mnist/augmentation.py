@@ -19,15 +19,15 @@ class ShiftAndRotate:
         self.background = background
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Shift down and right in pixels, and the angle in radians: float32 [count, 3]."""
+        """Shift down and right in pixels, and the angle in radians, clockwise: float32 [count, 3]."""
         limits = np.array([self.shift, self.shift, np.deg2rad(self.rotate)])
         return (rng.uniform(-1, 1, (count, 3)) * limits).astype(np.float32)
 
     def apply(self, inputs: object, parameters: object) -> object:
         """Images [batch, height, width] changed by [batch, 3], same shape.
 
-        Each output pixel is read at the rotated and shifted place of the input; a place outside has the
-        background's value.
+        An image is turned about its centre, then moved: each output pixel is read at the place of the input
+        that it comes from, and a place outside has the background's value.
         """
         height, width = inputs.shape[1:]
         down, right = parameters[:, 0, None, None], parameters[:, 1, None, None]
@@ -37,19 +37,20 @@ class ShiftAndRotate:
         x = (ops.arange(width, dtype="float32") - (width - 1) / 2)[None, None, :] - right
         source_y = cos * y - sin * x + (height - 1) / 2
         source_x = sin * y + cos * x + (width - 1) / 2
-        # One pixel of background around the image catches every place outside.
-        padded = ops.pad(inputs, [[0, 0], [1, 1], [1, 1]], constant_values=float(self.background))
-        source_y = ops.clip(source_y + 1, 0.0, height + 1.0 - 1e-3)
-        source_x = ops.clip(source_x + 1, 0.0, width + 1.0 - 1e-3)
+        # A frame of background catches every place outside: one pixel wide before the image and two after it,
+        # so that a place on the far edge has a neighbour too.
+        padded = ops.pad(inputs, [[0, 0], [1, 2], [1, 2]], constant_values=float(self.background))
+        source_y = ops.clip(source_y + 1, 0.0, height + 1.0)
+        source_x = ops.clip(source_x + 1, 0.0, width + 1.0)
         top, left = ops.floor(source_y), ops.floor(source_x)
         part_y, part_x = source_y - top, source_x - left
-        first = ops.cast(top, "int32") * (width + 2) + ops.cast(left, "int32")
-        flat = ops.reshape(padded, (inputs.shape[0], (height + 2) * (width + 2)))
+        first = ops.cast(top, "int32") * (width + 3) + ops.cast(left, "int32")
+        flat = ops.reshape(padded, (inputs.shape[0], (height + 3) * (width + 3)))
 
         def pixel(offset: int) -> object:
             places = ops.reshape(first + offset, (inputs.shape[0], height * width))
             return ops.reshape(ops.take_along_axis(flat, places, axis=1), (inputs.shape[0], height, width))
 
         upper = pixel(0) * (1 - part_x) + pixel(1) * part_x
-        lower = pixel(width + 2) * (1 - part_x) + pixel(width + 3) * part_x
+        lower = pixel(width + 3) * (1 - part_x) + pixel(width + 4) * part_x
         return upper * (1 - part_y) + lower * part_y

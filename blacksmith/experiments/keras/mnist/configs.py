@@ -27,7 +27,7 @@ class Data:
     )
     validation: int | Literal["test"] = setting(
         5000,
-        "training samples held out for validation (at most a fifth); 'test' declares the test set to be it",
+        "training samples held out for validation (5000 is 500 on mnist5k); 'test' takes the test set",
     )
     scale: float = setting(255.0, "pixels are divided by this", gt=0)
     mean: float = setting(0.0, "subtracted from the scaled pixels (MNIST's mean is 0.1307)")
@@ -44,7 +44,7 @@ class Model:
 
     hidden: tuple[int, ...] = setting((256, 256), "widths of the hidden layers")
     activation: Literal["relu", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu"] = setting(
-        "relu", "activation of the hidden layers"
+        "silu", "activation of the hidden layers"
     )
     dropout: float = setting(0.0, "probability of dropping a hidden unit in training", ge=0, lt=1)
     bias: bool = setting(True, "whether the layers have a bias")

@@ -68,7 +68,8 @@ def prepare(run: Run) -> Pipeline:
     order = Order(len(train), config.train.batch_size, config.run.seed)
     total_steps = config.train.steps or config.train.epochs * order.steps_per_epoch
     task = make_task(config, data.num_classes, total_steps)
-    backend = make_backend(task, train.inputs, train.labels, block_steps=config.train.block_steps, say=print)
+    say = print if run.mode == "train" else lambda line: None
+    backend = make_backend(task, train.inputs, train.labels, block_steps=config.train.block_steps, say=say)
     return Pipeline(data, task, backend, order, total_steps, samples(data.validation, config.data))
 
 
@@ -161,7 +162,7 @@ def conclude(run: Run, pipeline: Pipeline, trainer: KerasTrainer, status: str) -
     saved = run.checkpoints.best() or run.checkpoints.newest()
     load_checkpoint(pipeline.backend, saved)
     result["tested_checkpoint"] = saved.path.name
-    result["test"] = test(pipeline.backend, pipeline.data, run.config.data, run.directory)
+    result["test"] = evaluate_test_set(pipeline, run.config.data, worst_to=run.directory / "worst.npz")
     values = {k: result["test"][k] for k in ("loss", "accuracy")}
     run.metrics.write(state.step, state.step / pipeline.order.steps_per_epoch, "test", values)
     run.finish("done", result)
@@ -172,29 +173,25 @@ def conclude(run: Run, pipeline: Pipeline, trainer: KerasTrainer, status: str) -
     return 0
 
 
-def test(backend: Backend, data: mnist.Mnist, settings: Data, directory: Path) -> dict[str, Any]:
-    """Evaluates on the test set; writes the worst-classified images to `worst.npz`.
+def evaluate_test_set(pipeline: Pipeline, settings: Data, worst_to: Path | None = None) -> dict[str, Any]:
+    """Evaluates on the test set.
+
+    Args:
+      pipeline: data, and the weights to test.
+      settings: how the images are prepared.
+      worst_to: a file for the worst-classified images, which the report shows.
 
     Returns:
       loss, accuracy, per-class accuracy and the confusion matrix (rows: true, columns: predicted).
     """
-    means, logits = evaluate(backend, samples(data.test, settings))
+    data = pipeline.data
+    means, logits = evaluate(pipeline.backend, samples(data.test, settings))
     labels = data.test.labels
     predictions = logits.argmax(axis=1)
     confusion = np.zeros((data.num_classes, data.num_classes), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-    of_truth = probabilities[np.arange(len(labels)), labels]
-    wrong = np.flatnonzero(predictions != labels)
-    worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST]
-    np.savez(
-        directory / "worst.npz",
-        images=data.test.images[worst],
-        labels=labels[worst],
-        predictions=predictions[worst],
-        probabilities=of_truth[worst],
-    )
+    if worst_to is not None:
+        _save_worst(worst_to, data.test, predictions, logits)
     counts = confusion.sum(axis=1)
     per_class = np.divide(confusion.diagonal(), counts, out=np.zeros(len(counts)), where=counts > 0)
     return {
@@ -204,6 +201,22 @@ def test(backend: Backend, data: mnist.Mnist, settings: Data, directory: Path) -
     }
 
 
+def _save_worst(path: Path, split: mnist.Split, predictions: np.ndarray, logits: np.ndarray) -> None:
+    """Saves the misclassified images whose true class got the least probability, worst first."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    of_truth = probabilities[np.arange(len(split)), split.labels]
+    wrong = np.flatnonzero(predictions != split.labels)
+    worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST]
+    np.savez(
+        path,
+        images=split.images[worst],
+        labels=split.labels[worst],
+        predictions=predictions[worst],
+        probabilities=of_truth[worst],
+    )
+
+
 def evaluate_checkpoint(run: Run) -> int:
     """``--mode=eval``: the checkpoint on the validation and test sets, into `eval.json`."""
     pipeline = prepare(run)
@@ -211,7 +224,7 @@ def evaluate_checkpoint(run: Run) -> int:
     result: dict[str, Any] = {"checkpoint": str(run.resumed.path), "data": run.data}
     if len(pipeline.validation):
         result["val"] = evaluate(pipeline.backend, pipeline.validation)[0]
-    result["test"] = test(pipeline.backend, pipeline.data, run.config.data, run.directory)
+    result["test"] = evaluate_test_set(pipeline, run.config.data)
     write_json(run.directory / "eval.json", result)
     for split in ("val", "test"):
         if split in result:

@@ -51,6 +51,8 @@ def fit(module: "MnistModule", batches: "Batches", run: Run, *, bar: bool) -> No
             accelerator={"cpu": "cpu", "mps": "mps"}.get(device.type, "gpu"),
             devices=1 if device.index is None else [device.index],
             max_epochs=batches.epochs_left,
+            # Lightning asks for a loader's length once; after a resume the first epoch is a shorter one.
+            reload_dataloaders_every_n_epochs=1,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -117,12 +119,13 @@ class MnistModule(L.LightningModule):
     def configure_optimizers(self) -> None:
         """None for Lightning: the optimiser is Keras's, stepped in `training_step`."""
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The batch is already there."""
-        return batch
+    def training_step(self, dataloader_iter: Iterator[Any]) -> None:
+        """One optimiser step on the next batch.
 
-    def training_step(self, row: tuple[Any, ...], _: int) -> None:
-        """One optimiser step on one batch."""
+        Taking the iterator itself is Lightning's way to spare the hooks that move a batch to the device,
+        where this one already is.
+        """
+        row, _, _ = next(dataloader_iter)
         if not self._done:
             self._plan = self._backend.plan(self.loop.state.step, len(self._batches.block.indices))
         with torch.no_grad():

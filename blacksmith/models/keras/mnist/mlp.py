@@ -8,7 +8,7 @@ import keras
 def mlp(
     hidden: Sequence[int] = (256, 256),
     *,
-    activation: str = "relu",
+    activation: str = "silu",
     dropout: float = 0.0,
     bias: bool = True,
     num_classes: int = 10,

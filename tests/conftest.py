@@ -1,0 +1,32 @@
+"""Fixtures that many tests share: isolation from the user's files, and the launcher as a real process."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated(tmp_path_factory):
+    """Gives every test, and every process that it starts, an empty cache and one thread of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLACKSMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("KERAS_BACKEND", raising=False)
+        # Tests share few cores: PyTorch's threads would spend their time waiting for one another.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        # Many processes run the same small programs; JAX keeps what it has compiled for the next one.
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Runs the launcher with the given arguments in a process of its own."""
+
+    def run(*arguments, **options):
+        command = [sys.executable, "-m", "blacksmith.launch", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+    return run

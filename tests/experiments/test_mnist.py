@@ -1,0 +1,175 @@
+"""The three MNIST experiments end to end, as a user runs them, on the embedded digits."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from blacksmith import metrics
+
+FILES = {name: f"gin/mnist_{name}.gin" for name in ("jax", "torch", "lightning")}
+SMALL = ["mnist.Model.hidden = (64,)", 'mnist.Data.source = "mnist5k"', "Log.tensorboard = False"]
+
+
+def train_losses(directory: Path) -> dict[int, float]:
+    """Training loss by step."""
+    lines = metrics.read(directory / "metrics.jsonl")
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+@pytest.fixture
+def experiment(launch):
+    """Runs a Gin file in a directory with bindings and further flags."""
+
+    def run(file: str, directory: Path, *params: str, flags: list[str] = ()):
+        bindings = [f"--gin_param={p}" for p in params]
+        return launch(f"--gin_file={file}", f"--workdir={directory}", "--device=cpu", *bindings, *flags)
+
+    return run
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_experiment_trains_tests_and_reports(experiment, tmp_path, name):
+    run = tmp_path / "run"
+    done = experiment(FILES[name], run, *SMALL, "mnist.Train.epochs = 3")
+    assert done.returncode == 0, done.stderr
+    assert "mnist5k" in done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "done"
+    assert result["data"]["source"] == "mnist5k"
+    # A linear classifier is at 0.85 here and chance at 0.1.
+    assert result["test"]["accuracy"] > 0.8
+    confusion = np.array(result["test"]["confusion_matrix"])
+    assert confusion.sum() == result["data"]["test"]
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(result["test"]["accuracy"])
+    per_class = np.diag(confusion) / confusion.sum(axis=1)
+    np.testing.assert_allclose(result["test"]["per_class_accuracy"], per_class)
+    splits = [line["split"] for line in metrics.read(run / "metrics.jsonl")]
+    assert splits.count("val") == 3
+    assert splits.count("test") == 1
+    assert splits[-1] == "test"
+    for name in ("config.gin", "operative.gin", "environment.json", "report.html", "worst.npz"):
+        assert (run / name).exists(), name
+    assert (run / "checkpoints" / result["tested_checkpoint"]).is_dir()
+
+
+@pytest.mark.parametrize(("first", "second"), [("jax", "torch"), ("torch", "jax"), ("jax", "lightning")])
+def test_a_checkpoint_of_one_backend_goes_on_on_another(experiment, tmp_path, first, second):
+    settings = [
+        *SMALL,
+        "mnist.Model.dropout = 0.0",
+        "mnist.Data.shift = 0.0",
+        "Schedule.decay_steps = 100",
+        "Log.every_steps = 1",
+        "Checkpoint.every_steps = 50",
+    ]
+    alone = tmp_path / "alone"
+    assert experiment(FILES[first], alone, *settings, "mnist.Train.steps = 100").returncode == 0
+    half, rest = tmp_path / "half", tmp_path / "rest"
+    assert experiment(FILES[first], half, *settings, "mnist.Train.steps = 50").returncode == 0
+    done = experiment(FILES[second], rest, *settings, "mnist.Train.steps = 100", flags=[f"--resume={half}"])
+    assert done.returncode == 0, done.stderr
+    expected = train_losses(alone)
+    joined = train_losses(half) | train_losses(rest)
+    assert joined.keys() == expected.keys()
+    # The parity tolerance: float32 sums in another order.
+    assert max(abs(joined[s] - expected[s]) for s in expected) < 1e-5
+    ours = load_file(rest / "checkpoints" / "step_00000100" / "arrays.safetensors")
+    theirs = load_file(alone / "checkpoints" / "step_00000100" / "arrays.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert ours[key].dtype == theirs[key].dtype, key
+        norm = np.linalg.norm(theirs[key].astype(np.float64))
+        assert np.linalg.norm(ours[key].astype(np.float64) - theirs[key]) <= 1e-4 * norm + 1e-9, key
+
+
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_eval_and_export_use_the_best_checkpoint(experiment, tmp_path, name):
+    run = tmp_path / "run"
+    settings = [*SMALL, "mnist.Train.epochs = 2"]
+    assert experiment(FILES[name], run, *settings).returncode == 0
+    before = (run / "metrics.jsonl").read_bytes()
+    tested = json.loads((run / "result.json").read_text())
+    done = experiment(FILES[name], run, *settings, flags=["--mode=eval"])
+    assert done.returncode == 0, done.stderr
+    evaluated = json.loads((run / "eval.json").read_text())
+    assert evaluated["checkpoint"].endswith(tested["tested_checkpoint"])
+    assert evaluated["test"]["accuracy"] == tested["test"]["accuracy"]
+    assert evaluated["test"]["confusion_matrix"] == tested["test"]["confusion_matrix"]
+    done = experiment(FILES[name], run, *settings, flags=["--mode=export"])
+    assert done.returncode == 0, done.stderr
+    written = json.loads((run / "export" / "export.json").read_text())["files"]
+    assert written == ["model.keras", {"jax": "model.stablehlo", "torch": "model.pt2"}[name]]
+    for file in written:
+        assert (run / "export" / file).stat().st_size > 1000
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_early_stopping_ends_the_run_and_the_best_checkpoint_is_tested(experiment, tmp_path):
+    run = tmp_path / "run"
+    # A rate this high gets worse soon.
+    done = experiment(
+        FILES["jax"],
+        run,
+        *SMALL,
+        "mnist.Train.epochs = 40",
+        "mnist.Train.early_stopping = 2",
+        "Optimizer.learning_rate = 0.03",
+        'Checkpoint.metric = "val_loss"',
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [x for x in metrics.read(run / "metrics.jsonl") if x["split"] == "val"]
+    losses = [line["loss"] for line in lines]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 3 < 40
+    result = json.loads((run / "result.json").read_text())
+    assert result["tested_checkpoint"] == f"step_{lines[best]['step']:08d}"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(experiment, tmp_path):
+    run = tmp_path / "run"
+    done = experiment(
+        FILES["torch"],
+        run,
+        *SMALL,
+        'Optimizer.name = "sgd"',
+        "Optimizer.learning_rate = 1e30",
+        'mnist.Train.loss = "mse"',
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "the loss is" in errors[0]
+    assert "step" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert json.loads((run / "result.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_the_embedded_digits_reach_93_per_cent_at_the_defaults(experiment, tmp_path, name):
+    done = experiment(FILES[name], tmp_path / "run", 'mnist.Data.source = "mnist5k"')
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test"]["accuracy"] >= 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "BLACKSMITH_MNIST_DIR" not in os.environ, reason="BLACKSMITH_MNIST_DIR names no full MNIST"
+)
+@pytest.mark.parametrize("name", FILES)
+def test_the_full_set_reaches_984_at_the_defaults(experiment, tmp_path, name):
+    path = os.environ["BLACKSMITH_MNIST_DIR"]
+    done = experiment(
+        FILES[name],
+        tmp_path / "run",
+        'mnist.Data.source = "idx"',
+        f"mnist.Data.path = {path!r}",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test"]["accuracy"] >= 0.984

@@ -1,0 +1,184 @@
+"""The parity command: equal backends pass, broken ones are caught, unlike work is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blacksmith import parity
+from blacksmith.parity import Outcome, Tolerances, compare_outcomes
+
+# Small and short: the bar of 500 steps at full size is the slow test below.
+TINY = [
+    "mnist.Model.hidden = (32,)",
+    'mnist.Data.source = "mnist5k"',
+    "Run.seed = 3",
+]
+FILES = ["gin/mnist_jax.gin", "gin/mnist_torch.gin", "gin/mnist_lightning.gin"]
+
+BROKEN = '''
+from blacksmith import registry
+from blacksmith.experiments.keras.mnist import configs
+
+def epsilon(run):
+    """A wrong epsilon in the fused kernel, as in PyTorch's own Adam."""
+    from blacksmith.experiments.keras.mnist import train
+    from blacksmith.trainers import torch_backend
+    plan = torch_backend._FusedAdam.plan
+    torch_backend._FusedAdam.plan = lambda self, step, count: [
+        (rate, self._keras.epsilon * 100, decay) for rate, _, decay in plan(self, step, count)
+    ]
+    return train.main(run)
+
+def batches(run):
+    """Batches one step late."""
+    from blacksmith.experiments.keras.mnist import train
+    from blacksmith.order import Order
+    block = Order.block
+    Order.block = lambda self, step, steps: block(self, step + 1, steps)
+    return train.main(run)
+
+for name in ("epsilon", "batches"):
+    registry.add(
+        registry.Experiment(
+            name=f"broken/{name}",
+            summary="for a test",
+            configs=configs.__name__,
+            entry=f"broken_backends:{name}",
+            backends={"torch": registry.Needs("torch", ("keras", "torch"))},
+            checkpoint_format="keras-arrays-1",
+            uses_keras=True,
+        )
+    )
+'''
+
+
+def run_parity(directory: Path, files: list[str], *more: str) -> tuple[int, list[dict], bool]:
+    """Exit status, table rows and verdict of the command in `directory`."""
+    arguments = [f"--gin_file={f}" for f in files] + [f"--gin_param={p}" for p in TINY]
+    status = parity.main(["parity", *arguments, f"--workdir={directory}", *more])
+    content = json.loads((directory / "parity.json").read_text())
+    return status, content["rows"], content["passed"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_three_backends_agree(tmp_path, capsys, optimizer):
+    rate = 0.1 if optimizer == "sgd" else 2e-3
+    status, rows, passed = run_parity(
+        tmp_path / "p",
+        FILES if optimizer == "adam" else FILES[:2],
+        "--steps=60",
+        f"--gin_param=Optimizer.name = {optimizer!r}",
+        f"--gin_param=Optimizer.learning_rate = {rate}",
+        "--loss_tolerance=1e-5",
+        "--weight_tolerance=1e-5",
+    )
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert passed
+    assert len({row["initial weights"] for row in rows}) == 1
+    assert len({row["batches"] for row in rows}) == 1
+    assert "mnist.Model.dropout = 0.0 for the comparison (was 0.2)" in printed
+    assert "mnist.Data.shift = 0.0 for the comparison (was 1.0)" in printed
+    page = (tmp_path / "p" / "parity.html").read_text()
+    assert "plotly" in page
+    assert "mnist_torch" in page
+
+
+@pytest.mark.parametrize(("broken", "column"), [("epsilon", "loss"), ("batches", "batches")])
+def test_a_broken_backend_is_caught(tmp_path, monkeypatch, capsys, broken, column):
+    (tmp_path / "broken_backends.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    gin = tmp_path / f"{broken}.gin"
+    gin.write_text(
+        f'include "include/mnist.gin"\nRun.experiment = "broken/{broken}"\nRun.backend = "torch"\n'
+    )
+    status, rows, passed = run_parity(
+        tmp_path / "p", ["gin/mnist_torch.gin", str(gin)], "--steps=40", "--plugin=broken_backends"
+    )
+    assert status == 1
+    assert not passed
+    assert rows[0]["within tolerance"] == "yes"
+    assert rows[1]["within tolerance"] == "NO"
+    if column == "batches":
+        assert "(differ)" in rows[1]["batches"]
+    else:
+        assert rows[0]["batches"] == rows[1]["batches"]
+        assert float(rows[1]["max |loss difference|"]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gin_file=gin/mnist_jax.gin"], "two or more --gin_file"),
+        (["--gin_file=gin/mnist_jax.gin", "--gin_file=other.gin"], "not the same work: Run.seed"),
+        (["--gin_file=gin/mnist_jax.gin", "--gin_file=nothing.gin"], "no Gin file 'nothing.gin'"),
+        (["--gin_file=gin/mnist_jax.gin", "--gin_file=gin/mnist_torch.gin", "--stepz=3"], "stepz"),
+        (["--gin_file=gin/mnist_jax.gin", "--gin_file=gin/mnist_torch.gin", "--steps=0"], "steps"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.gin").write_text(
+        'include "include/mnist.gin"\nRun.experiment = "keras/mnist"\nRun.backend = "torch"\nRun.seed = 1\n'
+    )
+    assert parity.main(["parity", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.gin"]
+
+
+def outcome(losses, weights=(1.0, 2.0), accuracy=0.9, **changes) -> Outcome:
+    values = {
+        "name": "a",
+        "backend": "b",
+        "initial_weights": "1" * 64,
+        "batches": "2" * 64,
+        "losses": np.array(losses),
+        "weights": {"model/w": np.array(weights, np.float32)},
+        "test_accuracy": accuracy,
+        "seconds": 1.0,
+    }
+    return Outcome(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (outcome([1.0, 0.5, 0.2 + 2e-4]), "loss"),
+        (outcome([1.0, math.nan, 0.2]), "a loss that is not a number"),
+        (outcome([1.0, 0.5]), "too few steps"),
+        (outcome([1.0, 0.5, 0.2], weights=(1.0, 2.1)), "weights"),
+        (outcome([1.0, 0.5, 0.2], weights=(1.0, math.nan)), "a weight that is not a number"),
+        (outcome([1.0, 0.5, 0.2], weights=(1.0, 2.0, 3.0)), "shapes"),
+        (outcome([1.0, 0.5, 0.2], accuracy=0.8985), "accuracy"),
+        (outcome([1.0, 0.5, 0.2], initial_weights="3" * 64), "initial weights"),
+        (outcome([1.0, 0.5, 0.2], batches="3" * 64), "batches"),
+    ],
+)
+def test_each_difference_alone_fails(other, why):
+    reference = outcome([1.0, 0.5, 0.2])
+    assert compare_outcomes(reference, reference, 3, Tolerances())["within tolerance"] == "yes"
+    assert compare_outcomes(other, reference, 3, Tolerances())["within tolerance"] == "NO", why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 2e-3), ("sgd", 0.1)])
+def test_500_steps_at_the_defaults_agree(tmp_path, optimizer, rate):
+    arguments = [f"--gin_file={f}" for f in FILES]
+    status = parity.main(
+        [
+            "parity",
+            *arguments,
+            "--steps=500",
+            "--loss_tolerance=1e-5",
+            f"--gin_param=Optimizer.name = {optimizer!r}",
+            f"--gin_param=Optimizer.learning_rate = {rate}",
+            f"--workdir={tmp_path / 'p'}",
+        ]
+    )
+    assert status == 0

@@ -1,0 +1,529 @@
+"""Checkpoints: complete or absent, verified, retained; a full disk or a kill at any moment breaks none."""
+
+import ast
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import blacksmith
+from blacksmith import checkpoint
+from blacksmith.checkpoint import Checkpoints, find, load
+from blacksmith.errors import CheckpointError
+
+
+def _write(content):
+    """A `write` callback that leaves one file in the directory and one below it."""
+
+    def write(directory):
+        (directory / "arrays.bin").write_bytes(content * 100)
+        (directory / "adapter").mkdir()
+        (directory / "adapter" / "lora.bin").write_bytes(content)
+
+    return write
+
+
+def _save(checkpoints, step, content=b"weights", metrics=None, **state):
+    return checkpoints.save(step, state, _write(content), metrics)
+
+
+def _names(checkpoints):
+    return [path.name for path in checkpoints.steps()]
+
+
+def _tree(directory):
+    """Every path below `directory` with its bytes."""
+    return {str(p.relative_to(directory)): p.is_file() and p.read_bytes() for p in directory.rglob("*")}
+
+
+def _flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "checkpoints", keep_last=3)
+
+
+# Saving and loading
+
+
+def test_a_saved_checkpoint_loads_with_its_state_and_files(checkpoints):
+    state = {"loop": {"sums": {"loss": 0.1 + 0.2}, "best": None}, "seed": 2**63 - 1, "name": "é"}
+    path = _save(checkpoints, 40, metrics={"val_loss": np.float32(0.5)}, **state)
+    assert path == checkpoints.directory / "step_00000040"
+    saved = checkpoints.newest()
+    assert saved.path == path
+    assert saved.step == 40
+    assert {name: saved.state[name] for name in state} == state
+    assert saved.state["metrics"] == {"val_loss": 0.5}
+    assert sorted(saved.state["sha256"]) == ["adapter/lora.bin", "arrays.bin"]
+    assert (path / "adapter" / "lora.bin").read_bytes() == b"weights"
+
+
+def test_there_is_no_newest_and_no_best_before_the_first_save(checkpoints):
+    assert checkpoints.newest() is None
+    assert checkpoints.best() is None
+    assert not checkpoints.directory.exists()
+
+
+def test_steps_are_ordered_by_number_also_beyond_eight_digits(checkpoints):
+    for step in (100_000_000, 99_999_999, 5):
+        _save(checkpoints, step)
+    assert [load(p).step for p in checkpoints.steps()] == [5, 99_999_999, 100_000_000]
+
+
+def test_a_save_leaves_nothing_but_the_checkpoint(checkpoints):
+    _save(checkpoints, 1)
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["step_00000001"]
+
+
+def test_other_directories_beside_the_checkpoints_are_left_alone(checkpoints):
+    for name in ("step_1", "step_00000001.bak", "notes"):
+        (checkpoints.directory / name).mkdir(parents=True)
+    (checkpoints.directory / "step_00000009").write_text("a file")
+    for step in range(10, 20):
+        _save(checkpoints, step)
+    checkpoints.clean()
+    assert _names(checkpoints) == ["step_00000017", "step_00000018", "step_00000019"]
+    others = {p.name for p in checkpoints.directory.iterdir()} - set(_names(checkpoints))
+    assert others == {"step_1", "step_00000001.bak", "notes", "step_00000009"}
+
+
+def test_every_file_is_synced_before_the_checkpoint_appears(checkpoints, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(descriptor):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def watched_rename(source, target):
+        events.append("rename")
+        return rename(source, target)
+
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc to see what is synced")
+    monkeypatch.setattr(checkpoint.os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    _save(checkpoints, 1)
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert {"arrays.bin", "lora.bin", "state.json"} <= set(before)
+    assert after == ["checkpoints"]
+
+
+# Retention
+
+
+def test_the_last_n_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (1, 2, 3, 4):
+        _save(checkpoints, step)
+    assert _names(checkpoints) == ["step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "best"),
+    [
+        ("val_loss", "auto", [3, 2]),
+        ("val_loss", "min", [3, 2]),
+        ("val_loss", "max", [1, 5]),
+        ("val_accuracy", "auto", [1, 5]),
+        ("val_accuracy", "max", [1, 5]),
+        ("val_accuracy", "min", [3, 2]),
+    ],
+)
+def test_the_best_m_are_kept_besides_the_last(tmp_path, metric, mode, best):
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=2, metric=metric, mode=mode)
+    for step, value in enumerate((0.9, 0.2, 0.1, 0.5, 0.7, 0.6), start=1):
+        _save(checkpoints, step, metrics={metric: value})
+    assert _names(checkpoints) == [f"step_{step:08d}" for step in sorted({*best, 6})]
+    assert checkpoints.best().step == best[0]
+
+
+def test_of_equally_good_ones_the_earlier_is_the_best(tmp_path):
+    for mode in ("min", "max"):
+        checkpoints = Checkpoints(tmp_path / mode, keep_last=1, keep_best=2, metric="score", mode=mode)
+        for step in (1, 2, 3, 4):
+            _save(checkpoints, step, metrics={"score": 0.5})
+        assert _names(checkpoints) == ["step_00000001", "step_00000002", "step_00000004"]
+        assert checkpoints.best().step == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), None])
+def test_one_without_a_finite_metric_is_never_the_best(tmp_path, value):
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1, metric="val_loss")
+    without = {} if value is None else {"val_loss": value}
+    _save(checkpoints, 1, metrics=without)
+    assert checkpoints.best() is None
+    _save(checkpoints, 2, metrics={"val_loss": 5.0})
+    _save(checkpoints, 3, metrics=without)
+    assert _names(checkpoints) == ["step_00000002", "step_00000003"]
+    assert checkpoints.best().step == 2
+    assert checkpoints.newest().step == 3
+
+
+def test_a_broken_one_does_not_disturb_retention(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_best=1)
+    for step, value in ((1, 0.1), (2, 0.2)):
+        _save(checkpoints, step, metrics={"val_loss": value})
+    (tmp_path / "step_00000001" / "state.json").write_text("{")
+    _save(checkpoints, 3, metrics={"val_loss": 0.3})
+    assert _names(checkpoints) == ["step_00000002", "step_00000003"]
+
+
+def test_remove_after_removes_what_is_newer_and_nothing_else(checkpoints):
+    for step in (10, 20, 30):
+        _save(checkpoints, step)
+    checkpoints.remove_after(20)
+    assert _names(checkpoints) == ["step_00000010", "step_00000020"]
+
+
+# Falling back
+
+
+def _truncate(path):
+    os.truncate(path / "arrays.bin", 350)
+
+
+def _flip_array(path):
+    _flip(path / "arrays.bin", 1234)
+
+
+def _remove_file(path):
+    (path / "adapter" / "lora.bin").unlink()
+
+
+def _flip_state(path):
+    _flip(path / "state.json", 8 * 30 + 2)
+
+
+def _truncate_state(path):
+    os.truncate(path / "state.json", 50)
+
+
+def _empty_state(path):
+    os.truncate(path / "state.json", 0)
+
+
+def _remove_state(path):
+    (path / "state.json").unlink()
+
+
+def _list_state(path):
+    (path / "state.json").write_text("[]")
+
+
+def _binary_state(path):
+    (path / "state.json").write_bytes(b"\xff\xfe\x00")
+
+
+def _empty_directory(path):
+    for file in sorted(path.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+
+
+DAMAGES = [
+    _truncate,
+    _flip_array,
+    _remove_file,
+    _flip_state,
+    _truncate_state,
+    _empty_state,
+    _remove_state,
+    _list_state,
+    _binary_state,
+    _empty_directory,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_falls_back_to_the_one_before_with_a_warning(checkpoints, capsys, damage):
+    for step in (1, 2, 3):
+        _save(checkpoints, step)
+    damage(checkpoints.directory / "step_00000003")
+    assert checkpoints.newest().step == 2
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ")
+    assert "step_00000003" in warning
+    assert len(warning.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_never_loaded(checkpoints, damage):
+    path = _save(checkpoints, 1)
+    damage(path)
+    with pytest.raises(CheckpointError, match="step_00000001"):
+        load(path)
+
+
+def test_when_all_are_damaged_there_is_an_error_and_not_a_fresh_start(checkpoints, capsys):
+    for step in (1, 2, 3):
+        _truncate(_save(checkpoints, step))
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint in .*step_00000003"):
+        checkpoints.newest()
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_the_best_falls_back_likewise(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    for step, value in ((1, 0.2), (2, 0.1), (3, 0.3)):
+        _save(checkpoints, step, metrics={"val_loss": value})
+    _truncate(tmp_path / "step_00000002")
+    assert checkpoints.best().step == 1
+    assert "step_00000002" in capsys.readouterr().err
+
+
+def test_no_flipped_bit_of_the_state_goes_unnoticed(checkpoints):
+    path = _save(checkpoints, 1, metrics={"val_loss": 0.25}, loop={"best": 1e-05, "name": "é"})
+    file = path / "state.json"
+    content, state = file.read_bytes(), load(path).state
+    for bit in np.random.default_rng(0).choice(8 * len(content), 400, replace=False):
+        _flip(file, bit)
+        with contextlib.suppress(CheckpointError):
+            # The case of a hexadecimal digit or of an exponent's e: another spelling of the same value.
+            assert load(path).state == state
+        file.write_bytes(content)
+
+
+def test_another_format_version_is_refused_by_name(checkpoints, monkeypatch):
+    path = _save(checkpoints, 1)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    with pytest.raises(CheckpointError, match="has format version 1, this blacksmith reads 2"):
+        load(path)
+
+
+# A full disk
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _fails_on_call(function, number):
+    """`function`, which raises `FULL` the `number`-th time that it is called."""
+    calls = 0
+
+    def wrapper(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise FULL
+        return function(*arguments)
+
+    return wrapper
+
+
+def test_a_full_disk_in_the_write_callback_leaves_earlier_ones_and_no_temporary(checkpoints):
+    _save(checkpoints, 1)
+    before = _tree(checkpoints.directory)
+
+    def write(directory):
+        (directory / "arrays.bin").write_bytes(b"half")
+        raise FULL
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(2, {}, write)
+    assert _tree(checkpoints.directory) == before
+    assert checkpoints.newest().step == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_full_disk_in_any_fsync_leaves_earlier_ones_and_no_temporary(checkpoints, monkeypatch, number):
+    _save(checkpoints, 1)
+    before = _tree(checkpoints.directory)
+    monkeypatch.setattr(checkpoint.os, "fsync", _fails_on_call(os.fsync, number))
+    with pytest.raises(OSError, match="No space left"):
+        _save(checkpoints, 2)
+    assert _tree(checkpoints.directory) == before
+
+
+def test_a_failed_rename_leaves_earlier_ones_and_no_temporary(checkpoints, monkeypatch):
+    _save(checkpoints, 1)
+    before = _tree(checkpoints.directory)
+    monkeypatch.setattr(Path, "rename", _fails_on_call(Path.rename, 1))
+    with pytest.raises(OSError, match="No space left"):
+        _save(checkpoints, 2)
+    assert _tree(checkpoints.directory) == before
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_failed_rename_when_a_step_is_saved_again_leaves_the_first(checkpoints, monkeypatch, number):
+    _save(checkpoints, 1, b"first")
+    before = _tree(checkpoints.directory)
+    monkeypatch.setattr(Path, "rename", _fails_on_call(Path.rename, number))
+    with pytest.raises(OSError, match="No space left"):
+        _save(checkpoints, 1, b"second")
+    assert _tree(checkpoints.directory) == before
+
+
+def test_an_interrupt_while_writing_leaves_no_temporary(checkpoints):
+    def write(directory):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(1, {}, write)
+    assert list(checkpoints.directory.iterdir()) == []
+
+
+def test_state_that_is_not_json_is_refused_and_leaves_no_temporary(checkpoints):
+    with pytest.raises(TypeError):
+        checkpoints.save(1, {"loss": np.zeros(2)}, _write(b"x"))
+    assert list(checkpoints.directory.iterdir()) == []
+
+
+# Saving again, and what a kill leaves
+
+
+def test_saving_a_step_again_replaces_it(checkpoints):
+    _save(checkpoints, 1, b"first", note="a")
+    _save(checkpoints, 1, b"second", note="b")
+    saved = checkpoints.newest()
+    assert saved.state["note"] == "b"
+    assert (saved.path / "adapter" / "lora.bin").read_bytes() == b"second"
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["step_00000001"]
+
+
+# Runs a save in which the process kills itself at the given call of a function that changes the disk.
+KILLED_SAVE = """
+import os, shutil, signal, sys
+from pathlib import Path
+from blacksmith.checkpoint import Checkpoints
+
+directory, step, deadly = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+calls = 0
+
+def watched(function):
+    def wrapper(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return wrapper
+
+for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "mkdir")):
+    setattr(owner, name, watched(getattr(owner, name)))
+checkpoints = Checkpoints(Path(directory), keep_last=2)
+checkpoints.save(step, {"note": "new"}, lambda d: (d / "arrays.bin").write_bytes(b"new"))
+"""
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_kill_at_any_point_of_a_save_leaves_a_checkpoint_and_clean_removes_the_rest(tmp_path, step):
+    """Step 3 is new and pushes out step 1; step 2 is saved again."""
+    for deadly in range(1, 100):
+        directory = tmp_path / str(deadly)
+        checkpoints = Checkpoints(directory, keep_last=2)
+        for old in (1, 2):
+            checkpoints.save(old, {"note": "old"}, lambda d: (d / "arrays.bin").write_bytes(b"old"))
+        command = [sys.executable, "-c", KILLED_SAVE, str(directory), str(step), str(deadly)]
+        code = subprocess.run(command).returncode
+        assert code in (0, -signal.SIGKILL)
+        # Whatever is listed is whole, before and after the leftovers are cleaned away.
+        assert [load(p).step for p in checkpoints.steps()] != []
+        checkpoints.clean()
+        assert not list(directory.glob(".*"))
+        found = {load(p).step: load(p).state["note"] for p in checkpoints.steps()}
+        assert found in (
+            {1: "old", 2: "old"},
+            {1: "old", 2: "new"},
+            {1: "old", 2: "old", 3: "new"},
+            {2: "old", 3: "new"},
+        )
+        if code == 0:
+            assert deadly > 8, "the kills have not gone through the whole save"
+            return
+    pytest.fail("the save was killed every time")
+
+
+def test_clean_brings_back_a_checkpoint_killed_between_the_two_renames_of_its_replacement(checkpoints):
+    path = _save(checkpoints, 1, b"first")
+    path.rename(checkpoints.directory / ".step_00000001.old-123")
+    (checkpoints.directory / ".step_00000001.tmp-123").mkdir()
+    checkpoints.clean()
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["step_00000001"]
+    assert (checkpoints.newest().path / "adapter" / "lora.bin").read_bytes() == b"first"
+
+
+def test_clean_removes_the_replaced_one_when_the_new_one_is_there(checkpoints):
+    path = _save(checkpoints, 1, b"first")
+    path.rename(checkpoints.directory / ".step_00000001.old-123")
+    _save(checkpoints, 1, b"second")
+    checkpoints.clean()
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["step_00000001"]
+    assert (checkpoints.newest().path / "adapter" / "lora.bin").read_bytes() == b"second"
+
+
+def test_clean_without_a_directory_does_nothing(checkpoints):
+    checkpoints.clean()
+    assert not checkpoints.directory.exists()
+
+
+# Finding what a user's path means
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/step_00000002"])
+def test_find_takes_a_run_its_checkpoints_or_one_step(tmp_path, checkpoints, below):
+    for step in (1, 2):
+        _save(checkpoints, step)
+    saved = find(tmp_path / below)
+    assert (saved.path, saved.step) == (checkpoints.directory / "step_00000002", 2)
+
+
+def test_find_takes_the_step_it_is_given_and_not_the_newest(checkpoints):
+    for step in (1, 2):
+        _save(checkpoints, step)
+    assert find(checkpoints.directory / "step_00000001").step == 1
+
+
+def test_find_refuses_a_damaged_step_that_was_named(checkpoints):
+    for step in (1, 2):
+        _save(checkpoints, step)
+    _truncate(checkpoints.directory / "step_00000002")
+    with pytest.raises(CheckpointError, match="has changed since it was written"):
+        find(checkpoints.directory / "step_00000002")
+
+
+def test_find_says_what_is_missing(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such directory"):
+        find(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="expected a run directory"):
+        find(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="expected a run directory"):
+        find(tmp_path / "file")
+
+
+# Safety
+
+
+def test_nothing_in_the_package_can_load_a_pickle():
+    """No pickle module is imported, and loaders that could unpickle are told not to."""
+    forbidden = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    for path in Path(blacksmith.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import):
+                assert not forbidden & {alias.name.partition(".")[0] for alias in node.names}, where
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in forbidden, where
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert options.get("allow_pickle", "False") == "False", where
+                assert options.get("safe_mode", "True") == "True", where
+                if node.func.attr == "load_from_checkpoint" or ast.unparse(node.func) == "torch.load":
+                    assert options.get("weights_only") == "True", where
+
+
+def test_state_is_plain_json(checkpoints):
+    path = _save(checkpoints, 1, loop={"step": 1})
+    assert json.loads((path / "state.json").read_text())["loop"] == {"step": 1}

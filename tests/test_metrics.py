@@ -1,0 +1,372 @@
+"""The metric stream: its file, TensorBoard, Weights & Biases and the console."""
+
+import contextlib
+import fcntl
+import io
+import json
+import math
+import os
+import pty
+import re
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+
+import numpy as np
+import pytest
+
+from blacksmith import metrics
+from blacksmith.metrics import Metrics, Progress, TensorBoardWriter
+
+# metrics.jsonl
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def _opened(path, writers=None, **options):
+    stream = Metrics(path, writers, **options)
+    yield stream
+    stream.close()
+
+
+def test_a_line_has_step_epoch_seconds_split_and_the_values(path):
+    with _opened(path) as stream:
+        stream.write(50, 1 / 3, "train", {"loss": np.float32(0.1), "accuracy": 0.1 + 0.2})
+        stream.write(60, 2.0, "val", {"loss": 1})
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert list(first) == ["step", "epoch", "seconds", "split", "loss", "accuracy"]
+    assert first.pop("seconds") >= 0
+    # Values keep all their bits; float32 is widened.
+    expected = {"step": 50, "epoch": 0.333333, "split": "train", "accuracy": 0.30000000000000004}
+    assert first == expected | {"loss": float(np.float32(0.1))}
+    assert second["loss"] == 1.0
+    assert metrics.read(path)[0] == first | {"seconds": metrics.read(path)[0]["seconds"]}
+
+
+def test_numbers_that_are_not_finite_are_valid_json_and_are_read_back(path):
+    with _opened(path) as stream:
+        stream.write(1, 0, "train", {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    (line,) = metrics.read(path)
+    assert math.isnan(line["a"])
+    assert (line["b"], line["c"], line["d"]) == (math.inf, -math.inf, 1.5)
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(path):
+    with _opened(path) as stream:
+        stream.write(1, 0, "train", {"loss": 1.0})
+        assert len(metrics.read(path)) == 1
+
+
+def test_flush_returns_the_length_that_a_resume_keeps(path):
+    with _opened(path) as stream:
+        assert stream.flush() == 0
+        stream.write(1, 0, "train", {"loss": 1.0})
+        offset = stream.flush()
+        assert offset == path.stat().st_size
+        stream.write(2, 0, "train", {"loss": 2.0})
+    with _opened(path, offset=offset) as stream:
+        assert [line["step"] for line in metrics.read(path)] == [1]
+        stream.write(3, 0, "train", {"loss": 3.0})
+        assert stream.flush() == path.stat().st_size
+    assert [line["step"] for line in metrics.read(path)] == [1, 3]
+
+
+def test_without_an_offset_an_old_file_is_emptied(path):
+    path.write_text("old\n")
+    with _opened(path):
+        pass
+    assert path.read_text() == ""
+
+
+def test_seconds_go_on_from_those_of_the_run_before(path):
+    with _opened(path, seconds=1000) as stream:
+        stream.write(1, 0, "train", {})
+        assert stream.seconds > 1000
+    assert metrics.read(path)[0]["seconds"] >= 1000
+
+
+@pytest.mark.parametrize("tail", ['{"step": 2, "ep', "{", '{"step": 2}\n\0\0\0'])
+def test_read_leaves_out_a_last_line_that_a_crash_cut_short(path, tail):
+    path.write_text('{"step": 1}\n' + tail)
+    assert metrics.read(path) == [{"step": 1}] + [{"step": 2}] * tail.count("}")
+
+
+def test_read_of_an_empty_file_is_empty(path):
+    path.write_text("")
+    assert metrics.read(path) == []
+
+
+class _Recorder:
+    """A writer that notes what it is told, and fails on `close` if it is to."""
+
+    def __init__(self, fails=False):
+        self.told = []
+        self._fails = fails
+
+    def scalars(self, step, split, values):
+        self.told.append((step, split, dict(values)))
+
+    def histogram(self, step, name, values):
+        self.told.append((step, name, values.tolist()))
+
+    def flush(self):
+        self.told.append("flush")
+
+    def close(self):
+        self.told.append("close")
+        if self._fails:
+            raise OSError("the disk is full")
+
+
+def test_every_writer_is_told_everything(path):
+    writers = [_Recorder(), _Recorder()]
+    with _opened(path, writers) as stream:
+        stream.write(1, 0.5, "val", {"loss": 2})
+        stream.histogram(1, "weights/a", np.arange(3))
+        stream.flush()
+    for writer in writers:
+        assert writer.told == [(1, "val", {"loss": 2.0}), (1, "weights/a", [0, 1, 2]), "flush", "close"]
+
+
+def test_close_closes_every_writer_once_also_when_one_fails(path):
+    writers = [_Recorder(fails=True), _Recorder(fails=True), _Recorder()]
+    stream = Metrics(path, writers)
+    with pytest.raises(OSError, match="the disk is full"):
+        stream.close()
+    stream.close()
+    assert [writer.told for writer in writers] == [["close"]] * 3
+
+
+# TensorBoard
+
+
+def _events(directory):
+    """What TensorBoard itself reads from a log directory."""
+    from tensorboard.backend.event_processing import event_accumulator as tensorboard
+
+    guidance = {tensorboard.SCALARS: 0, tensorboard.HISTOGRAMS: 0}
+    return tensorboard.EventAccumulator(str(directory), guidance).Reload()
+
+
+def test_tensorboard_reads_the_scalars(tmp_path, path):
+    with _opened(path, [TensorBoardWriter(tmp_path / "tensorboard")]) as stream:
+        for step in (10, 20):
+            stream.write(step, 0.5, "train", {"loss": step / 8, "accuracy": 0.5})
+        stream.write(20, 0.5, "val", {"loss": math.nan})
+    events = _events(tmp_path / "tensorboard")
+    assert sorted(events.Tags()["scalars"]) == ["train/accuracy", "train/loss", "val/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.25), (20, 2.5)]
+    assert math.isnan(events.Scalars("val/loss")[0].value)
+
+
+def test_tensorboard_reads_the_histograms(tmp_path):
+    writer = TensorBoardWriter(tmp_path)
+    values = np.random.default_rng(0).standard_normal((30, 40)).astype(np.float32)
+    writer.histogram(5, "weights/a", values)
+    writer.histogram(5, "weights/constant", np.full(7, 2.0))
+    writer.close()
+    events = _events(tmp_path)
+    assert sorted(events.Tags()["histograms"]) == ["weights/a", "weights/constant"]
+    (event,) = events.Histograms("weights/a")
+    read = event.histogram_value
+    assert event.step == 5
+    assert (read.num, read.min, read.max) == (1200, values.min(), values.max())
+    assert sum(read.bucket) == 1200
+    assert len(read.bucket) == len(read.bucket_limit) == 30
+    # Sums of 1,200 float64 values: their rounding alone.
+    assert read.sum == pytest.approx(values.sum(dtype=np.float64), rel=1e-9)
+    assert read.sum_squares == pytest.approx(np.square(values, dtype=np.float64).sum(), rel=1e-9)
+    below_zero = sum(n for n, limit in zip(read.bucket, read.bucket_limit) if limit <= 0)
+    assert below_zero <= (values <= 0).sum() <= below_zero + max(read.bucket)
+    assert sum(events.Histograms("weights/constant")[0].histogram_value.bucket) == 7
+
+
+def test_a_histogram_is_of_the_finite_values_and_of_none_is_not_written(tmp_path):
+    writer = TensorBoardWriter(tmp_path)
+    writer.histogram(1, "some", np.array([math.nan, 1.0, math.inf, 3.0]))
+    writer.histogram(1, "none", np.array([math.nan]))
+    writer.close()
+    events = _events(tmp_path)
+    assert events.Tags()["histograms"] == ["some"]
+    assert events.Histograms("some")[0].histogram_value.num == 2
+
+
+def test_tensorboard_drops_later_events_after_a_resume(tmp_path):
+    first = TensorBoardWriter(tmp_path)
+    for step in (10, 20, 30):
+        first.scalars(step, "train", {"loss": 1.0})
+        first.histogram(step, "weights", np.ones(3))
+    first.close()
+    second = TensorBoardWriter(tmp_path, purge_step=21)
+    second.scalars(30, "train", {"loss": 2.0})
+    second.histogram(30, "weights", np.ones(4))
+    second.close()
+    events = _events(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    found = [(e.step, e.histogram_value.num) for e in events.Histograms("weights")]
+    assert found == [(10, 3), (20, 3), (30, 4)]
+
+
+# Weights & Biases
+
+OFFLINE_RUN = """
+import sys
+from pathlib import Path
+import numpy as np
+from blacksmith.metrics import Metrics, WandbWriter
+
+directory = Path(sys.argv[1])
+for _ in range(2):  # the second goes on where the first has stopped
+    writer = WandbWriter(directory, "offline", "forge-project", {"train": {"epochs": 3}})
+    stream = Metrics(directory / "metrics.jsonl", [writer])
+    stream.write(10, 0.5, "train", {"loss": float("nan"), "accuracy": 0.5})
+    stream.histogram(10, "weights/a", np.array([1.0, 2.0, float("inf")]))
+    stream.histogram(10, "weights/none", np.array([float("nan")]))
+    stream.write(10, 0.5, "val", {"loss": 0.25})
+    stream.flush()
+    stream.close()
+"""
+
+
+@pytest.fixture
+def proxy():
+    """A proxy that serves nobody: the address, and the list of connections that were tried."""
+    tried = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, address = server.accept()
+                    tried.append(address)
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", tried
+
+
+def test_wandb_offline_writes_below_the_run_directory_alone_and_needs_no_network(tmp_path, proxy):
+    pytest.importorskip("wandb")
+    home, run = tmp_path / "home", tmp_path / "run"
+    home.mkdir()
+    run.mkdir()
+    address, tried = proxy
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "XDG_"))}
+    environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), address)
+    environment |= {"HOME": str(home), "NO_PROXY": "", "no_proxy": ""}
+    command = [sys.executable, "-c", OFFLINE_RUN, str(run)]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+    assert list(home.iterdir()) == []
+    assert tried == []
+    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "wandb"]
+    for record in (run / "wandb").glob("offline-run-*/run-*.wandb"):
+        content = record.read_bytes()
+        for name in (b"forge-project", b"train/loss", b"train/accuracy", b"val/loss", b"weights/a"):
+            assert name in content
+        assert b"weights/none" not in content
+
+
+# The console
+
+VALUES = {"loss": 0.5, "accuracy": 0.25, "val_loss": 1.75}
+
+
+def test_lines_show_loss_accuracy_rate_and_time_left(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", console := io.StringIO())
+    clock = iter([100.0, 102.0, 104.0])  # opened, first update, second update
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    progress = Progress(10_000, 1000, "lines", every_seconds=1)
+    progress.update(3000, 20, 0.5, VALUES)
+    progress.update(6000, 50, 1.25, VALUES)
+    progress.close()
+    values = "loss 0.5000  accuracy 0.2500  val_loss 1.7500"
+    assert console.getvalue().splitlines() == [
+        f"step 20  epoch 0.50  {values}  1,000 examples/s  7 s left",
+        f"step 50  epoch 1.25  {values}  1,250 examples/s  3 s left",
+    ]
+
+
+def test_lines_do_not_come_more_often_than_asked(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", console := io.StringIO())
+    clock = iter([0.0, 1.0, 4.9, 5.1, 6.0, 10.2])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    progress = Progress(100, 0, "lines", every_seconds=5)
+    for step in range(1, 6):
+        progress.update(step, step, 0.0, VALUES)
+    assert re.findall(r"step (\d+)", console.getvalue()) == ["3", "5"]
+
+
+def test_off_shows_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", console := io.StringIO())
+    progress = Progress(100, 0, "off", every_seconds=0)
+    progress.update(50, 5, 0.5, VALUES)
+    progress.close()
+    assert console.getvalue() == ""
+
+
+def test_auto_shows_lines_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", console := io.StringIO())
+    progress = Progress(100, 0, "auto", every_seconds=0)
+    progress.update(50, 5, 0.5, VALUES)
+    assert console.getvalue().startswith("step 5  epoch 0.50  loss 0.5000")
+
+
+def _on_a_terminal(monkeypatch, show):
+    """What `show()` writes to standard error when that is a terminal of 80 columns."""
+    terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    written = bytearray()
+
+    def read():
+        with contextlib.suppress(OSError):  # Linux's end of a terminal
+            while part := os.read(terminal, 4096):
+                written.extend(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(side, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        show()
+    reader.join()
+    os.close(terminal)
+    return written.decode()
+
+
+def test_auto_shows_a_bar_with_loss_accuracy_rate_and_time_left_on_a_terminal(monkeypatch):
+    def show():
+        progress = Progress(60_000, 6000, "auto")
+        progress.update(24_000, 20, 0.5, VALUES)
+        progress.close()
+
+    shown = re.split(r"[\r\n]+", _on_a_terminal(monkeypatch, show).strip())
+    assert all(len(line) <= 80 for line in shown)
+    assert shown[0].startswith("10%|")
+    assert "6.00k/60.0k" in shown[0]
+    assert re.search(
+        r" 40%\|.*\| 24\.0k/60\.0k \[\d\d:\d\d<\d\d:\d\d, *\S+ex/s, loss=0\.5000, acc", shown[-1]
+    )
+
+
+def test_a_line_said_in_between_does_not_tear_the_bar(monkeypatch):
+    def show():
+        progress = Progress(100, 0, "bar")
+        progress.update(50, 5, 0.5, {"loss": 0.5})
+        progress.say("checkpoint written")
+        progress.close()
+
+    shown = re.split(r"[\r\n]+", _on_a_terminal(monkeypatch, show))
+    assert "checkpoint written" in [line.strip() for line in shown]

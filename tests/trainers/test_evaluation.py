@@ -1,0 +1,59 @@
+"""Evaluation and distributions: nothing is lost, nothing is added, nothing is changed."""
+
+import numpy as np
+import pytest
+
+SIZES = [1, 999, 1000, 1001, 2300]  # around the evaluation batch of 1,000
+
+
+def test_evaluation_returns_one_value_per_sample_whatever_their_number(backends, backend):
+    found = backends.on(backend, "evaluate", sizes=SIZES, steps=3)
+    for size in SIZES:
+        outputs, labels = found[f"{size}/outputs"], found[f"{size}/labels"]
+        assert outputs.shape == (size, 4)
+        # Keras's own call on all of them at once; rounding.
+        np.testing.assert_allclose(outputs, found[f"{size}/expected"], rtol=1e-5, atol=1e-6)
+        z = outputs.astype(np.float64)
+        loss = np.log(np.exp(z).sum(axis=1)) - z[np.arange(size), labels]
+        np.testing.assert_allclose(found[f"{size}/loss"], loss, rtol=1e-5, atol=1e-6)
+        assert np.array_equal(found[f"{size}/accuracy"], outputs.argmax(axis=1) == labels)
+
+
+def test_evaluation_is_alike_on_both_backends(backends):
+    jax, torch = backends.both("evaluate", sizes=SIZES)
+    for size in SIZES:
+        np.testing.assert_allclose(jax[f"{size}/loss"], torch[f"{size}/loss"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_a_look_at_the_distributions_changes_nothing(backends, backend, model):
+    found = backends.on(backend, "distributions_between", steps=5, model=model, dropout=0.3)
+    assert found["plain"].tobytes() == found["looked"].tobytes()
+    for name, array in found.under("before/").items():
+        assert array.tobytes() == found[f"after/{name}"].tobytes(), name
+    weights = found.under("seen/weights/")
+    assert weights.keys() == found.under("seen/gradients/").keys()
+    for name, array in weights.items():
+        assert np.array_equal(array, found[f"before/model/{name}"]), name
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_the_gradients_shown_are_alike_on_both_backends(backends, model):
+    jax, torch = backends.both("distributions_between", steps=5, model=model)
+    gradients = jax.under("seen/gradients/")
+    assert len(gradients) >= 6
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(
+            torch[f"seen/gradients/{name}"],
+            gradient,
+            rtol=0,
+            atol=1e-4 * np.abs(gradient).max(),
+            err_msg=name,
+        )
+
+
+def test_the_gradients_shown_are_the_slopes_of_the_loss(backends, backend):
+    found = backends.on(backend, "directional_derivatives", width=1e-2, directions=5)
+    # Central differences over 1e-2: an error of 1e-4 from the third derivative, 1e-5 from rounding.
+    np.testing.assert_allclose(found["slopes"], found["differences"], rtol=0.01, atol=3e-4)
+    assert np.abs(found["slopes"]).max() > 0.02

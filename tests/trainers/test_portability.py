@@ -1,0 +1,96 @@
+"""A state written on one backend goes on on the other, and a wrong one is refused."""
+
+import numpy as np
+import pytest
+
+STEPS = 30
+OPTIMIZERS = {
+    "adam": {"optimizer": {"name": "adam", "learning_rate": 0.01}, "schedule": {"name": "cosine"}},
+    "sgd, momentum": {"optimizer": {"name": "sgd", "learning_rate": 0.05, "momentum": 0.9}},
+    "nadam": {"optimizer": {"name": "nadam", "learning_rate": 0.01}},
+    "lion": {"optimizer": {"name": "lion", "learning_rate": 0.002}},
+    "adafactor": {"optimizer": {"name": "adafactor", "learning_rate": 0.05}},
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("first", "second"), [("jax", "torch"), ("torch", "jax")])
+def test_half_on_one_backend_and_half_on_the_other_equals_either_alone(backends, optimizer, first, second):
+    setup = OPTIMIZERS[optimizer]
+    half = backends.on(first, "train", lengths=[STEPS // 2], **setup)
+    rest = backends.on(second, "train", lengths=[STEPS // 2], start=STEPS // 2, load=half.path, **setup)
+    curve = np.concatenate([half["loss"], rest["loss"]])
+    for alone in backends.both("train", lengths=[STEPS], **setup):
+        # As far apart as the two backends themselves.
+        np.testing.assert_allclose(curve, alone["loss"], rtol=2e-5)
+        for name, array in alone.under("state/model/").items():
+            np.testing.assert_allclose(rest[f"state/model/{name}"], array, rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_the_batch_norm_statistics_travel_too(backends):
+    half = backends.on("jax", "train", lengths=[15], model="cnn")
+    rest = backends.on("torch", "train", lengths=[15], start=15, model="cnn", load=half.path)
+    alone = backends.on("jax", "train", lengths=[30], model="cnn")
+    np.testing.assert_allclose(rest["loss"], alone["loss"][15:], rtol=2e-5)
+    for name in ("moving_mean", "moving_variance"):
+        key = f"state/model/norm_1/{name}"
+        np.testing.assert_allclose(rest[key], alone[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_state_is_written_again_to_the_bit(backends):
+    for first, second in (("jax", "torch"), ("torch", "jax")):
+        half = backends.on(first, "train", lengths=[15], model="cnn")
+        loaded = backends.on(second, "train", lengths=[1], start=15, model="cnn", load=half.path)
+        for name, array in half.under("state/").items():
+            assert array.tobytes() == loaded[f"before/{name}"].tobytes(), name
+
+
+NAMES = "sgd adam adamw adamax nadam rmsprop adagrad adadelta lion adafactor lamb muon".split()
+
+
+@pytest.mark.parametrize("optimizer", NAMES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_names_shapes_and_dtypes_of_a_state_are_the_same_on_both_backends(backends, optimizer, dropout):
+    found = backends.both("train", lengths=[1], optimizer={"name": optimizer}, dropout=dropout)
+    jax, torch = ({n: (a.shape, a.dtype) for n, a in r.under("state/").items()} for r in found)
+    assert jax == torch
+    assert jax["optimizer/iteration"] == ((), np.dtype(np.int32))
+    assert not [name for name in jax if "seed" in name]
+
+
+def test_names_of_a_state_do_not_depend_on_what_the_process_did_before(backends, backend):
+    # Keras counts the variables that have no name of their own through the whole process.
+    setup = {"lengths": [1], "optimizer": {"name": "nadam"}}
+    first = backends.on(backend, "train", samples=48, **setup)
+    second = backends.on(backend, "train", samples=40, **setup)
+    assert first.under("state/").keys() == second.under("state/").keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "the checkpoint lacks optimizer/hidden_1_kernel_momentum"),
+        ("foreign", "the checkpoint has optimizer/hidden_9_kernel_momentum, which is not known here"),
+        (
+            "shape",
+            r"the checkpoint's optimizer/hidden_1_kernel_momentum has the shape \(35, 8\), not \(36, 8\)",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(backends, backend, kind, message):
+    with pytest.raises(backends.Error, match=f"ValueError: {message}"):
+        backends.on(backend, "load_broken_state", kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_accumulation_steps": 2}, "accumulate in the trainer"),
+        ({"use_ema": True}, "moving average of weights is not supported"),
+        ({"use_ema": True, "ema_overwrite_frequency": 3}, "moving average of weights is not supported"),
+        ({"loss_scale_factor": 2.0}, "loss scaling is not supported"),
+    ],
+)
+def test_what_keras_optimisers_do_besides_is_refused(backends, settings, message):
+    with pytest.raises(backends.Error, match=f"ValueError: .*{message}"):
+        backends.on("jax", "make_task_with", **settings)

@@ -1,0 +1,87 @@
+"""Dropout: masks from (seed, step) alone, so that a resumed run equals the uninterrupted one to the bit."""
+
+import numpy as np
+import pytest
+
+STEPS, CUT = 20, 9
+ROUTES = {
+    "fused": {"name": "adam", "learning_rate": 0.01},
+    "traced": {"name": "lion", "learning_rate": 0.002},
+}
+
+
+@pytest.mark.parametrize("optimizer", ROUTES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(backends, backend, optimizer, accumulate):
+    setup = {
+        "dropout": 0.4,
+        "optimizer": ROUTES[optimizer],
+        "schedule": {"name": "cosine", "warmup_steps": 3},
+        "accumulate": accumulate,
+    }
+    whole = backends.on(backend, "train", lengths=[STEPS], **setup)
+    half = backends.on(backend, "train", lengths=[CUT], **setup)
+    rest = backends.on(backend, "train", lengths=[STEPS - CUT], start=CUT, load=half.path, **setup)
+    assert np.concatenate([half["loss"], rest["loss"]]).tobytes() == whole["loss"].tobytes()
+    for name, array in whole.under("state/").items():
+        assert array.tobytes() == rest[f"state/{name}"].tobytes(), name
+
+
+def test_masks_are_drawn_from_the_seed_and_the_step(backends, backend):
+    # [repetition, step, layer, unit], each repetition with a model and a backend of its own
+    masks = backends.on(backend, "dropout_masks", steps=6, repeat=2)["masks"]
+    other = backends.on(backend, "dropout_masks", steps=6, seed=1)["masks"]
+    assert np.array_equal(masks[0], masks[1])
+    assert not np.array_equal(masks[0], other[0])
+    # 192 units at a rate of a half: 96 kept, give or take 4 deviations of 7.
+    assert 68 <= masks[0].sum() <= 124
+
+
+def test_masks_change_from_step_to_step_and_from_layer_to_layer(backends, backend):
+    masks = backends.on(backend, "dropout_masks", steps=6, repeat=2)["masks"][0]
+    rows = [row.tobytes() for row in masks.reshape(12, 16)]
+    # Two of 12 masks of 16 bits coincide by chance once in a thousand; the seed is fixed.
+    assert len(set(rows)) == 12
+
+
+def test_dropout_is_on_in_training_only(backends, backend):
+    found = backends.on(backend, "evaluate", sizes=[9], dropout=0.4)
+    np.testing.assert_allclose(found["9/outputs"], found["9/expected"], rtol=1e-6, atol=1e-6)
+    off = backends.on(backend, "train", lengths=[3], dropout=0.0)
+    on = backends.on(backend, "train", lengths=[3], dropout=0.4)
+    assert not np.isclose(off["loss"], on["loss"], rtol=1e-4).any()
+
+
+def test_the_seed_of_a_run_changes_masks_but_not_their_kind(backends, backend):
+    # The same weights and batches would need the same seed; here the losses must simply differ.
+    a, b = (backends.on(backend, "train", lengths=[3], dropout=0.4, seed=s)["loss"] for s in (0, 1))
+    assert not np.isclose(a, b, rtol=1e-4).any()
+
+
+def test_seeds_of_steps_are_the_same_wherever_a_block_starts(backends):
+    whole = backends.on("torch", "seeds_of_steps", seed=5, first=0, count=1000)["seeds"]
+    part = backends.on("torch", "seeds_of_steps", seed=5, first=700, count=300)["seeds"]
+    other = backends.on("torch", "seeds_of_steps", seed=6, first=0, count=1000)["seeds"]
+    assert whole.dtype == np.uint64
+    assert np.array_equal(whole[700:], part)
+    assert len(set(whole) | set(other)) == 2000
+
+
+@pytest.mark.parametrize("kind", ["noise", "seeded", "shaped"])
+def test_a_layer_that_torch_would_freeze_is_refused_by_name(backends, kind):
+    with pytest.raises(backends.Error, match="ValueError: the layer '(noise|seeded|shaped)' draws"):
+        backends.on("torch", "train_random_layer", kind=kind)
+    assert np.isfinite(backends.on("jax", "train_random_layer", kind=kind)["loss"]).all()
+
+
+def test_a_hidden_generator_is_refused_too(backends):
+    with pytest.raises(backends.Error, match="draws from a Keras seed generator"):
+        backends.on("torch", "train_random_layer", kind="hidden")
+    assert np.isfinite(backends.on("jax", "train_random_layer", kind="hidden")["loss"]).all()
+
+
+def test_a_recurrent_layer_is_refused_for_its_dropout_only(backends):
+    jax, torch = backends.both("train_random_layer", kind="recurrent_without")
+    np.testing.assert_allclose(jax["loss"], torch["loss"], rtol=1e-6)
+    with pytest.raises(backends.Error, match="draws from a Keras seed generator"):
+        backends.on("torch", "train_random_layer", kind="recurrent")

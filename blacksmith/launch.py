@@ -230,6 +230,7 @@ def run_experiment(
     own = runs.checkpoints_of(workdir, config)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir: {workdir} is a file, not a directory")
+    seen = own.steps()
     if resume == "auto":
         saved = own.newest()
         if saved is None and mode != "train":
@@ -240,7 +241,7 @@ def run_experiment(
         if mode != "train" and saved is not None:
             saved = own.best() or saved
     else:
-        if own.steps() and mode == "train":
+        if seen and mode == "train":
             raise ConfigError(
                 f"--resume={resume}: {workdir} already has checkpoints; choose another --workdir, or "
                 "--resume=auto to go on there"
@@ -270,7 +271,7 @@ def run_experiment(
     )
     going_on = f", from {saved.path}" if saved else ""
     print(f"{experiment.name} on {resolved.backend} ({name}): {workdir}{going_on}", file=sys.stderr)
-    with run.opened():
+    with run.opened(checkpoints=seen):
         return entry(run) or 0
 
 

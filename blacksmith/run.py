@@ -133,15 +133,18 @@ class Run:
         return self._metrics
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator["Run"]:
+    def opened(self, checkpoints: Sequence[Path] | None = None) -> Iterator["Run"]:
         """Makes and locks the directory, records provenance, opens the metrics; closes them at the end.
 
         A run that is refused (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: a directory
         that it made is removed again, one that it was to go on in is as it was. Any other failure leaves a
         `result.json` that says so.
 
+        Args:
+          checkpoints: those that were there when `resumed` was chosen; None leaves them unchecked.
+
         Raises:
-          ConfigError: another process is running in this directory.
+          ConfigError: another process is running in this directory, or was since `checkpoints` were listed.
           RunError: the disk is full.
         """
         made = not self.directory.exists()
@@ -153,6 +156,10 @@ class Run:
         try:
             with self._lock(), self.stop:
                 try:
+                    if checkpoints is not None and self.checkpoints.steps() != list(checkpoints):
+                        raise ConfigError(
+                            f"{self.directory} was changed by another run just now; start again"
+                        )
                     if self.mode == "train" and not self._goes_on:
                         self._start()
                     yield self

@@ -56,7 +56,10 @@ class ScheduleConfig:
     name: Literal["constant", "linear", "cosine"] = setting("constant", "shape of the decay after warm-up")
     warmup_steps: int = setting(0, "steps over which the rate rises linearly from 0", ge=0)
     decay_steps: int | None = setting(
-        None, "steps of the decay, warm-up excluded; None: to the end of the run", gt=0
+        None,
+        "steps of the decay, warm-up excluded; None: to the end of the run",
+        gt=0,
+        resume_may_change=True,  # None and the number it stands for are the same; else see the experiments
     )
     final_fraction: float = setting(0.0, "the rate after the decay, as a fraction of the peak", ge=0, le=1)
 
@@ -84,7 +87,12 @@ class CheckpointConfig:
 class LogConfig:
     """What is written about the run as it goes."""
 
-    every_steps: int = setting(50, "training metrics are averaged over and written every so many steps", gt=0)
+    every_steps: int = setting(
+        50,
+        "training metrics are averaged over and written every so many steps",
+        gt=0,
+        resume_may_change=True,
+    )
     tensorboard: bool = setting(True, "write TensorBoard events", resume_may_change=True)
     wandb: Literal["off", "offline", "online"] = setting(
         "off", "log to Weights & Biases", resume_may_change=True

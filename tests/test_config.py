@@ -554,6 +554,7 @@ def test_backend_device_logs_cadence_and_end_may_change_on_resume_and_nothing_el
     assert may_change == {
         "Run.experiment",
         "Run.backend",
+        "Schedule.decay_steps",
         "mnist.Train.epochs",
         "mnist.Train.steps",
         "mnist.Train.stop_at",
@@ -564,6 +565,7 @@ def test_backend_device_logs_cadence_and_end_may_change_on_resume_and_nothing_el
         "Checkpoint.keep_best",
         "Checkpoint.metric",
         "Checkpoint.mode",
+        "Log.every_steps",
         "Log.tensorboard",
         "Log.wandb",
         "Log.wandb_project",

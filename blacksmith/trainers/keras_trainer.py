@@ -175,9 +175,8 @@ class KerasTrainer:
         if self.run.stop or self.finished:
             return None
         step, plan = self.state.step, self.plan
-        if plan.histograms_every and step % plan.histograms_every == 0:
-            for name, values in self.backend.distributions(self.order.block(step, 1), step).items():
-                self.run.metrics.histogram(step, name, values)
+        if step == 0:
+            self._histograms()
         ends = [plan.total_steps, step + plan.block_steps]
         for every in (plan.evaluate_every, plan.checkpoint_every, plan.histograms_every):
             if every:
@@ -210,6 +209,7 @@ class KerasTrainer:
             evaluate = cursor == 0
         if (evaluate or end) and len(self.validation):
             self._evaluate()
+        self._histograms()
         due = (plan.checkpoint_every and state.step % plan.checkpoint_every == 0) or (
             plan.checkpoint_every_epochs and cursor == 0 and epoch % plan.checkpoint_every_epochs == 0
         )
@@ -271,6 +271,13 @@ class KerasTrainer:
             state.best, state.best_step, state.worse = value, state.step, 0
         else:
             state.worse += 1
+
+    def _histograms(self) -> None:
+        """Writes those that are due; before a checkpoint, since a resume keeps what was written up to it."""
+        step, every = self.state.step, self.plan.histograms_every
+        if every and step % every == 0:
+            for name, values in self.backend.distributions(self.order.block(step, 1), step).items():
+                self.run.metrics.histogram(step, name, values)
 
     def _check_finite(self, block: Block, losses: np.ndarray, first: int) -> None:
         bad = np.flatnonzero(~np.isfinite(losses))

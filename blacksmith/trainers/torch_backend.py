@@ -101,7 +101,7 @@ class TorchBackend:
         if self._graph is None:
             self._graph = self._trace(self._arguments(parts[0]))
         if self._random:
-            # After tracing, which draws as well: a resumed run has to see the masks of one that never stopped.
+            # After tracing, which draws as well: a resumed run has to see the masks it would have seen.
             self._reseed(seed)
         if len(parts) == 1:
             return self._part(parts[0])

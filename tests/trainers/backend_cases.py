@@ -27,8 +27,12 @@ SAMPLES, BATCH = 52, 8  # seven batches an epoch, the last one of four samples
 # Models
 
 
-def _mlp(dropout):
-    return mlp((8, 8), activation="silu", dropout=dropout, num_classes=CLASSES, image_shape=(6, 6))
+def _mlp(dropout, hidden=(8, 8)):
+    return mlp(hidden, activation="silu", dropout=dropout, num_classes=CLASSES, image_shape=(6, 6))
+
+
+def _small(dropout):
+    return _mlp(dropout, hidden=(8,))
 
 
 def _cnn(dropout):
@@ -64,7 +68,7 @@ def _vector(dropout):
     return keras.Model(inputs, layers.Dense(CLASSES, name="logits")(x), name="vector")
 
 
-MODELS = {"mlp": _mlp, "cnn": _cnn, "text": _text, "vector": _vector}
+MODELS = {"mlp": _mlp, "small": _small, "cnn": _cnn, "text": _text, "vector": _vector}
 
 
 def _data(model, samples, seed=0):

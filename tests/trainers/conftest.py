@@ -4,6 +4,7 @@ Keras cannot change its backend within a process and takes seconds to import, so
 framework: it sends named cases (functions of `backend_cases.py`) to two workers and compares what comes back.
 """
 
+import collections
 import json
 import os
 import subprocess
@@ -31,11 +32,12 @@ class Result(dict):
 
 
 class Worker:
-    """Runs cases on one backend: `send` starts one, `receive` waits for its result."""
+    """One backend's process: `send` starts a case, `receive` waits for its result; every case runs once."""
 
     def __init__(self, backend, directory):
         self.directory = directory
-        self.results = {}
+        self.replies = {}
+        self.pending = collections.deque()
         self.log = directory / "log.txt"
         environment = os.environ | {
             "KERAS_BACKEND": backend,
@@ -58,25 +60,23 @@ class Worker:
         )
 
     def send(self, case, arguments):
-        request = {
-            "case": case,
-            "arguments": arguments,
-            "path": str(self.directory / f"{len(self.results)}.npz"),
-        }
         key = json.dumps([case, arguments], sort_keys=True)
-        if key not in self.results:
-            self.results[key] = None
+        if key not in self.replies:
+            path = str(self.directory / f"{len(self.replies)}.npz")
+            request = {"case": case, "arguments": arguments, "path": path}
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
+            self.replies[key] = None
+            self.pending.append(key)
         return key
 
     def receive(self, key):
-        if self.results[key] is None:
+        while self.replies[key] is None:
             line = self.process.stdout.readline()
             if not line:
                 pytest.fail(f"the worker died:\n{self.log.read_text()[-4000:]}")
-            self.results[key] = json.loads(line)
-        reply = self.results[key]
+            self.replies[self.pending.popleft()] = json.loads(line)
+        reply = self.replies[key]
         if "error" in reply:
             raise CaseError(reply["error"] + "\n" + reply["traceback"])
         result = Result(reply["values"])
@@ -85,44 +85,52 @@ class Worker:
             result |= dict(arrays)
         return result
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+    def stop(self):
+        self.process.kill()
+        self.process.communicate()
 
 
 class Backends:
-    """Both workers; every case runs once, however many tests ask for it."""
+    """Both workers."""
 
     Error = CaseError
 
     def __init__(self, root):
-        self._workers = {}
-        for backend in BACKENDS:
-            directory = root / backend
+        self.workers = {}
+        for name in BACKENDS:
+            directory = root / name
             directory.mkdir()
-            self._workers[backend] = Worker(backend, directory)
+            self.workers[name] = Worker(name, directory)
 
-    def on(self, backend, case, **arguments):
+    def on(self, name, case, **arguments):
         """The case's result on one backend."""
-        worker = self._workers[backend]
+        worker = self.workers[name]
         return worker.receive(worker.send(case, arguments))
 
     def both(self, case, **arguments):
-        """The case's results by backend; the two run at the same time."""
-        keys = {name: worker.send(case, arguments) for name, worker in self._workers.items()}
-        results, errors = {}, []
-        for name, key in keys.items():
-            try:
-                results[name] = self._workers[name].receive(key)
-            except CaseError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return results["jax"], results["torch"]
+        """The case's results on JAX and on PyTorch, which run at the same time."""
+        for worker in self.workers.values():
+            worker.send(case, arguments)
+        return tuple(self.on(name, case, **arguments) for name in BACKENDS)
 
-    def close(self):
-        for worker in self._workers.values():
-            worker.close()
+    def stop(self):
+        for worker in self.workers.values():
+            worker.stop()
+
+
+class Backend:
+    """One of the two, for tests that look at each in turn."""
+
+    def __init__(self, name, backends):
+        self.name = name
+        self._backends = backends
+
+    def run(self, case, **arguments):
+        """The case's result here. The other backend starts on it too: its own test will ask for the same."""
+        if "load" not in arguments:
+            for worker in self._backends.workers.values():
+                worker.send(case, arguments)
+        return self._backends.on(self.name, case, **arguments)
 
 
 @pytest.fixture(scope="session")
@@ -130,10 +138,10 @@ def backends(tmp_path_factory):
     """The two workers, started with the first test that needs them."""
     started = Backends(tmp_path_factory.mktemp("backends"))
     yield started
-    started.close()
+    started.stop()
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    """Each backend's name in turn."""
-    return request.param
+def backend(request, backends):
+    """Each backend in turn."""
+    return Backend(request.param, backends)

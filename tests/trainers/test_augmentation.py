@@ -7,10 +7,9 @@ IMAGES = np.random.default_rng(0).normal(0, 1, (3, 7, 7)).astype(np.float32)
 BACKGROUND = -0.5
 
 
-def changed(backends, backend, parameters, images=IMAGES, background=BACKGROUND):
+def changed(backend, parameters, images=IMAGES, background=BACKGROUND):
     """The images, all changed by the same (down, right, radians)."""
-    return backends.on(
-        backend,
+    return backend.run(
         "augment",
         images=images.tolist(),
         parameters=[list(parameters)] * len(images),
@@ -31,41 +30,39 @@ def shifted(images, down, right):
     return np.where(inside, out, np.float32(BACKGROUND))
 
 
-def test_zero_parameters_change_no_bit(backends, backend):
-    assert np.array_equal(changed(backends, backend, (0, 0, 0)), IMAGES)
+def test_zero_parameters_change_no_bit(backend):
+    assert np.array_equal(changed(backend, (0, 0, 0)), IMAGES)
 
 
 @pytest.mark.parametrize(
     ("down", "right"), [(1, 0), (-1, 0), (0, 2), (0, -2), (3, -1), (7, 0), (0, -9), (20, 20)]
 )
-def test_whole_pixels_move_down_and_right_and_leave_background(backends, backend, down, right):
-    assert np.array_equal(changed(backends, backend, (down, right, 0)), shifted(IMAGES, down, right))
+def test_whole_pixels_move_down_and_right_and_leave_background(backend, down, right):
+    assert np.array_equal(changed(backend, (down, right, 0)), shifted(IMAGES, down, right))
 
 
-def test_half_a_pixel_is_the_mean_of_two(backends, backend):
+def test_half_a_pixel_is_the_mean_of_two(backend):
     padded = np.concatenate([np.full((3, 1, 7), BACKGROUND, np.float32), IMAGES], axis=1)
     expected = (padded[:, :-1] + padded[:, 1:]) / 2
-    np.testing.assert_allclose(changed(backends, backend, (0.5, 0, 0)), expected, atol=1e-6)
+    np.testing.assert_allclose(changed(backend, (0.5, 0, 0)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", [7, 6])
 @pytest.mark.parametrize("turns", [1, -1, 2])
-def test_a_positive_quarter_turn_is_clockwise(backends, backend, turns, side):
+def test_a_positive_quarter_turn_is_clockwise(backend, turns, side):
     images = IMAGES[:, :side, :side]
     # The sine of pi / 2 in float32 puts places off by 4e-7 of a pixel.
     expected = np.rot90(images, -turns, axes=(1, 2))
-    np.testing.assert_allclose(
-        changed(backends, backend, (0, 0, turns * np.pi / 2), images), expected, atol=1e-5
-    )
+    np.testing.assert_allclose(changed(backend, (0, 0, turns * np.pi / 2), images), expected, atol=1e-5)
 
 
-def test_an_image_is_turned_about_its_centre_and_then_moved(backends, backend):
+def test_an_image_is_turned_about_its_centre_and_then_moved(backend):
     expected = shifted(np.rot90(IMAGES, -1, axes=(1, 2)), 2, -1)
-    np.testing.assert_allclose(changed(backends, backend, (2, -1, np.pi / 2)), expected, atol=1e-5)
+    np.testing.assert_allclose(changed(backend, (2, -1, np.pi / 2)), expected, atol=1e-5)
 
 
-def test_the_corners_outside_a_turned_image_have_the_background_s_value(backends, backend):
-    turned = changed(backends, backend, (0, 0, np.pi / 4), np.full((1, 9, 9), 3.0, np.float32))[0]
+def test_the_corners_outside_a_turned_image_have_the_background_s_value(backend):
+    turned = changed(backend, (0, 0, np.pi / 4), np.full((1, 9, 9), 3.0, np.float32))[0]
     # The corners are 5.66 from the centre, the edge 4 and its last interpolated pixel 5.
     assert [turned[i, j] for i in (0, -1) for j in (0, -1)] == [BACKGROUND] * 4
     assert turned[4, 4] == pytest.approx(3.0, abs=1e-6)
@@ -81,9 +78,9 @@ def test_every_image_is_changed_by_its_own_parameters(backends):
     np.testing.assert_allclose(jax["images"], torch["images"], atol=1e-5)
 
 
-def test_drawn_parameters_fill_their_limits(backends, backend):
-    drawn = backends.on(backend, "draw_augmentation", shift=2.0, rotate=30.0, count=2000)["parameters"]
-    again = backends.on(backend, "draw_augmentation", shift=2.0, rotate=30.0, count=2000)["parameters"]
+def test_drawn_parameters_fill_their_limits(backend):
+    drawn = backend.run("draw_augmentation", shift=2.0, rotate=30.0, count=2000)["parameters"]
+    again = backend.run("draw_augmentation", shift=2.0, rotate=30.0, count=2000)["parameters"]
     assert drawn.dtype == np.float32
     assert np.array_equal(drawn, again)
     limits = np.array([2.0, 2.0, np.pi / 6])
@@ -104,17 +101,17 @@ def test_training_on_changed_images_is_alike_on_both_backends(backends):
     assert not np.isclose(jax["loss"], plain["loss"], rtol=1e-3).all()
 
 
-def test_training_on_changed_images_resumes_to_the_bit(backends, backend):
-    whole = backends.on(backend, "train", lengths=[14], augment=AUGMENT)
-    half = backends.on(backend, "train", lengths=[5], augment=AUGMENT)
-    rest = backends.on(backend, "train", lengths=[9], start=5, load=half.path, augment=AUGMENT)
+def test_training_on_changed_images_resumes_to_the_bit(backend):
+    whole = backend.run("train", lengths=[14], augment=AUGMENT)
+    half = backend.run("train", lengths=[5], augment=AUGMENT)
+    rest = backend.run("train", lengths=[9], start=5, load=half.path, augment=AUGMENT)
     for name, array in whole.under("state/").items():
         assert array.tobytes() == rest[f"state/{name}"].tobytes(), name
 
 
-def test_a_batch_in_parts_is_changed_like_the_whole_batch(backends, backend):
+def test_a_batch_in_parts_is_changed_like_the_whole_batch(backend):
     whole, parts = (
-        backends.on(backend, "train", lengths=[7], augment=AUGMENT, accumulate=n, optimizer={"name": "sgd"})
+        backend.run("train", lengths=[7], augment=AUGMENT, accumulate=n, optimizer={"name": "sgd"})
         for n in (1, 4)
     )
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-6)

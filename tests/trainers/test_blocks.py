@@ -13,16 +13,16 @@ ROUTES = {
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("lengths", [[1] * STEPS, [3, 1, 5, 2, 4, 6], [16, 5]], ids=["single", "odd", "full"])
-def test_the_cutting_into_blocks_changes_no_bit(backends, backend, route, lengths):
-    whole = backends.on(backend, "train", lengths=[STEPS], dropout=0.3, **ROUTES[route])
-    cut = backends.on(backend, "train", lengths=lengths, dropout=0.3, **ROUTES[route])
+def test_the_cutting_into_blocks_changes_no_bit(backend, route, lengths):
+    whole = backend.run("train", lengths=[STEPS], dropout=0.3, **ROUTES[route])
+    cut = backend.run("train", lengths=lengths, dropout=0.3, **ROUTES[route])
     for name in ("loss", "accuracy", *(n for n in whole if n.startswith("state/"))):
         assert whole[name].tobytes() == cut[name].tobytes(), name
 
 
-def test_the_capacity_of_a_block_changes_no_bit(backends, backend):
-    wide = backends.on(backend, "train", lengths=[STEPS], block_steps=16)
-    narrow = backends.on(backend, "train", lengths=[2] * 10 + [1], block_steps=2)
+def test_the_capacity_of_a_block_changes_no_bit(backend):
+    wide = backend.run("train", lengths=[STEPS], block_steps=16)
+    narrow = backend.run("train", lengths=[2] * 10 + [1], block_steps=2)
     for name in ("loss", *(n for n in wide if n.startswith("state/"))):
         assert wide[name].tobytes() == narrow[name].tobytes(), name
 
@@ -36,8 +36,8 @@ def test_a_block_longer_than_planned_is_refused(backends):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_a_ragged_batch_has_the_mean_over_its_real_samples(backends, backend, accumulate, loss):
-    found = backends.on(backend, "ragged_loss", accumulate=accumulate, loss=loss)
+def test_a_ragged_batch_has_the_mean_over_its_real_samples(backend, accumulate, loss):
+    found = backend.run("ragged_loss", accumulate=accumulate, loss=loss)
     assert found["weights"].tolist() == [0.25] * 4 + [0.0] * 4
     assert found["by_hand"].shape == (4,)
     # Four numbers in another order: rounding.
@@ -45,11 +45,9 @@ def test_a_ragged_batch_has_the_mean_over_its_real_samples(backends, backend, ac
     assert found["accuracy"][0] == pytest.approx(found["accuracy_by_hand"].mean(), rel=1e-6)
 
 
-@pytest.mark.parametrize("model", ["mlp", "text"])
-def test_a_batch_in_parts_equals_the_whole_batch(backends, backend, model):
+def test_a_batch_in_parts_equals_the_whole_batch(backend):
     whole, parts = (
-        backends.on(backend, "train", lengths=[STEPS], model=model, accumulate=n, optimizer={"name": "sgd"})
-        for n in (1, 4)
+        backend.run("train", lengths=[STEPS], accumulate=n, optimizer={"name": "sgd"}) for n in (1, 4)
     )
     # Sums of two samples four times instead of eight once: rounding, kept by SGD.
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-6)
@@ -59,4 +57,4 @@ def test_a_batch_in_parts_equals_the_whole_batch(backends, backend, model):
 
 def test_parts_must_divide_the_batch(backends, backend):
     with pytest.raises(backends.Error, match="ValueError: accumulate = 3 does not divide .* 8"):
-        backends.on(backend, "train", lengths=[1], accumulate=3)
+        backend.run("train", lengths=[1], accumulate=3)

@@ -6,8 +6,8 @@ import pytest
 SIZES = [1, 999, 1000, 1001, 2300]  # around the evaluation batch of 1,000
 
 
-def test_evaluation_returns_one_value_per_sample_whatever_their_number(backends, backend):
-    found = backends.on(backend, "evaluate", sizes=SIZES, steps=3)
+def test_evaluation_returns_one_value_per_sample_whatever_their_number(backend):
+    found = backend.run("evaluate", sizes=SIZES, steps=3)
     for size in SIZES:
         outputs, labels = found[f"{size}/outputs"], found[f"{size}/labels"]
         assert outputs.shape == (size, 4)
@@ -26,8 +26,8 @@ def test_evaluation_is_alike_on_both_backends(backends):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_a_look_at_the_distributions_changes_nothing(backends, backend, model):
-    found = backends.on(backend, "distributions_between", steps=5, model=model, dropout=0.3)
+def test_a_look_at_the_distributions_changes_nothing(backend, model):
+    found = backend.run("distributions_between", steps=5, model=model, dropout=0.3)
     assert found["plain"].tobytes() == found["looked"].tobytes()
     for name, array in found.under("before/").items():
         assert array.tobytes() == found[f"after/{name}"].tobytes(), name
@@ -52,8 +52,8 @@ def test_the_gradients_shown_are_alike_on_both_backends(backends, model):
         )
 
 
-def test_the_gradients_shown_are_the_slopes_of_the_loss(backends, backend):
-    found = backends.on(backend, "directional_derivatives", width=1e-2, directions=5)
+def test_the_gradients_shown_are_the_slopes_of_the_loss(backend):
+    found = backend.run("directional_derivatives", width=1e-2, directions=5)
     # Central differences over 1e-2: an error of 1e-4 from the third derivative, 1e-5 from rounding.
     np.testing.assert_allclose(found["slopes"], found["differences"], rtol=0.01, atol=3e-4)
     assert np.abs(found["slopes"]).max() > 0.02

@@ -9,64 +9,78 @@ import pytest
 
 BATCHES = [1, 2, 7]
 
+MODELS = ["cnn", "text"]  # float images with batch normalisation; integer tokens
+
 READERS = {
     "jax": """
 import jax.export
-exported = jax.export.deserialize(open("model.exported", "rb").read())
-assert "keras" not in sys.modules
-call = exported.call
+def load(path):
+    return jax.export.deserialize(open(path, "rb").read()).call
 """,
     "torch": """
 import torch
-program = torch.export.load("model.exported").module()
-assert "keras" not in sys.modules
-call = lambda x: program(torch.from_numpy(x)).detach()
+def load(path):
+    program = torch.export.load(path).module()
+    return lambda x: program(torch.from_numpy(x)).detach()
 """,
 }
 READ = """
 import sys
 import numpy as np
 {reader}
+exported = {{name: load(name + "/model.exported") for name in {models}}}
+assert "keras" not in sys.modules
 import keras
-model = keras.saving.load_model("model.keras")
+for name in {models}:
+    model = keras.saving.load_model(name + "/model.keras")
+    for batch in {batches}:
+        with np.load(name + f"/batch_{{batch}}.npz") as arrays:
+            x = arrays["inputs"]
+        np.savez(
+            name + f"/read_{{batch}}.npz",
+            exported=np.asarray(exported[name](x)),
+            keras=keras.ops.convert_to_numpy(model(x, training=False)),
+        )
 assert "blacksmith" not in sys.modules
-for batch in {batches}:
-    with np.load(f"batch_{{batch}}.npz") as arrays:
-        x = arrays["inputs"]
-    np.savez(
-        f"read_{{batch}}.npz",
-        exported=np.asarray(call(x)),
-        keras=keras.ops.convert_to_numpy(model(x, training=False)),
-    )
 """
 
 
-@pytest.mark.parametrize("model", ["cnn", "text"])
-def test_exported_models_are_read_back_without_us_and_give_the_same_outputs(backends, tmp_path, model):
+@pytest.fixture(scope="module")
+def exports(backends, tmp_path_factory):
+    """Trained, exported and read models: ``BACKEND/MODEL/{batch,read}_SIZE.npz``."""
+    root = tmp_path_factory.mktemp("exports")
+    for model in MODELS:
+        for name, worker in backends.workers.items():
+            arguments = {"steps": 5, "batches": BATCHES, "model": model, "dropout": 0.3}
+            worker.send("export", arguments | {"directory": str(root / name / model)})
     readers = {}
     for name in ("jax", "torch"):
-        directory = tmp_path / name
-        files = backends.on(
-            name, "export", directory=str(directory), steps=5, batches=BATCHES, model=model, dropout=0.3
-        )["files"]
-        assert {"model.keras", "model.exported"} < set(files)
+        for model in MODELS:
+            arguments = {"steps": 5, "batches": BATCHES, "model": model, "dropout": 0.3}
+            backends.on(name, "export", **arguments, directory=str(root / name / model))
         readers[name] = subprocess.Popen(
-            [sys.executable, "-c", READ.format(reader=READERS[name], batches=BATCHES)],
-            cwd=directory,
+            [sys.executable, "-c", READ.format(reader=READERS[name], models=MODELS, batches=BATCHES)],
+            cwd=root / name,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ
-            | {"KERAS_BACKEND": name, "KERAS_HOME": str(directory), "KERAS_TORCH_DEVICE": "cpu"}
+            | {"KERAS_BACKEND": name, "KERAS_HOME": str(root / name), "KERAS_TORCH_DEVICE": "cpu"}
             | {"JAX_PLATFORMS": "cpu"},
         )
-    for name, reader in readers.items():
-        _, errors = reader.communicate(timeout=120)
+    for reader in readers.values():
+        _, errors = reader.communicate(timeout=300)
         assert reader.returncode == 0, errors
-        for batch in BATCHES:
-            with np.load(tmp_path / name / f"batch_{batch}.npz") as wanted:
-                expected = wanted["outputs"]
-            assert expected.shape == (batch, 4)
-            with np.load(tmp_path / name / f"read_{batch}.npz") as read:
-                # The same float32 operations, compiled again for another batch: rounding.
-                np.testing.assert_allclose(read["exported"], expected, rtol=1e-5, atol=1e-6)
-                np.testing.assert_allclose(read["keras"], expected, rtol=1e-5, atol=1e-6)
+    return root
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_exported_models_are_read_without_us_and_give_the_same_outputs(exports, name, model, batch):
+    with np.load(exports / name / model / f"batch_{batch}.npz") as wanted:
+        expected = wanted["outputs"]
+    assert expected.shape == (batch, 4)
+    with np.load(exports / name / model / f"read_{batch}.npz") as read:
+        # The same float32 operations, compiled again for another batch: rounding.
+        np.testing.assert_allclose(read["exported"], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(read["keras"], expected, rtol=1e-5, atol=1e-6)

@@ -13,8 +13,8 @@ def test_initial_weights_are_the_same_bytes_on_both_backends(backends, model):
     assert jax["sha256"] == torch["sha256"]
 
 
-def test_initial_weights_depend_on_the_seed(backends, backend):
-    first, again, other = (backends.on(backend, "initial_weights", seed=seed) for seed in (0, 0, 1))
+def test_initial_weights_depend_on_the_seed(backend):
+    first, again, other = (backend.run("initial_weights", seed=seed) for seed in (0, 0, 1))
     kernels = [name for name in first if name.endswith("/kernel")]
     assert len(kernels) == 3
     for name in kernels:
@@ -22,9 +22,9 @@ def test_initial_weights_depend_on_the_seed(backends, backend):
         assert not np.isclose(first[name], other[name], atol=1e-6).any()
 
 
-def test_initial_weights_depend_on_the_layer_s_name_alone(backends, backend):
-    both = backends.on(backend, "same_shape_layers", names=["left", "right"])
-    swapped = backends.on(backend, "same_shape_layers", names=["right", "left"])
+def test_initial_weights_depend_on_the_layer_s_name_alone(backend):
+    both = backend.run("same_shape_layers", names=["left", "right"])
+    swapped = backend.run("same_shape_layers", names=["right", "left"])
     assert not np.isclose(both["left"], both["right"], atol=1e-6).any()
     assert np.array_equal(both["left"], swapped["left"])
     assert np.array_equal(both["right"], swapped["right"])

@@ -76,8 +76,8 @@ def distance(a, b, before):
 
 @pytest.mark.parametrize("name", CASES)
 def test_pytorch_takes_the_steps_of_keras_s_eager_apply(backends, name):
-    ours = backends.on("torch", "train", lengths=[STEPS], **CASES[name])
-    eager = backends.on("torch", "train_eagerly", steps=STEPS, **CASES[name])
+    ours = backends.on("torch", "train", lengths=[STEPS], model="small", **CASES[name])
+    eager = backends.on("torch", "train_eagerly", steps=STEPS, model="small", **CASES[name])
     if name in EXACT:
         for key, array in eager.items():
             assert array.tobytes() == ours[key].tobytes(), key
@@ -94,7 +94,7 @@ def test_pytorch_takes_the_steps_of_keras_s_eager_apply(backends, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_backends_take_the_same_steps(backends, name):
-    jax, torch = backends.both("train", lengths=[STEPS], **CASES[name])
+    jax, torch = backends.both("train", lengths=[STEPS], model="small", **CASES[name])
     np.testing.assert_allclose(jax["loss"], torch["loss"], rtol=1e-5)
     # Gradients differ by 1e-7 relative between backends. Where an update divides by the gradient's size, an
     # element near zero turns that into a larger part of its step; a constant frozen or misplaced in the
@@ -103,8 +103,17 @@ def test_both_backends_take_the_same_steps(backends, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_names_shapes_and_dtypes_of_a_state_are_the_same_on_both_backends(backends, name):
+    found = backends.both("train", lengths=[STEPS], model="small", **CASES[name])
+    jax, torch = ({n: (a.shape, a.dtype) for n, a in result.under("state/").items()} for result in found)
+    assert jax == torch
+    assert jax["optimizer/iteration"] == ((), np.dtype(np.int32))
+    assert jax["model/hidden_1/kernel"] == ((36, 8), np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_every_optimiser_runs_fused_or_traced_on_pytorch(backends, name):
-    said = backends.on("torch", "train", lengths=[STEPS], **CASES[name])["said"]
+    said = backends.on("torch", "train", lengths=[STEPS], model="small", **CASES[name])["said"]
     assert len(said) == 1
     fused = name.split(",")[0] in ("adam", "adamw") and name not in EXACT
     assert ("runs in the fused kernel" in said[0]) == fused

@@ -45,24 +45,20 @@ def test_a_loaded_state_is_written_again_to_the_bit(backends):
             assert array.tobytes() == loaded[f"before/{name}"].tobytes(), name
 
 
-NAMES = "sgd adam adamw adamax nadam rmsprop adagrad adadelta lion adafactor lamb muon".split()
+def test_a_state_holds_no_generator(backends):
+    # Framework generators are set again at each step, so a run with dropout is as portable as one without.
+    plain = backends.on("torch", "train", lengths=[15], model="cnn").under("state/")
+    for result in backends.both("train", lengths=[13], model="cnn", dropout=0.3):
+        assert {n: a.shape for n, a in result.under("state/").items()} == {
+            n: a.shape for n, a in plain.items()
+        }
 
 
-@pytest.mark.parametrize("optimizer", NAMES)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_names_shapes_and_dtypes_of_a_state_are_the_same_on_both_backends(backends, optimizer, dropout):
-    found = backends.both("train", lengths=[1], optimizer={"name": optimizer}, dropout=dropout)
-    jax, torch = ({n: (a.shape, a.dtype) for n, a in r.under("state/").items()} for r in found)
-    assert jax == torch
-    assert jax["optimizer/iteration"] == ((), np.dtype(np.int32))
-    assert not [name for name in jax if "seed" in name]
-
-
-def test_names_of_a_state_do_not_depend_on_what_the_process_did_before(backends, backend):
+def test_names_of_a_state_do_not_depend_on_what_the_process_did_before(backend):
     # Keras counts the variables that have no name of their own through the whole process.
-    setup = {"lengths": [1], "optimizer": {"name": "nadam"}}
-    first = backends.on(backend, "train", samples=48, **setup)
-    second = backends.on(backend, "train", samples=40, **setup)
+    setup = {"lengths": [1], "model": "small", "optimizer": {"name": "nadam"}}
+    first = backend.run("train", samples=48, **setup)
+    second = backend.run("train", samples=40, **setup)
     assert first.under("state/").keys() == second.under("state/").keys()
 
 
@@ -79,7 +75,7 @@ def test_names_of_a_state_do_not_depend_on_what_the_process_did_before(backends,
 )
 def test_a_state_that_does_not_fit_is_refused(backends, backend, kind, message):
     with pytest.raises(backends.Error, match=f"ValueError: {message}"):
-        backends.on(backend, "load_broken_state", kind=kind)
+        backend.run("load_broken_state", kind=kind)
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,9 @@ def test_the_values_by_hand_are_what_they_should_be():
 
 
 @pytest.mark.parametrize(("settings", "hand"), SCHEDULES)
-def test_a_schedule_gives_the_values_worked_out_by_hand(backends, backend, settings, hand):
+def test_a_schedule_gives_the_values_worked_out_by_hand(backend, settings, hand):
     steps = list(range(TOTAL + 5))
-    found = backends.on(backend, "rates", schedule=settings, peak=PEAK, total_steps=TOTAL, steps=steps)
+    found = backend.run("rates", schedule=settings, peak=PEAK, total_steps=TOTAL, steps=steps)
     expected = [by_hand(settings["name"], step, **hand) for step in steps]
     # 1e-7 of the peak is one rounding in float32.
     np.testing.assert_allclose(found["scalar"], expected, rtol=2e-7, atol=1e-7 * PEAK)

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from blacksmith.datasets import mnist
-from blacksmith.errors import DataError
+from blacksmith.errors import ConfigError
 from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from blacksmith.experiments.keras.mnist.configs import Config, Data
 from blacksmith.models.keras.mnist.mlp import mlp
@@ -285,13 +285,15 @@ def _quiet() -> Any:
 
 def _check_longer_schedule(run: Run, pipeline: Pipeline) -> None:
     """A decay to the end of the run cannot be resumed towards another end: its past would change."""
-    if run.resumed is None or run.config.schedule.name == "constant":
+    schedule = run.config.schedule
+    if run.resumed is None or schedule.name == "constant":
         return
     before = run.resumed.state["config"]["train"]
-    old = before["steps"] or before["epochs"] * pipeline.order.steps_per_epoch
-    if run.config.schedule.decay_steps is None and old != pipeline.total_steps:
-        raise DataError(
-            f"the schedule {run.config.schedule.name!r} decays to the end of the run, which was step "
-            f"{old} and is now {pipeline.total_steps}; set Schedule.decay_steps to what it was, "
-            f"{old - run.config.schedule.warmup_steps}"
+    old_end = before["steps"] or before["epochs"] * pipeline.order.steps_per_epoch
+    old = run.resumed.state["config"]["schedule"]["decay_steps"] or old_end - schedule.warmup_steps
+    new = schedule.decay_steps or pipeline.total_steps - schedule.warmup_steps
+    if new != old:
+        raise ConfigError(
+            f"the schedule {schedule.name!r} decayed over {old} steps and would now over {new}; "
+            f"set Schedule.decay_steps = {old}"
         )

@@ -116,6 +116,10 @@ class MnistModule(L.LightningModule):
         self._plan: list[Any] = []
         self.shown: dict[str, float] = {}
 
+    def on_train_start(self) -> None:
+        """Takes SIGTERM back: Lightning's own handler would end the run in the middle of a block."""
+        self.loop.run.stop.listen()
+
     def configure_optimizers(self) -> None:
         """None for Lightning: the optimiser is Keras's, stepped in `training_step`."""
 

@@ -54,19 +54,30 @@ def section(name: str) -> typing.Callable[[type[T]], type[T]]:
     return decorate
 
 
-def setting(default: Any, description: str, *, resume_may_change: bool = False, **constraints: Any) -> Any:
+def setting(
+    default: Any,
+    description: str,
+    *,
+    resume_may_change: bool = False,
+    evaluation_may_change: bool = False,
+    **constraints: Any,
+) -> Any:
     """A field of a section.
 
     Args:
       default: the value when no file binds it; ``...`` makes it required.
       description: one line for the experiment's documentation, with the unit.
       resume_may_change: whether a resumed run may differ from its checkpoint in this field.
+      evaluation_may_change: whether an evaluation of a checkpoint may, besides.
       **constraints: pydantic's (``gt``, ``ge``, ``lt``, ``le``, ``min_length``, ...).
     """
     return pydantic.Field(
         default,
         description=description,
-        json_schema_extra={"resume_may_change": resume_may_change},
+        json_schema_extra={
+            "resume_may_change": resume_may_change,
+            "evaluation_may_change": resume_may_change or evaluation_may_change,
+        },
         **constraints,
     )
 
@@ -82,9 +93,13 @@ def fields(section_class: type) -> dict[str, pydantic.fields.FieldInfo]:
     return section_class.__pydantic_fields__
 
 
-def may_change(section_class: type, field: str) -> bool:
-    """Whether a resumed run may differ from its checkpoint in this field."""
-    return bool(fields(section_class)[field].json_schema_extra["resume_may_change"])
+def may_change(section_class: type, field: str, *, mode: str = "train") -> bool:
+    """Whether a run that goes on from a checkpoint may differ from it in this field.
+
+    In another mode than ``train`` the checkpoint is only evaluated or exported.
+    """
+    rule = "resume_may_change" if mode == "train" else "evaluation_may_change"
+    return bool(fields(section_class)[field].json_schema_extra[rule])
 
 
 # Files
@@ -537,13 +552,15 @@ def changes(config: Any, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tu
     return different
 
 
-def forbidden_changes(config: Any, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
-    """Those of `changes` that a resumed run must not make."""
+def forbidden_changes(
+    config: Any, saved: Mapping[str, Mapping[str, Any]], *, mode: str = "train"
+) -> dict[str, tuple[Any, Any]]:
+    """Those of `changes` that a run in `mode` must not make."""
     classes = {type(getattr(config, n)).gin_name: type(getattr(config, n)) for n in _names(config)}
     return {
         key: pair
         for key, pair in changes(config, saved).items()
-        if not may_change(classes[key.rpartition(".")[0]], key.rpartition(".")[2])
+        if not may_change(classes[key.rpartition(".")[0]], key.rpartition(".")[2], mode=mode)
     }
 
 

@@ -75,12 +75,13 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
         os.environ.setdefault("KERAS_HOME", str(assets.cache_dir() / "keras"))
     name = _activate_jax(device) if backend == "jax" else _activate_torch(device)
     if device == "auto" and name == "cpu" and _gpu_present():
-        extra = "jax-cuda" if backend == "jax" else experiment.backends[backend].extra
+        how = "blacksmith[jax-cuda]" if backend == "jax" else "a CUDA build of PyTorch, see pytorch.org"
         print(
-            f"note: this machine has an NVIDIA GPU, but the installed {backend} is built for the CPU; "
-            f"to use the GPU install a CUDA build (blacksmith[{extra}])",
+            f"note: this machine has an NVIDIA GPU that the installed {backend} does not use; install {how}",
             file=sys.stderr,
         )
+    if device == "auto" and name == "cpu" and backend == "torch" and _mps_present():
+        print("note: this machine has an Apple GPU; --device=mps uses it", file=sys.stderr)
     return name
 
 
@@ -89,14 +90,21 @@ def _activate_jax(device: str) -> str:
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
+    try:
+        present = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        raise ConfigError(
+            f"JAX finds no device (JAX_PLATFORMS={asked}): {str(error).partition(chr(10))[0]}"
+        ) from error
     if device == "auto":
-        chosen = jax.devices()[0]
+        chosen = present[0]
     else:
         platform, _, index = device.partition(":")
         try:
             chosen = {str(i): d for i, d in enumerate(jax.devices(platform))}[index or "0"]
         except (RuntimeError, KeyError) as error:
-            here = sorted({_jax_name(d) for d in jax.devices()} | {"cpu"})
+            here = sorted({_jax_name(d) for d in present} | {"cpu"})
             raise ConfigError(
                 f"--device={device}: JAX has no such device here; there is {', '.join(here)}"
             ) from error
@@ -121,7 +129,7 @@ def _activate_torch(device: str) -> str:
     elif device == "gpu":
         present = [
             name
-            for name, backend in (("cuda", torch.cuda), ("mps", torch.mps), ("xpu", torch.xpu))
+            for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps), ("xpu", torch.xpu))
             if backend.is_available()
         ]
         device = present[0] if present else "cuda"
@@ -137,6 +145,12 @@ def _activate_torch(device: str) -> str:
         ) from error
     os.environ["KERAS_TORCH_DEVICE"] = device
     return device
+
+
+def _mps_present() -> bool:
+    import torch
+
+    return torch.backends.mps.is_available()
 
 
 def _gpu_present() -> bool:

@@ -11,7 +11,7 @@ import importlib.util
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,13 @@ def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_import
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the launcher; returns the exit status."""
-    argv = list(sys.argv if argv is None else argv)
+    return command(_main, argv)
+
+
+def command(body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+    """Runs the body of a command; turns its errors into one line and an exit status."""
     try:
-        return _main(argv)
+        return body(list(sys.argv if argv is None else argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -228,8 +232,13 @@ def run_experiment(
             "pip install 'blacksmith[wandb]'"
         )
     own = runs.checkpoints_of(workdir, config)
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"--workdir: {workdir} is a file, not a directory")
+    try:
+        if workdir.exists() and not workdir.is_dir():
+            raise ConfigError(f"--workdir: {workdir} is a file, not a directory")
+    except OSError as error:
+        raise ConfigError(f"--workdir: {error.strerror}: {str(workdir)[:60]}...") from error
+    if not device:
+        raise ConfigError("--device is empty; say auto, cpu, gpu, tpu, or a device by name")
     seen = own.steps()
     if resume == "auto":
         saved = own.newest()
@@ -253,8 +262,8 @@ def run_experiment(
             path = Path(resume)
             best = runs.checkpoints_of(path, config).best() if mode != "train" else None
             saved = best or find(path)
-    if saved is not None and mode == "train":
-        runs.check_resume(saved, config, experiment)
+    if saved is not None:
+        runs.check_resume(saved, config, experiment, mode=mode)
     name = devices.activate(experiment, resolved.backend, device)
     module, _, function = experiment.entry.partition(":")
     entry = getattr(configuration.import_module(module, what=f"experiment {experiment.name}"), function)

@@ -45,20 +45,25 @@ class Block:
 
 
 class Order:
-    """The stream of batches over a training set of `size` samples.
+    """The stream of batches over a training set of `size` samples; `Order.size` is what an epoch visits.
 
     Each epoch visits every sample once, in a permutation drawn from (seed, epoch). The last batch of an
-    epoch is padded when `batch` does not divide `size`.
+    epoch is padded when `batch` does not divide `size`, or left out with `drop_last`.
     """
 
-    def __init__(self, size: int, batch: int, seed: int) -> None:
+    def __init__(self, size: int, batch: int, seed: int, *, drop_last: bool = False) -> None:
         """Plans the batches.
 
         Raises:
-          ValueError: `size` or `batch` is not positive.
+          ValueError: `size` or `batch` is not positive, or no whole batch is there to keep.
         """
         if size < 1 or batch < 1:
             raise ValueError(f"an order needs samples and a batch, not size={size}, batch={batch}")
+        self._rows = size
+        if drop_last:
+            size -= size % batch
+            if not size:
+                raise ValueError(f"drop_last leaves nothing of an epoch smaller than the batch of {batch}")
         self.size = size
         self.batch = batch
         self.seed = seed
@@ -86,7 +91,7 @@ class Order:
         epoch, cursor = self.position(step)
         if epoch != self._epoch:
             rows = np.zeros(self.steps_per_epoch * self.batch, np.int32)
-            rows[: self.size] = generator(self.seed, "order", epoch).permutation(self.size)
+            rows[: self.size] = generator(self.seed, "order", epoch).permutation(self._rows)[: self.size]
             self._indices = rows.reshape(self.steps_per_epoch, self.batch)
             self._epoch = epoch
         end = min(cursor + steps, self.steps_per_epoch)

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from blacksmith import config as configuration
 from blacksmith import launch, metrics, report
 from blacksmith.checkpoint import Checkpoints
-from blacksmith.errors import ConfigError, UserError
+from blacksmith.errors import ConfigError
 from blacksmith.run import write_json
 
 # What a comparison needs of the sections that all experiments share.
@@ -100,18 +100,14 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    argv = list(sys.argv if argv is None else argv)
-    try:
-        values = define_flags()
-        if not launch.parse_flags(values, argv, __doc__):
-            return 0
-        return compare(values)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("aborted", file=sys.stderr)
-        return 130
+    return launch.command(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    values = define_flags()
+    if not launch.parse_flags(values, argv, __doc__):
+        return 0
+    return compare(values)
 
 
 def compare(values: flags.FlagValues) -> int:
@@ -193,11 +189,10 @@ def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str]]:
         for part in (getattr(first.config, f.name) for f in dataclasses.fields(first.config))
         for field in configuration.fields(type(part))
     }
-    quiet = {*_SHARED_BINDINGS, "mnist.Train.steps"}
     notes = [
         f"{key} = {value!r} for the comparison (was {before[key]!r})"
         for key, value in bindings.items()
-        if before[key] != value and key not in quiet
+        if before[key] != value and key not in _SHARED_BINDINGS
     ]
     return [*values.gin_param, *(f"{k} = {v!r}" for k, v in bindings.items())], notes
 
@@ -269,7 +264,8 @@ def compare_outcomes(
         "batches": outcome.batches[:12] + ("" if same_batches else " (differ)"),
         "max |loss difference|": f"{difference:.2e}",
         "at step": at,
-        "weights difference": f"{weights:.2e}",
+        "max |weight difference|": f"{_largest_difference(outcome.weights, reference.weights):.2e}",
+        "weights, relative": f"{weights:.2e}",
         "test accuracy": f"{outcome.test_accuracy:.2%}",
         "seconds": round(outcome.seconds, 1),
         "within tolerance": "yes" if within else "NO",
@@ -284,6 +280,13 @@ def _relative_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np
     norm = sum(float(np.sum(theirs[k].astype(np.float64) ** 2)) for k in theirs)
     ratio = math.sqrt(squares / norm) if norm else math.inf
     return ratio if math.isfinite(ratio) else math.inf
+
+
+def _largest_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """Largest absolute difference of a single weight; infinite where they do not match."""
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        return math.inf
+    return max(float(np.nan_to_num(np.abs(ours[k] - theirs[k]), nan=math.inf).max()) for k in theirs)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

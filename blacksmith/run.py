@@ -160,7 +160,7 @@ class Run:
                         raise ConfigError(
                             f"{self.directory} was changed by another run just now; start again"
                         )
-                    if self.mode == "train" and not self._goes_on:
+                    if self.mode == "train" and not self.goes_on:
                         self._start()
                     yield self
                 except BaseException as error:
@@ -256,7 +256,7 @@ class Run:
         self._report()
 
     @property
-    def _goes_on(self) -> bool:
+    def goes_on(self) -> bool:
         """Whether the run goes on in the directory of the checkpoint that it starts from."""
         if self.resumed is None:
             return False
@@ -265,7 +265,7 @@ class Run:
     def _start(self) -> None:
         """Puts the directory into the state that the run starts from."""
         path = self.directory / "metrics.jsonl"
-        offset = self.resumed.state["metrics_offset"] if self._goes_on else 0
+        offset = self.resumed.state["metrics_offset"] if self.goes_on else 0
         if offset > (path.stat().st_size if path.exists() else 0):
             raise CheckpointError(
                 f"{path} is shorter than when {self.resumed.path.name} was written; "
@@ -281,7 +281,7 @@ class Run:
         self._environment = self._provenance()
         write_json(self.directory / "environment.json", self._environment)
         purge = None
-        if self._goes_on:
+        if self.goes_on:
             self.checkpoints.remove_after(self.resumed.step)
             purge = self.resumed.step + 1
         elif (self.directory / "tensorboard").exists():
@@ -291,15 +291,23 @@ class Run:
         if log.tensorboard:
             writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", purge_step=purge))
         if log.wandb != "off":
-            writers.append(
-                metric_writers.WandbWriter(
-                    self.directory, log.wandb, log.wandb_project, configuration.as_dict(self.config)
-                )
-            )
+            writers.append(self._wandb_writer())
         seconds = time.perf_counter() - self._opened_at
         if self.resumed is not None:
             seconds += self.resumed.state["seconds"]
         self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
+
+    def _wandb_writer(self) -> metric_writers.WandbWriter:
+        import wandb
+
+        log = self.config.log
+        try:
+            return metric_writers.WandbWriter(
+                self.directory, log.wandb, log.wandb_project, configuration.as_dict(self.config)
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"Log.wandb = {log.wandb!r}: {reason}; or set it to 'offline'") from error
 
     def _provenance(self) -> dict[str, Any]:
         previous = []
@@ -394,8 +402,8 @@ def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
     )
 
 
-def check_resume(saved: Saved, config: Any, experiment: Experiment) -> None:
-    """Checks that `config` may go on from `saved`.
+def check_resume(saved: Saved, config: Any, experiment: Experiment, *, mode: str = "train") -> None:
+    """Checks that a run with `config` may go on from `saved`, or evaluate or export it.
 
     Raises:
       ConfigError: it differs in a field that must not change; names the first differences.
@@ -405,12 +413,12 @@ def check_resume(saved: Saved, config: Any, experiment: Experiment) -> None:
         raise CheckpointError(
             f"{saved.path} was written by {saved.state['experiment']} and does not fit {experiment.name}"
         )
-    different = configuration.forbidden_changes(config, saved.state["config"])
+    different = configuration.forbidden_changes(config, saved.state["config"], mode=mode)
     if different:
         shown = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in list(different.items())[:4])
         raise ConfigError(
-            f"cannot go on from {saved.path} with other settings: {shown}; "
-            "set them back, or start in a new --workdir"
+            f"cannot go on from {saved.path} with other settings: {shown}; set them back"
+            + (", or start in a new --workdir" if mode == "train" else "")
         )
 
 

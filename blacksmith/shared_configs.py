@@ -2,7 +2,20 @@
 
 from typing import Literal
 
-from blacksmith.config import section, setting
+from blacksmith.config import fields, section, setting
+from blacksmith.errors import ConfigError
+
+# The settings that only some optimisers have; the configuration refuses them elsewhere.
+_WITH_BETAS = ("adam", "adamw", "adamax", "nadam", "lion", "lamb")
+OWN_SETTINGS: dict[str, tuple[str, ...]] = {
+    "momentum": ("sgd", "rmsprop"),
+    "nesterov": ("sgd",),
+    "beta_1": _WITH_BETAS,
+    "beta_2": _WITH_BETAS,
+    "rho": ("rmsprop", "adadelta"),
+    "epsilon": ("adam", "adamw", "adamax", "nadam", "rmsprop", "adagrad", "adadelta", "lamb", "muon"),
+    "amsgrad": ("adam", "adamw"),
+}
 
 
 @section("Run")
@@ -36,13 +49,24 @@ class OptimizerConfig:
     ] = setting("adam", "the optimiser")
     learning_rate: float = setting(1e-3, "peak learning rate", gt=0)
     weight_decay: float | None = setting(
-        None, "decoupled weight decay per step, times the learning rate", ge=0
+        None,
+        "decoupled weight decay, times the learning rate; None: Keras's default for the optimiser",
+        ge=0,
     )
     momentum: float = setting(0.0, "momentum of sgd and rmsprop", ge=0, lt=1)
     nesterov: bool = setting(False, "Nesterov momentum for sgd")
-    beta_1: float = setting(0.9, "decay of the first moment", ge=0, lt=1)
-    beta_2: float = setting(0.999, "decay of the second moment (lion: 0.99 is usual)", ge=0, lt=1)
-    epsilon: float = setting(1e-7, "added to the denominator of adaptive optimisers", gt=0)
+    beta_1: float | None = setting(
+        None, "decay of the first moment; None: Keras's default for the optimiser", ge=0, lt=1
+    )
+    beta_2: float | None = setting(
+        None, "decay of the second moment; None: Keras's default for the optimiser", ge=0, lt=1
+    )
+    rho: float | None = setting(
+        None, "decay of rmsprop and adadelta; None: Keras's default for the optimiser", ge=0, lt=1
+    )
+    epsilon: float | None = setting(
+        None, "added to the denominator; None: Keras's default for the optimiser", gt=0
+    )
     amsgrad: bool = setting(False, "the AMSGrad variant of adam and adamw")
     clip_norm: float | None = setting(None, "each gradient's norm is cut to this", gt=0)
     global_clip_norm: float | None = setting(None, "the norm of all gradients together is cut to this", gt=0)
@@ -75,11 +99,10 @@ class CheckpointConfig:
     metric: str = setting(
         "val_accuracy",
         "the validation metric that says which is best: val_loss, val_accuracy, ...",
-        resume_may_change=True,
         min_length=1,
     )
     mode: Literal["auto", "min", "max"] = setting(
-        "auto", "whether less or more is better; auto: less for losses", resume_may_change=True
+        "auto", "whether less or more is better; auto: less for losses"
     )
 
 
@@ -107,3 +130,44 @@ class LogConfig:
     progress: Literal["auto", "bar", "lines", "off"] = setting(
         "auto", "progress on the console; auto: a bar on a terminal", resume_may_change=True
     )
+
+
+def check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None:
+    """Refuses settings that would have no effect or contradict one another.
+
+    Raises:
+      ConfigError: the first of them.
+    """
+    clips = [n for n in ("clip_norm", "global_clip_norm", "clip_value") if getattr(optimizer, n) is not None]
+    if len(clips) > 1:
+        raise ConfigError(f"Optimizer.{' and Optimizer.'.join(clips)} are both set; choose one way to clip")
+    for name, having in OWN_SETTINGS.items():
+        value = getattr(optimizer, name)
+        if value != fields(OptimizerConfig)[name].default and optimizer.name not in having:
+            raise ConfigError(
+                f"Optimizer.{name} = {value!r} has no effect on {optimizer.name}; "
+                f"it belongs to {' and '.join(having)}"
+            )
+    if optimizer.nesterov and not optimizer.momentum:
+        raise ConfigError("Optimizer.nesterov = True needs Optimizer.momentum above 0")
+    if schedule.name == "constant":
+        for name in ("decay_steps", "final_fraction"):
+            value = getattr(schedule, name)
+            if value != fields(ScheduleConfig)[name].default:
+                raise ConfigError(
+                    f"Schedule.{name} = {value!r} has no effect on a constant schedule; it belongs to "
+                    "linear and cosine"
+                )
+
+
+def check_log(log: LogConfig) -> None:
+    """Refuses histograms that nothing would show.
+
+    Raises:
+      ConfigError: histograms without TensorBoard and Weights & Biases.
+    """
+    if log.histograms_every is not None and not log.tensorboard and log.wandb == "off":
+        raise ConfigError(
+            f"Log.histograms_every = {log.histograms_every} has no effect without Log.tensorboard or "
+            "Log.wandb"
+        )

@@ -563,8 +563,6 @@ def test_backend_device_logs_cadence_and_end_may_change_on_resume_and_nothing_el
         "Checkpoint.every_epochs",
         "Checkpoint.keep_last",
         "Checkpoint.keep_best",
-        "Checkpoint.metric",
-        "Checkpoint.mode",
         "Log.every_steps",
         "Log.tensorboard",
         "Log.wandb",

@@ -1,5 +1,6 @@
 """What the documentation says is what the code does."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -59,6 +60,8 @@ def test_the_commands_of_the_readme_run(tmp_path):
     for made in ("first/report.html", "first/eval.json", "first/export/model.keras", "second/result.json"):
         assert (tmp_path / "runs" / made).exists(), made
     assert (tmp_path / "runs" / "comparison.html").exists()
+    lines = [json.loads(x) for x in (tmp_path / "runs/second/metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if x["split"] == "train"] == [250, 300, 350, 400, 420]
 
 
 @pytest.mark.parametrize(

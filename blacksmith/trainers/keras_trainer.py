@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -53,6 +54,7 @@ class Plan:
       stop_at: value of the watched metric that ends the run; None: none does.
       metric: the watched validation metric, ``val_loss`` or ``val_accuracy``.
       mode: ``min`` or ``max``.
+      keep_best: whether a checkpoint is written whenever the watched metric is better than ever.
       progress: style of the console progress, see `Progress`.
     """
 
@@ -67,6 +69,7 @@ class Plan:
     stop_at: float | None = None
     metric: str = "val_loss"
     mode: str = "min"
+    keep_best: bool = True
     progress: str = "auto"
 
 
@@ -80,6 +83,7 @@ class LoopState:
       initial_weights_sha256: hash of the weights at step 0.
       sums: what has been summed for the next training line, by metric; ``steps`` counts.
       validation: the latest validation metrics.
+      validated_at: the step they were measured at.
       best: best value of the watched metric so far.
       best_step: the step it was reached at.
       worse: evaluations since.
@@ -90,6 +94,7 @@ class LoopState:
     initial_weights_sha256: str = ""
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     validation: dict[str, float] = dataclasses.field(default_factory=dict)
+    validated_at: int = -1
     best: float | None = None
     best_step: int = 0
     worse: int = 0
@@ -108,6 +113,7 @@ class KerasTrainer:
 
     Raises:
       CheckpointError: the checkpoint to go on from does not fit the model or optimiser.
+      ValueError: a layer would see the padding of the last batch of an epoch.
     """
 
     def __init__(
@@ -130,12 +136,16 @@ class KerasTrainer:
         if run.resumed is not None:
             self.state = LoopState(**run.resumed.state["loop"])
             load_checkpoint(backend, run.resumed)
-            if run.resumed.path.parent.resolve() == run.checkpoints.directory.resolve():
+            if run.goes_on:
                 self._saved_at = self.state.step
+            else:
+                # The best checkpoint so far stays where it is: here the search for one starts anew.
+                self.state.best, self.state.best_step, self.state.worse = None, 0, 0
         else:
             self.state.initial_weights_sha256 = weights_sha256(
                 {k: v for k, v in backend.state().items() if k.startswith("model/")}
             )
+        _check_ragged(task, order)
         self._seen_since, self._seconds_since = 0, 0.0
         self._block_start = 0.0
         self.progress = Progress(
@@ -195,6 +205,8 @@ class KerasTrainer:
           RunError: the loss is not finite; nothing of this block is saved.
         """
         self._seconds_since += time.perf_counter() - self._block_start
+        # First of all, so that a failure of this block is written down in the directory as it is now.
+        _ = self.run.metrics
         plan, state = self.plan, self.state
         first, count = state.step, len(block.indices)
         self._check_finite(block, values["loss"], first)
@@ -213,14 +225,15 @@ class KerasTrainer:
         due = (plan.checkpoint_every and state.step % plan.checkpoint_every == 0) or (
             plan.checkpoint_every_epochs and cursor == 0 and epoch % plan.checkpoint_every_epochs == 0
         )
-        if due or self.finished:
+        improved = plan.keep_best and state.best_step == state.validated_at == state.step
+        if due or improved or self.finished:
             self.save()
         shown = {name: float(v[-1]) for name, v in values.items()}
         self.progress.update(
             self.order.samples_before(state.step),
             state.step,
             self._epoch(state.step),
-            shown | {k: v for k, v in state.validation.items() if k != plan.metric or v},
+            shown | state.validation,
         )
 
     def close(self) -> str:
@@ -265,6 +278,7 @@ class KerasTrainer:
         means = evaluate(self.backend, self.validation)[0]
         self.run.metrics.write(state.step, self._epoch(state.step), "val", means)
         state.validation = {f"val_{name}": value for name, value in means.items()}
+        state.validated_at = state.step
         value = state.validation[plan.metric]
         better = state.best is None or (value < state.best if plan.mode == "min" else value > state.best)
         if better:
@@ -300,6 +314,18 @@ class KerasTrainer:
         return float(rate(step)) if callable(rate) else float(rate)
 
 
+def _check_ragged(task: Task, order: Order) -> None:
+    """Padding has no weight in the loss, but a layer that mixes the samples of a batch would see it."""
+    if order.size % order.batch == 0:
+        return
+    for layer in task.model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization) or layer.activity_regularizer is not None:
+            raise ValueError(
+                f"the layer {layer.name!r} would see the padding of the last batch: {order.size} samples are "
+                f"no multiple of the batch of {order.batch}; give Order(..., drop_last=True)"
+            )
+
+
 def evaluate(backend: Backend, samples: Samples) -> tuple[dict[str, float], np.ndarray]:
     """Mean loss and metrics over `samples`, and the outputs [samples, ...]."""
     values, outputs = backend.evaluate(samples.inputs, samples.labels)
@@ -313,7 +339,8 @@ def save_checkpoint(run: Run, backend: Backend, state: LoopState) -> Path:
         state.step,
         dataclasses.asdict(state),
         lambda directory: save_file(arrays, directory / ARRAYS),
-        state.validation,
+        # Those of older weights would make this checkpoint look as good as they were.
+        state.validation if state.validated_at == state.step else {},
     )
 
 
@@ -357,5 +384,6 @@ def make_plan(total_steps: int, config: Any) -> Plan:
         stop_at=config.train.stop_at,
         metric=metric,
         mode=("min" if metric.endswith("loss") else "max") if mode == "auto" else mode,
+        keep_best=config.checkpoint.keep_best > 0,
         progress=config.log.progress,
     )

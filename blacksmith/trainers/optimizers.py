@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from blacksmith.errors import ConfigError
-from blacksmith.shared_configs import OptimizerConfig, ScheduleConfig
+from blacksmith.shared_configs import OWN_SETTINGS, OptimizerConfig, ScheduleConfig
 
 _CLASSES = {
     "sgd": keras.optimizers.SGD,
@@ -23,8 +23,6 @@ _CLASSES = {
     "lamb": keras.optimizers.Lamb,
     "muon": keras.optimizers.Muon,
 }
-_BETAS = {"adam", "adamw", "adamax", "nadam", "lion", "lamb"}
-_EPSILON = {"adam", "adamw", "adamax", "nadam", "rmsprop", "adagrad", "adadelta", "lamb"}
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
@@ -115,18 +113,10 @@ def make_optimizer(
         "clipvalue": config.clip_value,
         "name": "optimizer",
     }
-    if config.name in _BETAS:
-        settings |= {"beta_1": config.beta_1, "beta_2": config.beta_2}
-    if config.name in _EPSILON:
-        settings["epsilon"] = config.epsilon
-    if config.name in ("sgd", "rmsprop"):
-        settings["momentum"] = config.momentum
-    if config.name == "sgd":
-        settings["nesterov"] = config.nesterov
-    if config.name in ("adam", "adamw"):
-        settings["amsgrad"] = config.amsgrad
-    if config.name in ("adamw", "muon") and config.weight_decay is None:
-        settings.pop("weight_decay")  # Keras's default for this one is not None
+    settings |= {
+        name: getattr(config, name) for name, having in OWN_SETTINGS.items() if config.name in having
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
     return _CLASSES[config.name](**settings)
 
 

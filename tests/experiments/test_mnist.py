@@ -129,6 +129,53 @@ def test_early_stopping_ends_the_run_and_the_best_checkpoint_is_tested(experimen
     assert result["tested_checkpoint"] == f"step_{lines[best]['step']:08d}"
 
 
+def test_the_best_weights_are_tested_though_no_checkpoint_was_due(experiment, tmp_path):
+    run = tmp_path / "run"
+    done = experiment(
+        FILES["jax"],
+        run,
+        *SMALL,
+        "mnist.Train.epochs = 3",
+        "mnist.Train.evaluate_every_steps = 5",
+        "Optimizer.learning_rate = 0.02",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    values = {x["step"]: x["accuracy"] for x in metrics.read(run / "metrics.jsonl") if x["split"] == "val"}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert result["best"] == {"metric": "val_accuracy", "value": values[best], "step": best}
+    assert result["tested_checkpoint"] == f"step_{best:08d}"
+
+
+def test_eval_with_other_settings_is_refused_and_other_data_is_said(experiment, tmp_path):
+    run = tmp_path / "run"
+    assert experiment(FILES["jax"], run, *SMALL, "mnist.Train.epochs = 1").returncode == 0
+    for setting in ("Run.seed = 1", "mnist.Data.scale = 100.0", 'mnist.Model.activation = "relu"'):
+        done = experiment(FILES["jax"], run, *SMALL, setting, flags=["--mode=eval"])
+        assert done.returncode == 2, setting
+        assert setting.partition(" ")[0] in done.stderr
+    idx = tmp_path / "idx"
+    write_idx(idx)
+    more = ['mnist.Data.source = "idx"', f"mnist.Data.path = {str(idx)!r}", "mnist.Train.batch_size = 128"]
+    done = experiment(FILES["jax"], run, *SMALL, *more, flags=["--mode=eval"])
+    assert done.returncode == 0, done.stderr
+    assert "trained on other data" in done.stderr
+    assert "val" not in json.loads((run / "eval.json").read_text())
+
+
+def write_idx(directory: Path) -> None:
+    """A small set in the standard files: 6,000 train images, of which 5,000 are held out, and 50 test."""
+    rng = np.random.default_rng(0)
+    directory.mkdir()
+    for name, count in (("train", 6000), ("t10k", 50)):
+        images = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        head = np.array([2051, count, 28, 28], ">i4").tobytes()
+        (directory / f"{name}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        labels = rng.integers(0, 10, count).astype(np.uint8)
+        head = np.array([2049, count], ">i4").tobytes()
+        (directory / f"{name}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(experiment, tmp_path):
     run = tmp_path / "run"
     done = experiment(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blacksmith import parity
+from blacksmith import metrics, parity
 from blacksmith.parity import Outcome, Tolerances, compare_outcomes
 
 # Small and short: the bar of 500 steps at full size is the slow test below.
@@ -82,6 +82,16 @@ def test_three_backends_agree(tmp_path, capsys, optimizer):
     assert len({row["batches"] for row in rows}) == 1
     assert "mnist.Model.dropout = 0.0 for the comparison (was 0.2)" in printed
     assert "mnist.Data.shift = 0.0 for the comparison (was 1.0)" in printed
+    if optimizer == "adam":
+        torch, lightning = (
+            [
+                x["loss"]
+                for x in metrics.read(tmp_path / "p" / name / "metrics.jsonl")
+                if x["split"] == "train"
+            ]
+            for name in ("mnist_torch", "mnist_lightning")
+        )
+        assert torch == lightning, "Lightning's curve is PyTorch's to the bit"
     page = (tmp_path / "p" / "parity.html").read_text()
     assert "plotly" in page
     assert "mnist_torch" in page

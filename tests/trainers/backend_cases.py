@@ -22,6 +22,7 @@ from blacksmith.trainers.optimizers import make_optimizer
 
 CLASSES = 4
 SAMPLES, BATCH = 52, 8  # seven batches an epoch, the last one of four samples
+WHOLE_SAMPLES = 56  # seven whole batches, for models in which samples see one another and thus padding
 
 
 # Models
@@ -84,7 +85,7 @@ def _data(model, samples, seed=0):
 
 
 def _task(
-    model="mlp",
+    model,
     *,
     dropout=0.0,
     optimizer=None,
@@ -119,8 +120,10 @@ def _task(
 class _Setup:
     """A task on this process's backend with its data and order; `said` collects what the backend says."""
 
-    def __init__(self, *, batch=BATCH, samples=SAMPLES, block_steps=16, load=None, **task):
-        self.task = _task(**task)
+    def __init__(self, *, model="mlp", batch=BATCH, samples=None, block_steps=16, load=None, **task):
+        self.task = _task(model, **task)
+        if samples is None:
+            samples = WHOLE_SAMPLES if model in ("cnn", "vector") else SAMPLES
         self.inputs, self.labels = _data(self.task.model, samples)
         self.order = Order(samples, batch, 0)
         self.said = []
@@ -442,6 +445,12 @@ def rates(schedule, peak, total_steps, steps):
     }
 
 
+def optimizer_settings(**settings):
+    """The class and the settings of the Keras optimiser that a configuration makes."""
+    made = make_optimizer(OptimizerConfig(**settings), ScheduleConfig(), 30)
+    return {"class": type(made).__name__, **made.get_config()}
+
+
 def optimizer_refusal(total_steps, schedule):
     """Makes an optimiser whose schedule does not fit."""
     make_optimizer(OptimizerConfig(), ScheduleConfig(**schedule), total_steps)
@@ -547,7 +556,7 @@ def optimizer_choice(optimizer=None, constraint=False, policy="float32", exclude
             made.exclude_from_weight_decay(var_names=exclude)
         task = Task(model, made, losses.cross_entropy)
     else:
-        task = _task(optimizer=optimizer, policy=policy)
+        task = _task("mlp", optimizer=optimizer, policy=policy)
     said = []
     inputs, labels = _data(task.model, BATCH)
     make_backend(task, inputs, labels, say=said.append)

@@ -102,12 +102,12 @@ class Backends:
             directory.mkdir()
             self.workers[name] = Worker(name, directory)
 
-    def on(self, name, case, **arguments):
+    def on(self, name, case, /, **arguments):
         """The case's result on one backend."""
         worker = self.workers[name]
         return worker.receive(worker.send(case, arguments))
 
-    def both(self, case, **arguments):
+    def both(self, case, /, **arguments):
         """The case's results on JAX and on PyTorch, which run at the same time."""
         for worker in self.workers.values():
             worker.send(case, arguments)
@@ -125,7 +125,7 @@ class Backend:
         self.name = name
         self._backends = backends
 
-    def run(self, case, **arguments):
+    def run(self, case, /, **arguments):
         """The case's result here. The other backend starts on it too: its own test will ask for the same."""
         if "load" not in arguments:
             for worker in self._backends.workers.values():

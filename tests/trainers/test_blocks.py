@@ -29,7 +29,7 @@ def test_the_capacity_of_a_block_changes_no_bit(backend):
 
 def test_a_block_longer_than_planned_is_refused(backends):
     # On JAX, whose program has a fixed capacity; PyTorch takes any length.
-    with pytest.raises(backends.Error, match="ValueError: a block of 5 steps.*block_steps = 4"):
+    with pytest.raises(backends.Error, match=r"ValueError: a block of 5 steps .* block_steps = 4"):
         backends.on("jax", "oversized_block", block_steps=4, length=5)
     backends.on("torch", "oversized_block", block_steps=4, length=5)
 
@@ -56,5 +56,5 @@ def test_a_batch_in_parts_equals_the_whole_batch(backend):
 
 
 def test_parts_must_divide_the_batch(backends, backend):
-    with pytest.raises(backends.Error, match="ValueError: accumulate = 3 does not divide .* 8"):
+    with pytest.raises(backends.Error, match=r"ValueError: accumulate = 3 does not divide .* 8"):
         backend.run("train", lengths=[1], accumulate=3)

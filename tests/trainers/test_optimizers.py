@@ -150,3 +150,46 @@ def test_the_fused_kernel_is_for_plain_adam_and_adamw_and_the_choice_is_said(bac
     (line,) = found["said"]
     assert line.startswith("PyTorch: ")
     assert line.endswith("runs in the fused kernel" if why is None else f"update, traced ({why})")
+
+
+DECAY_AND_CLIPS = {
+    "weight_decay": ("weight_decay", 0.3),
+    "clip_norm": ("clipnorm", 0.3),
+    "global_clip_norm": ("global_clipnorm", 0.3),
+    "clip_value": ("clipvalue", 0.3),
+}
+BETAS = {"beta_1": ("beta_1", 0.7), "beta_2": ("beta_2", 0.8)}
+EPSILON = {"epsilon": ("epsilon", 1e-3)}
+RHO = {"rho": ("rho", 0.8)}
+MOMENTUM = {"momentum": ("momentum", 0.6)}
+AMSGRAD = {"amsgrad": ("amsgrad", True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("sgd", MOMENTUM | {"nesterov": ("nesterov", True)}),
+        ("adam", BETAS | EPSILON | AMSGRAD),
+        ("adamw", BETAS | EPSILON | AMSGRAD),
+        ("adamax", BETAS | EPSILON),
+        ("nadam", BETAS | EPSILON),
+        ("rmsprop", MOMENTUM | RHO | EPSILON),
+        ("adagrad", EPSILON),
+        ("adadelta", RHO | EPSILON),
+        ("lion", BETAS),
+        ("adafactor", {}),
+        ("lamb", BETAS | EPSILON),
+        ("muon", EPSILON),
+    ],
+)
+def test_every_setting_reaches_keras_s_optimiser(backends, name, own):
+    plain = backends.on("torch", "optimizer_settings", name=name, learning_rate=0.02)
+    assert plain["class"].lower() == name
+    assert plain["name"] == "optimizer"
+    assert plain["learning_rate"] == pytest.approx(0.02, rel=1e-6)
+    # Keras takes one way of clipping at a time.
+    for ours, (keras, value) in (own | DECAY_AND_CLIPS).items():
+        extra = {"momentum": 0.6} if ours == "nesterov" else {}
+        found = backends.on("torch", "optimizer_settings", name=name, **{ours: value}, **extra)
+        assert found[keras] == value
+        assert plain[keras] != value

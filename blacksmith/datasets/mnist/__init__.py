@@ -7,6 +7,7 @@ was read, with a hash; `describe` makes one line of it. Nothing is downloaded un
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,16 +166,31 @@ def _first_available(directory: Path | None, name: str) -> str:
         if tfds_source.find_prepared(name, directory) is not None:
             return "tfds"
         raise DataError(f"{directory}: neither MNIST idx files nor a prepared TFDS set {name!r}")
-    if name == "mnist" and idx.present(_idx_cache()) == len(idx.NAMES):
-        return "idx"
-    if tfds_source.find_prepared(name, tfds_source.default_data_dir()) is not None:
-        return "tfds"
+    if name == "mnist":
+        found = idx.present(_idx_cache())
+        if found == len(idx.NAMES):
+            return "idx"
+        if found:
+            _note(
+                f"{_idx_cache()} has {found} of the {len(idx.NAMES)} idx files and is passed over; "
+                "python -m blacksmith.assets mnist completes it"
+            )
+    prepared = tfds_source.find_prepared(name, tfds_source.default_data_dir())
+    if prepared is not None:
+        if tfds_source.readable(prepared):
+            return "tfds"
+        if name == "mnist":
+            _note(f"{prepared} is passed over: reading it needs pip install 'blacksmith[tfds]'")
     if name == "mnist":
         return "mnist5k"
     raise DataError(
         f"TFDS set {name!r} is not prepared in {tfds_source.default_data_dir()}; "
         "source='tfds' downloads and prepares it"
     )
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def _idx_cache() -> Path:

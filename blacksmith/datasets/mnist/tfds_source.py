@@ -6,6 +6,7 @@ and `kmnist` can also be prepared here, from the URLs and checksums that TFDS it
 """
 
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -105,6 +106,12 @@ def read(prepared: Path) -> Arrays:
     except OSError as error:
         _log.warning("cannot keep %s in the cache, the next load is slow: %s", prepared, error)
     return arrays
+
+
+def readable(prepared: Path) -> bool:
+    """Whether `read` can: the set is in the array cache, or the packages that read it are installed."""
+    modules = ("tensorflow_datasets", "array_record", "importlib_resources", "PIL")
+    return _cache_path(prepared).exists() or all(importlib.util.find_spec(m) for m in modules)
 
 
 def _cache_path(prepared: Path) -> Path:
@@ -345,7 +352,7 @@ def _import_tfds() -> ModuleType:
     except ImportError as error:
         raise DataError(
             f"source 'tfds' needs a package that is not installed ({error}); run "
-            "`pip install tensorflow-datasets array_record importlib_resources pillow`"
+            "pip install 'blacksmith[tfds]'"
         ) from error
     return tensorflow_datasets
 

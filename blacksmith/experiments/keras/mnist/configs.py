@@ -11,6 +11,8 @@ from blacksmith.shared_configs import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    check_log,
+    check_optimizer,
 )
 
 
@@ -19,11 +21,18 @@ class Data:
     """Where the digits come from and how they are prepared."""
 
     source: Literal["auto", "idx", "tfds", "mnist5k"] = setting(
-        "auto", "where the images come from; auto: the first that needs no download"
+        "auto",
+        "where the images come from; auto: the first that needs no download",
+        evaluation_may_change=True,
     )
-    path: str | None = setting(None, "directory of the idx files, or TFDS's data_dir; None: the cache")
+    path: str | None = setting(
+        None, "directory of the idx files, or TFDS's data_dir; None: the cache", evaluation_may_change=True
+    )
     name: str = setting(
-        "mnist", "the TFDS set: any 28x28 greyscale one (fashion_mnist, kmnist)", min_length=1
+        "mnist",
+        "the TFDS set: any 28x28 greyscale one (fashion_mnist, kmnist)",
+        min_length=1,
+        evaluation_may_change=True,
     )
     validation: int | Literal["test"] = setting(
         5000,
@@ -109,20 +118,13 @@ class Config:
             raise ConfigError(f"mnist.Data.validation = {self.data.validation}: must be 0 or more, or 'test'")
         if any(width < 1 for width in self.model.hidden):
             raise ConfigError(f"mnist.Model.hidden = {self.model.hidden}: widths must be positive")
-        clips = [
-            name
-            for name in ("clip_norm", "global_clip_norm", "clip_value")
-            if getattr(optimizer, name) is not None
-        ]
-        if len(clips) > 1:
+        check_optimizer(optimizer, self.schedule)
+        check_log(self.log)
+        if train.steps is not None and self.schedule.warmup_steps >= train.steps:
             raise ConfigError(
-                f"Optimizer.{' and Optimizer.'.join(clips)} are both set; choose one way to clip"
+                f"Schedule.warmup_steps = {self.schedule.warmup_steps} is not less than "
+                f"mnist.Train.steps = {train.steps}"
             )
-        _check_only_for(optimizer, "momentum", 0.0, ("sgd", "rmsprop"))
-        _check_only_for(optimizer, "nesterov", False, ("sgd",))
-        _check_only_for(optimizer, "amsgrad", False, ("adam", "adamw"))
-        if optimizer.nesterov and not optimizer.momentum:
-            raise ConfigError("Optimizer.nesterov = True needs Optimizer.momentum above 0")
         metrics = ("val_loss", "val_accuracy")
         if self.checkpoint.metric not in metrics:
             raise ConfigError(
@@ -161,7 +163,7 @@ class Config:
         ).info
         return {
             "mnist.Data.source": info["source"],
-            "mnist.Data.path": info["path"],
+            "mnist.Data.path": info["path"] if info["source"] == "idx" else data.path,
             "mnist.Data.shift": 0.0,
             "mnist.Data.rotate": 0.0,
             "mnist.Model.dropout": 0.0,
@@ -169,12 +171,3 @@ class Config:
             "mnist.Train.early_stopping": None,
             "mnist.Train.stop_at": None,
         }
-
-
-def _check_only_for(optimizer: OptimizerConfig, field: str, default: object, names: tuple) -> None:
-    value = getattr(optimizer, field)
-    if value != default and optimizer.name not in names:
-        raise ConfigError(
-            f"Optimizer.{field} = {value!r} has no effect on {optimizer.name}; "
-            f"it belongs to {' and '.join(names)}"
-        )

@@ -3,9 +3,8 @@
 `keras/mnist` and `lightning/mnist` differ in who runs the loop; everything before and after it is here.
 """
 
-import contextlib
 import dataclasses
-import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from blacksmith.experiments.keras.mnist.configs import Config, Data
 from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.order import Order
-from blacksmith.run import Run, write_json
+from blacksmith.run import STOPPED, Run, write_json
 from blacksmith.trainers import losses
 from blacksmith.trainers.backend import Backend, Task, make_backend
+from blacksmith.trainers.export import export_stablehlo, export_torch
 from blacksmith.trainers.initial_weights import initialise
 from blacksmith.trainers.keras_trainer import (
     KerasTrainer,
@@ -60,11 +60,16 @@ def prepare(run: Run) -> Pipeline:
     """Loads the data, builds the model with its initial weights, and puts both on the device.
 
     Raises:
+      ConfigError: a batch is larger than the training set.
       DataError: the data is missing, broken, or not what a resumed run was trained on.
     """
     config: Config = run.config
     data = load_data(run)
     train = samples(data.train, config.data)
+    if config.train.batch_size > len(train):
+        raise ConfigError(
+            f"mnist.Train.batch_size = {config.train.batch_size} is more than {len(train)} training samples"
+        )
     order = Order(len(train), config.train.batch_size, config.run.seed)
     total_steps = config.train.steps or config.train.epochs * order.steps_per_epoch
     task = make_task(config, data.num_classes, total_steps)
@@ -158,8 +163,8 @@ def conclude(run: Run, pipeline: Pipeline, trainer: KerasTrainer, status: str) -
     if status == "stopped":
         run.finish("stopped", result)
         print(f"stopped at step {state.step}; the same command with --workdir={run.directory} goes on")
-        return 75
-    saved = run.checkpoints.best() or run.checkpoints.newest()
+        return STOPPED
+    saved = (run.checkpoints.best() if trainer.plan.keep_best else None) or run.checkpoints.newest()
     load_checkpoint(pipeline.backend, saved)
     result["tested_checkpoint"] = saved.path.name
     result["test"] = evaluate_test_set(pipeline, run.config.data, worst_to=run.directory / "worst.npz")
@@ -218,11 +223,22 @@ def _save_worst(path: Path, split: mnist.Split, predictions: np.ndarray, logits:
 
 
 def evaluate_checkpoint(run: Run) -> int:
-    """``--mode=eval``: the checkpoint on the validation and test sets, into `eval.json`."""
+    """``--mode=eval``: the checkpoint on the validation and test sets, into `eval.json`.
+
+    On other data than it was trained on only the test set counts: the validation set was held out of nothing.
+    """
     pipeline = prepare(run)
     load_checkpoint(pipeline.backend, run.resumed)
     result: dict[str, Any] = {"checkpoint": str(run.resumed.path), "data": run.data}
-    if len(pipeline.validation):
+    trained_on = run.resumed.state["data"]
+    other = trained_on.get("sha256") != run.data["sha256"]
+    if other:
+        print(
+            f"note: the model was trained on other data ({trained_on.get('source')} "
+            f"{str(trained_on.get('sha256'))[:12]}); its training samples may be among these test samples",
+            file=sys.stderr,
+        )
+    if len(pipeline.validation) and not other:
         result["val"] = evaluate(pipeline.backend, pipeline.validation)[0]
     result["test"] = evaluate_test_set(pipeline, run.config.data)
     write_json(run.directory / "eval.json", result)
@@ -248,15 +264,10 @@ def export(run: Run) -> int:
     directory.mkdir(exist_ok=True)
     model.save(directory / "model.keras")
     written = ["model.keras"]
-    with _quiet():
-        if run.backend == "jax":
-            from blacksmith.trainers.export import export_stablehlo
-
-            written.append(export_stablehlo(model, directory / "model.stablehlo").name)
-        else:
-            from blacksmith.trainers.export import export_torch
-
-            written.append(export_torch(model, directory / "model.pt2").name)
+    if run.backend == "jax":
+        written.append(export_stablehlo(model, directory / "model.stablehlo").name)
+    else:
+        written.append(export_torch(model, directory / "model.pt2").name)
     settings = run.config.data
     write_json(
         directory / "export.json",
@@ -274,13 +285,6 @@ def export(run: Run) -> int:
     for name in [*written, "export.json"]:
         print(directory / name)
     return 0
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """torch.export reports through the C library's standard error; nothing there is for the user."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-        yield
 
 
 def _check_longer_schedule(run: Run, pipeline: Pipeline) -> None:

@@ -1,0 +1,30 @@
+"""What setup.cfg puts into the package is what there is."""
+
+import configparser
+from pathlib import Path
+
+from blacksmith import config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_package_and_every_gin_file_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "blacksmith").rglob("__init__.py")
+    }
+    gin = {
+        ".".join(("blacksmith", *path.parent.relative_to(ROOT).parts))
+        for path in (ROOT / "gin").rglob("*.gin")
+    }
+    assert listed == there | gin
+    assert gin <= setup["options.package_data"].keys()
+
+
+def test_gin_files_are_found_beside_a_checkout_and_inside_an_installed_package(tmp_path, monkeypatch):
+    assert config.gin_directory() == ROOT / "gin"
+    (tmp_path / "blacksmith" / "gin").mkdir(parents=True)
+    monkeypatch.setattr(config, "_PACKAGE", tmp_path / "blacksmith")
+    assert config.gin_directory() == tmp_path / "blacksmith" / "gin"

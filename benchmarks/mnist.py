@@ -49,7 +49,8 @@ def main() -> int:
     parser.add_argument("--child", choices=["jax", "torch"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        json.dump(child(arguments.child, arguments), sys.stdout)
+        with OPEN_RUNS:
+            json.dump(child(arguments.child, arguments), sys.stdout)
         return 0
     results = {"header": header(arguments), "steps": {}, "ratios": {}}
     for backend in ("jax", "torch"):
@@ -175,7 +176,7 @@ def make_loop(width, batch, inputs, labels):
         'Log.progress = "off"',
     ]
     resolved = launch.resolve([], params)
-    directory = Path(tempfile.mkdtemp(prefix="blacksmith-bench-"))
+    directory = Path(OPEN_RUNS.enter_context(tempfile.TemporaryDirectory()))
     run = Run(directory, resolved.config, resolved.experiment, backend=resolved.backend, device="cpu")
     OPEN_RUNS.enter_context(run.opened())
     total = 10**8

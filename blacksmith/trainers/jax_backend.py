@@ -124,8 +124,9 @@ class JaxBackend:
         rows = {
             "indices": block.indices,
             "weights": block.weights,
-            "seeds": step_seeds(self.task.seed, step, count)[:, None].view(np.uint32),
         }
+        if self._seeds:
+            rows["seeds"] = step_seeds(self.task.seed, step, count)[:, None].view(np.uint32)
         augmentation = draw_augmentation(self.task, step, count, batch)
         if augmentation is not None:
             rows["augmentation"] = augmentation
@@ -146,9 +147,10 @@ class JaxBackend:
 
         def body(i: jax.Array, carry: Any) -> Any:
             state, values = carry
-            row = jax.tree.map(lambda a: a[i], rows)
+            row = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
             state, one = self._step(state, inputs, labels, row)
-            return state, {k: values[k].at[i].set(one[k]) for k in values}
+            update = jax.lax.dynamic_update_index_in_dim
+            return state, {k: update(values[k], one[k], i, 0) for k in values}
 
         return jax.lax.fori_loop(0, count, body, (state, values))
 
@@ -165,9 +167,8 @@ class JaxBackend:
         """Gradients and values of one batch, summed over its `accumulate` parts."""
         trainable, fixed, _ = state
         fixed = list(fixed)
-        key = row["seeds"]
         for number, index in enumerate(self._seeds):
-            fixed[index] = jax.random.fold_in(key, number).astype(fixed[index].dtype)
+            fixed[index] = jax.random.fold_in(row["seeds"], number).astype(fixed[index].dtype)
         gradient = jax.value_and_grad(self._loss, has_aux=True)
         per_sample = {k: v for k, v in row.items() if k != "seeds"}
         parts = self.task.accumulate
@@ -189,7 +190,8 @@ class JaxBackend:
         self, trainable: Any, fixed: Any, inputs: jax.Array, labels: jax.Array, columns: dict
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         task = self.task
-        x, y = inputs[columns["indices"]], labels[columns["indices"]]
+        # The order makes no index out of bounds; checking each costs time.
+        x, y = (a.at[columns["indices"]].get(mode="promise_in_bounds") for a in (inputs, labels))
         if task.augmentation is not None:
             x = task.augmentation.apply(x, columns["augmentation"])
         outputs, fixed, added = task.model.stateless_call(

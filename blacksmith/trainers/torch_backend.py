@@ -208,13 +208,14 @@ class TorchBackend:
     def _part(
         self, part: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        loss, outputs, gradients, fixed = self._graph(self._arguments(part))
+        trainable, fixed, x, y, weights, drawn = self._arguments(part)
+        loss, outputs, *rest = self._graph(*trainable, *fixed, x, y, weights, *drawn)
         if fixed:
-            self._fixed = list(fixed)
-        return loss, outputs, part[1], list(gradients)
+            self._fixed = rest[len(trainable) :]
+        return loss, outputs, y, rest[: len(trainable)]
 
     def _trace(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        """The flat graph of `_forward_backward` for these shapes."""
+        """The graph of `_forward_backward` for these shapes; takes and returns tensors without nesting."""
         return _simplify(_trace(self._forward_backward, _copies(arguments)))
 
     def _forward_backward(
@@ -235,10 +236,14 @@ class TorchBackend:
                 trainable, fixed, x, training=True, return_losses=True
             )
             outputs = ops.cast(outputs, "float32")
-            loss = (task.loss(y, outputs) * weights).sum()
+            # The loss is a weighted sum: its backward pass starts with the weights themselves.
+            terms, factors = [task.loss(y, outputs)], [weights]
+            loss = (terms[0].detach() * weights).sum()
             if added:
-                loss = loss + added_loss(added) * weights.sum()
-            gradients = torch.autograd.grad(loss, trainable)
+                terms.append(added_loss(added))
+                factors.append(weights.sum())
+                loss = loss + terms[1].detach() * factors[1]
+            gradients = torch.autograd.grad(terms, trainable, factors)
         # The fused kernel goes through memory in one order: a transposed gradient would be scrambled.
         gradients = [g.contiguous() for g in gradients]
         seeds = {id(v) for v in seed_states(task.model)}
@@ -247,7 +252,7 @@ class TorchBackend:
             old if id(v) in seeds else new.detach()
             for v, old, new in zip(task.model.non_trainable_variables, fixed, new_fixed)
         ]
-        return loss.detach(), outputs.detach(), gradients, new_fixed
+        return loss, outputs.detach(), gradients, new_fixed
 
     def _check_random_layers(self) -> None:
         """Random layers must draw from torch's generator: another's state would be frozen in the trace."""
@@ -293,7 +298,7 @@ def _trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx
 
 
 def _simplify(graph: torch.fx.GraphModule) -> Callable[..., Any]:
-    """Removes detaches and joins matrix product and bias; the values stay the same."""
+    """Removes detaches, joins matrix product and bias, and takes the arguments flat; same values."""
     for node in list(graph.graph.nodes):
         if node.target is _ATEN.detach.default:
             node.replace_all_uses_with(node.args[0])
@@ -316,8 +321,10 @@ def _simplify(graph: torch.fx.GraphModule) -> Callable[..., Any]:
             graph.graph.erase_node(node)
             graph.graph.erase_node(product)
     graph.graph.eliminate_dead_code()
+    # Without the default, which packs and unpacks nested arguments at every call.
+    graph.graph.set_codegen(torch.fx.graph.CodeGen())
     graph.recompile()
-    return graph
+    return graph.forward
 
 
 # The optimiser's part of a step

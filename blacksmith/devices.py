@@ -119,7 +119,7 @@ def _jax_name(device: Any) -> str:
 
 def _activate_torch(device: str) -> str:
     # PyTorch's threads spin while they wait for one another. On cores that something else uses too, that cost
-    # a factor of 20 on a small model; sleeping costs up to a factor of 2 on idle ones. The environment decides.
+    # a factor of 20 on a small model; sleeping costs up to a factor of 2 on idle ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 

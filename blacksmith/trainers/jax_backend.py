@@ -52,7 +52,8 @@ class JaxBackend:
             raise ValueError(f"a block of {count} steps is longer than block_steps = {self._capacity}")
         rows = self._rows(block, step, self._capacity)
         self._state, values = self._run(self._state, self._inputs, self._labels, rows, count)
-        return {name: np.asarray(value)[:count] for name, value in values.items()}
+        # JAX sorts the keys of dictionaries; the loss comes first.
+        return {name: np.asarray(values[name])[:count] for name in ("loss", *self.task.metrics)}
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """See `Backend.evaluate`."""
@@ -72,7 +73,9 @@ class JaxBackend:
             real = _EVALUATION_BATCH - missing
             values.append({k: np.asarray(v)[:real] for k, v in one.items()})
             outputs.append(np.asarray(output)[:real])
-        return {k: np.concatenate([v[k] for v in values]) for k in values[0]}, np.concatenate(outputs)
+        return {
+            k: np.concatenate([v[k] for v in values]) for k in ("loss", *self.task.metrics)
+        }, np.concatenate(outputs)
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
         """See `Backend.distributions`."""

@@ -2,12 +2,13 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from blacksmith import metrics, parity
+from blacksmith import metrics, parity, registry
 from blacksmith.parity import Outcome, Tolerances, compare_outcomes
 
 # Small and short: the bar of 500 steps at full size is the slow test below.
@@ -99,6 +100,9 @@ def test_three_backends_agree(tmp_path, capsys, optimizer):
 
 @pytest.mark.parametrize(("broken", "column"), [("epsilon", "loss"), ("batches", "batches")])
 def test_a_broken_backend_is_caught(tmp_path, monkeypatch, capsys, broken, column):
+    # What the plugin adds to this process's registry is forgotten after the test.
+    monkeypatch.setattr(registry, "_EXPERIMENTS", dict(registry._EXPERIMENTS))
+    monkeypatch.delitem(sys.modules, "broken_backends", raising=False)
     (tmp_path / "broken_backends.py").write_text(BROKEN)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -28,7 +28,7 @@ def check_installed(experiment: Experiment, backend: str) -> None:
         raise ConfigError(
             f"{experiment.name} on {backend} needs {' and '.join(missing)}, which "
             f"{'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install 'blacksmith[{needs.extra}]'"
+            f"pip install '.[{needs.extra}]' in blacksmith's directory"
         )
 
 
@@ -75,7 +75,7 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
         os.environ.setdefault("KERAS_HOME", str(assets.cache_dir() / "keras"))
     name = _activate_jax(device) if backend == "jax" else _activate_torch(device)
     if device == "auto" and name == "cpu" and _gpu_present():
-        how = "blacksmith[jax-cuda]" if backend == "jax" else "a CUDA build of PyTorch, see pytorch.org"
+        how = "the extra jax-cuda" if backend == "jax" else "a CUDA build of PyTorch, see pytorch.org"
         print(
             f"note: this machine has an NVIDIA GPU that the installed {backend} does not use; install {how}",
             file=sys.stderr,

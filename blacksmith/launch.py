@@ -199,7 +199,7 @@ def _main(argv: list[str]) -> int:
         mode=values.mode,
         resume=values.resume,
         device=values.device,
-        command=[Path(argv[0]).name, *argv[1:]],
+        command=["python", "-m", "blacksmith.launch", *argv[1:]],
     )
 
 
@@ -228,8 +228,7 @@ def run_experiment(
         devices.check_keras(resolved.backend)
     if config.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"Log.wandb = {config.log.wandb!r} needs wandb, which is not installed: "
-            "pip install 'blacksmith[wandb]'"
+            f"Log.wandb = {config.log.wandb!r} needs wandb, which is not installed: pip install '.[wandb]'"
         )
     own = runs.checkpoints_of(workdir, config)
     try:

@@ -22,7 +22,7 @@ from absl import flags
 from safetensors.numpy import load_file
 
 from blacksmith import config as configuration
-from blacksmith import launch, metrics, report
+from blacksmith import devices, launch, metrics, report
 from blacksmith.checkpoint import Checkpoints
 from blacksmith.errors import ConfigError
 from blacksmith.run import write_json
@@ -167,6 +167,8 @@ def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str]]:
     resolved = [
         launch.resolve([f], values.gin_param, allow_imports=values.allow_imports) for f in values.gin_file
     ]
+    for each in resolved:
+        devices.check_installed(each.experiment, each.backend)
     first = resolved[0]
     for other, gin_file in zip(resolved[1:], values.gin_file[1:]):
         if type(other.config) is not type(first.config):
@@ -259,6 +261,7 @@ def compare_outcomes(
     )
     return {
         "run": outcome.name,
+        "within tolerance": "yes" if within else "NO",
         "backend": outcome.backend,
         "initial weights": outcome.initial_weights[:12] + ("" if same_weights else " (differ)"),
         "batches": outcome.batches[:12] + ("" if same_batches else " (differ)"),
@@ -268,7 +271,6 @@ def compare_outcomes(
         "weights, relative": f"{weights:.2e}",
         "test accuracy": f"{outcome.test_accuracy:.2%}",
         "seconds": round(outcome.seconds, 1),
-        "within tolerance": "yes" if within else "NO",
     }
 
 

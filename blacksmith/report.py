@@ -225,7 +225,7 @@ def _load_run(directory: Path, name: str) -> _Run:
     return _Run(
         name=name,
         config=content.get("config.json", {}),
-        environment=content.get("environment.json", {}),
+        environment={k: v for k, v in content.get("environment.json", {}).items() if k != "previous"},
         result=content.get("result.json", {}),
         rows=content.get("metrics.jsonl", []),
         worst=content.get("worst.npz"),

@@ -60,6 +60,6 @@ def test_an_experiment_without_its_extra_says_which_one(installed, tmp_path):
     other = {"jax": "torch", "torch": "jax", "lightning": "jax"}[extra]
     done = launch(python, tmp_path, f"--gin_file=gin/mnist_{other}.gin", "--workdir=run")
     assert done.returncode == 2
-    assert f"pip install 'blacksmith[{other}]'" in done.stderr
+    assert f"pip install '.[{other}]'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -448,18 +448,18 @@ def test_an_import_that_fails_is_one_line(tmp_path, fails, nothing_runs):
         (
             ["jax"],
             "jax",
-            "keras/mnist on jax needs jax, which is not installed: pip install 'blacksmith[jax]'",
+            "keras/mnist on jax needs jax, which is not installed: pip install '.[jax]'",
         ),
         (
             ["keras", "jax"],
             "jax",
-            "needs keras and jax, which are not installed: pip install 'blacksmith[jax]'",
+            "needs keras and jax, which are not installed: pip install '.[jax]'",
         ),
-        (["torch"], "torch", "needs torch, which is not installed: pip install 'blacksmith[torch]'"),
+        (["torch"], "torch", "needs torch, which is not installed: pip install '.[torch]'"),
         (
             ["lightning"],
             "lightning",
-            "needs lightning, which is not installed: pip install 'blacksmith[lightning]'",
+            "needs lightning, which is not installed: pip install '.[lightning]'",
         ),
     ],
 )
@@ -472,7 +472,7 @@ def test_a_missing_extra_is_named(fails, monkeypatch, absent, backend, says):
 def test_wandb_that_is_asked_for_but_not_installed_is_named(fails, monkeypatch, toy):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
-    fails(*toy, "--gin_param=Log.wandb = 'offline'", says=["Log.wandb = 'offline'", "'blacksmith[wandb]'"])
+    fails(*toy, "--gin_param=Log.wandb = 'offline'", says=["Log.wandb = 'offline'", "'.[wandb]'"])
 
 
 @pytest.mark.parametrize("name", ["jax", "lightning"])

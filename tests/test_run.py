@@ -566,6 +566,6 @@ def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
     bindings = [f"--gin_param={b}" for b in (*TINY, "Log.wandb='offline'")]
     assert launcher.main(["launch", *bindings, f"--workdir={tmp_path / 'run'}"]) == 2
     assert capsys.readouterr().err == (
-        "error: Log.wandb = 'offline' needs wandb, which is not installed: pip install 'blacksmith[wandb]'\n"
+        "error: Log.wandb = 'offline' needs wandb, which is not installed: pip install '.[wandb]'\n"
     )
     assert not (tmp_path / "run").exists()

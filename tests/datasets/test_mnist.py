@@ -696,5 +696,5 @@ def test_a_broken_download_is_refused_by_the_idx_checks(served, tmp_path):
 
 def test_a_missing_tfds_package_is_named_with_the_command(prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(DataError, match=r"tensorflow_datasets.*pip install 'blacksmith\[tfds\]'"):
+    with pytest.raises(DataError, match=r"tensorflow_datasets.*pip install '\.\[tfds\]'"):
         mnist.load("tfds", prepared, validation=8)

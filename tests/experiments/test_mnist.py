@@ -176,6 +176,18 @@ def write_idx(directory: Path) -> None:
         (directory / f"{name}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
 
 
+def test_a_finished_run_started_again_says_so_and_keeps_its_worst_images(experiment, tmp_path):
+    run = tmp_path / "run"
+    assert experiment(FILES["jax"], run, *SMALL, "mnist.Train.epochs = 1").returncode == 0
+    before = (run / "worst.npz").read_bytes()
+    done = experiment(FILES["jax"], run, *SMALL, "mnist.Train.epochs = 1")
+    assert done.returncode == 0, done.stderr
+    assert "already finished at step 28" in done.stdout
+    with np.load(run / "worst.npz") as again:
+        assert len(again["images"]) > 0
+    assert len(before) > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(experiment, tmp_path):
     run = tmp_path / "run"
     done = experiment(

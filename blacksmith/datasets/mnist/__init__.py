@@ -180,7 +180,7 @@ def _first_available(directory: Path | None, name: str) -> str:
         if tfds_source.readable(prepared):
             return "tfds"
         if name == "mnist":
-            _note(f"{prepared} is passed over: reading it needs pip install 'blacksmith[tfds]'")
+            _note(f"{prepared} is passed over: reading it needs pip install '.[tfds]'")
     if name == "mnist":
         return "mnist5k"
     raise DataError(

@@ -351,8 +351,7 @@ def _import_tfds() -> ModuleType:
         import tensorflow_datasets.image_classification.mnist
     except ImportError as error:
         raise DataError(
-            f"source 'tfds' needs a package that is not installed ({error}); run "
-            "pip install 'blacksmith[tfds]'"
+            f"source 'tfds' needs a package that is not installed ({error}); run pip install '.[tfds]'"
         ) from error
     return tensorflow_datasets
 

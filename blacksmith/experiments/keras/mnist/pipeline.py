@@ -138,7 +138,7 @@ def make_trainer(run: Run, pipeline: Pipeline, *, progress: str | None = None) -
     """
     _check_longer_schedule(run, pipeline)
     plan = make_plan(pipeline.total_steps, run.config)
-    return KerasTrainer(
+    trainer = KerasTrainer(
         pipeline.task,
         pipeline.backend,
         pipeline.order,
@@ -146,6 +146,9 @@ def make_trainer(run: Run, pipeline: Pipeline, *, progress: str | None = None) -
         pipeline.validation,
         run,
     )
+    if trainer.finished:
+        print(f"already finished at step {trainer.state.step}: testing again")
+    return trainer
 
 
 def conclude(run: Run, pipeline: Pipeline, trainer: KerasTrainer, status: str) -> int:
@@ -164,6 +167,7 @@ def conclude(run: Run, pipeline: Pipeline, trainer: KerasTrainer, status: str) -
         run.finish("stopped", result)
         print(f"stopped at step {state.step}; the same command with --workdir={run.directory} goes on")
         return STOPPED
+    _ = run.metrics  # from here on the directory is this run's, also where no step was left to take
     saved = (run.checkpoints.best() if trainer.plan.keep_best else None) or run.checkpoints.newest()
     load_checkpoint(pipeline.backend, saved)
     result["tested_checkpoint"] = saved.path.name

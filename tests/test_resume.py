@@ -265,7 +265,7 @@ def test_a_finished_run_started_again_changes_nothing_and_says_so(whole, copy):
     directory = copy("jax")
     done = _run("jax", directory)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("test accuracy ")
+    assert done.stdout.startswith("already finished at step ")
     assert json.loads((directory / "result.json").read_text())["status"] == "done"
     _assert_equal(directory, whole("jax"))
     assert _tree(directory / "checkpoints") == _tree(whole("jax") / "checkpoints")

@@ -60,7 +60,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.metric = metric
-        self.mode = ("min" if metric.endswith("loss") else "max") if mode == "auto" else mode
+        self.mode = direction(metric, mode)
 
     def save(
         self,
@@ -204,6 +204,13 @@ class Checkpoints:
         removed = self.directory / f".{path.name}.tmp-{os.getpid()}"
         path.rename(removed)
         shutil.rmtree(removed)
+
+
+def direction(metric: str, mode: str) -> str:
+    """``min`` or ``max``: `mode`, or where that is ``auto``, ``min`` for metrics that end in ``loss``."""
+    if mode != "auto":
+        return mode
+    return "min" if metric.endswith("loss") else "max"
 
 
 def find(path: Path) -> Saved:

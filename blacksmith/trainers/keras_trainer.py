@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from blacksmith.checkpoint import Saved
+from blacksmith.checkpoint import Saved, direction
 from blacksmith.errors import CheckpointError, RunError
 from blacksmith.metrics import Progress
 from blacksmith.order import EMPTY_DIGEST, Block, Order, chain_digest
@@ -371,7 +371,6 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 def make_plan(total_steps: int, config: Any) -> Plan:
     """The plan of a configuration with `train`, `checkpoint` and `log` sections."""
     metric = config.checkpoint.metric
-    mode = config.checkpoint.mode
     return Plan(
         total_steps=total_steps,
         log_every=config.log.every_steps,
@@ -383,7 +382,7 @@ def make_plan(total_steps: int, config: Any) -> Plan:
         early_stopping=config.train.early_stopping,
         stop_at=config.train.stop_at,
         metric=metric,
-        mode=("min" if metric.endswith("loss") else "max") if mode == "auto" else mode,
+        mode=direction(metric, config.checkpoint.mode),
         keep_best=config.checkpoint.keep_best > 0,
         progress=config.log.progress,
     )

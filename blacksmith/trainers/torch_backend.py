@@ -447,20 +447,6 @@ def _float32_power(base: float, exponents: np.ndarray) -> np.ndarray:
     return (float(np.float32(base)) ** exponents.astype(np.float64)).astype(np.float32)
 
 
-class _TensorAlpha(torch.overrides.TorchFunctionMode):
-    """Lets `alpha` of `torch._foreach_add_` be a tensor, as Keras passes its learning rate.
-
-    PyTorch would read the tensor's value, which a trace cannot hold.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        alpha = kwargs.get("alpha")
-        if func is torch._foreach_add_ and isinstance(alpha, torch.Tensor):
-            return torch._foreach_add_(args[0], torch._foreach_mul(args[1], alpha))
-        return func(*args, **kwargs)
-
-
 class _TracedOptimizer:
     """Any Keras optimiser's own `stateless_apply`, traced once; run untraced where tracing fails."""
 

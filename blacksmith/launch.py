@@ -21,7 +21,7 @@ from blacksmith import config as configuration
 from blacksmith import registry
 from blacksmith.errors import CheckpointError, ConfigError, UserError
 
-MODES = ("train", "eval", "export")
+MODES = ("train", "eval", "export", "view")
 
 
 def define_flags() -> flags.FlagValues:
@@ -46,7 +46,9 @@ def define_flags() -> flags.FlagValues:
         "The run directory; runs/<gin file>/<time> if not given. One with checkpoints is resumed.",
         **mine,
     )
-    flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", **mine)
+    flags.DEFINE_enum(
+        "mode", "train", list(MODES), "What to do; view is for experiments with something to look at.", **mine
+    )
     flags.DEFINE_string(
         "resume",
         "auto",
@@ -223,6 +225,8 @@ def run_experiment(
     from blacksmith.checkpoint import find
 
     experiment, config = resolved.experiment, resolved.config
+    if mode not in experiment.modes:
+        raise ConfigError(f"--mode={mode}: {experiment.name} has {', '.join(experiment.modes)}")
     devices.check_installed(experiment, resolved.backend)
     if experiment.uses_keras:
         devices.check_keras(resolved.backend)

@@ -7,6 +7,7 @@ record writer.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 # The values that differ between two identical runs: comparisons leave them out.
-TIMED = frozenset({"seconds", "examples_per_second"})
+TIMED = frozenset({"seconds", "examples_per_second", "rays_per_second"})
 
 
 class Writer(Protocol):
@@ -32,6 +33,9 @@ class Writer(Protocol):
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         """Writes the distribution of an array of any shape."""
 
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Writes a picture, uint8 [height, width, 3]; needs Pillow."""
+
     def flush(self) -> None:
         """Makes what was written visible to readers."""
 
@@ -40,7 +44,7 @@ class Writer(Protocol):
 
 
 class TensorBoardWriter:
-    """Scalars and histograms as TensorBoard events.
+    """Scalars, histograms and pictures as TensorBoard events.
 
     Args:
       directory: the log directory.
@@ -95,6 +99,19 @@ class TensorBoardWriter:
         value = self._summary.Summary.Value(tag=name, histo=histogram)
         self._add(step=step, summary=self._summary.Summary(value=[value]))
 
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Writes a picture, uint8 [height, width, 3], as PNG."""
+        from PIL import Image
+
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).save(encoded, "PNG")
+        height, width, channels = pixels.shape
+        picture = self._summary.Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=encoded.getvalue()
+        )
+        value = self._summary.Summary.Value(tag=name, image=picture)
+        self._add(step=step, summary=self._summary.Summary(value=[value]))
+
     def flush(self) -> None:
         """Makes what was written visible to TensorBoard."""
         self._file.flush()
@@ -108,7 +125,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Scalars and histograms to Weights & Biases.
+    """Scalars, histograms and pictures to Weights & Biases.
 
     Args:
       directory: where wandb keeps its files, the run directory.
@@ -146,6 +163,10 @@ class WandbWriter:
         values = _finite_values(values)
         if values.size:
             self._run.log({name: self._wandb.Histogram(values)}, step=step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Logs a picture, uint8 [height, width, 3], at `step`."""
+        self._run.log({name: self._wandb.Image(pixels)}, step=step)
 
     def flush(self) -> None:
         """Nothing to do: wandb streams by itself."""
@@ -200,6 +221,11 @@ class Metrics:
         for writer in self._writers:
             writer.histogram(step, name, values)
 
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Writes a picture, uint8 [height, width, 3], to the writers; needs Pillow if there are any."""
+        for writer in self._writers:
+            writer.image(step, name, pixels)
+
     def flush(self) -> int:
         """Puts everything on disk; returns the length of `metrics.jsonl` in bytes."""
         self._file.flush()
@@ -244,18 +270,26 @@ class Progress:
     """Progress on the console: a live bar on a terminal, plain lines elsewhere.
 
     Args:
-      total: samples of the whole run.
-      done: samples already seen (a resumed run).
+      total: samples, or what `unit` says, of the whole run.
+      done: those already seen (a resumed run).
       style: ``auto``, ``bar``, ``lines`` or ``off``.
       every_seconds: how often plain lines appear.
+      unit: what is counted, in the plural.
     """
 
-    def __init__(self, total: int, done: int = 0, style: str = "auto", every_seconds: float = 5.0) -> None:
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        style: str = "auto",
+        every_seconds: float = 5.0,
+        unit: str = "examples",
+    ) -> None:
         if style == "auto":
             style = "bar" if sys.stderr.isatty() else "lines"
         self._bar = None
         self._lines = style == "lines"
-        self._every = every_seconds
+        self._every, self._unit = every_seconds, unit
         self._total, self._done, self._first = total, done, done
         self._start = self._last = time.perf_counter()
         if style == "bar":
@@ -264,7 +298,7 @@ class Progress:
             self._bar = tqdm(
                 total=total,
                 initial=done,
-                unit="ex",
+                unit="ex" if unit == "examples" else unit.removesuffix("s"),
                 unit_scale=True,
                 dynamic_ncols=True,
                 smoothing=0.1,
@@ -284,7 +318,9 @@ class Progress:
             rate = (done - self._first) / max(now - self._start, 1e-9)
             left = (self._total - done) / max(rate, 1e-9)
             numbers = "  ".join(f"{k} {v}" for k, v in shown.items())
-            self.say(f"step {step}  epoch {epoch:.2f}  {numbers}  {rate:,.0f} examples/s  {left:.0f} s left")
+            self.say(
+                f"step {step}  epoch {epoch:.2f}  {numbers}  {rate:,.0f} {self._unit}/s  {left:.0f} s left"
+            )
 
     def say(self, line: str) -> None:
         """Prints one line without tearing the bar."""

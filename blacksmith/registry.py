@@ -30,6 +30,7 @@ class Experiment:
       backends: what each value of ``Run.backend`` needs.
       checkpoint_format: experiments with the same format read each other's checkpoints.
       uses_keras: whether ``KERAS_BACKEND`` has to be set before it is imported.
+      modes: what ``--mode`` may be.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Experiment:
     backends: Mapping[str, Needs]
     checkpoint_format: str
     uses_keras: bool = False
+    modes: tuple[str, ...] = ("train", "eval", "export")
 
 
 _EXPERIMENTS: dict[str, Experiment] = {}
@@ -91,5 +93,21 @@ add(
         backends={"torch": Needs("lightning", ("keras", "torch", "lightning"))},
         checkpoint_format="keras-arrays-1",
         uses_keras=True,
+    )
+)
+add(
+    Experiment(
+        name="lightning/nerf",
+        summary="radiance field of a Blender scene: voxel grid, or the NeRF paper's networks",
+        configs="blacksmith.experiments.lightning.nerf.configs",
+        entry="blacksmith.experiments.lightning.nerf.train:main",
+        backends={
+            "torch": Needs(
+                "nerf",
+                ("torch", "lightning", "PIL", "torchmetrics", "imageio_ffmpeg", "scipy", "skimage", "viser"),
+            )
+        },
+        checkpoint_format="nerf-lightning-1",
+        modes=("train", "eval", "export", "view"),
     )
 )

@@ -32,16 +32,21 @@ _PACKAGES = (
     "blacksmith",
     "gin-config",
     "h5py",
+    "imageio-ffmpeg",
     "jax",
     "jaxlib",
     "keras",
     "lightning",
     "numpy",
+    "pillow",
     "pydantic",
     "safetensors",
+    "scikit-image",
     "tensorboard",
     "tensorflow-datasets",
     "torch",
+    "torchmetrics",
+    "viser",
 )
 
 

@@ -494,7 +494,7 @@ def test_keras_already_imported_with_another_backend_is_refused(fails, monkeypat
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path, fails, toy):
     (tmp_path / "taken").write_text("")
-    for mode in launch.MODES:
+    for mode in ("train", "eval", "export"):
         fails(*toy, "--workdir=taken", f"--mode={mode}", says=["--workdir: taken is a file"])
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import threading
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -121,6 +122,9 @@ class _Recorder:
     def histogram(self, step, name, values):
         self.told.append((step, name, values.tolist()))
 
+    def image(self, step, name, pixels):
+        self.told.append((step, name, pixels.shape))
+
     def flush(self):
         self.told.append("flush")
 
@@ -135,9 +139,11 @@ def test_every_writer_is_told_everything(path):
     with _opened(path, writers) as stream:
         stream.write(1, 0.5, "val", {"loss": 2})
         stream.histogram(1, "weights/a", np.arange(3))
+        stream.image(1, "views/a", np.zeros((2, 4, 3), np.uint8))
         stream.flush()
+    told = [(1, "val", {"loss": 2.0}), (1, "weights/a", [0, 1, 2]), (1, "views/a", (2, 4, 3))]
     for writer in writers:
-        assert writer.told == [(1, "val", {"loss": 2.0}), (1, "weights/a", [0, 1, 2]), "flush", "close"]
+        assert writer.told == [*told, "flush", "close"]
 
 
 def test_close_closes_every_writer_once_also_when_one_fails(path):
@@ -156,7 +162,7 @@ def _events(directory):
     """What TensorBoard itself reads from a log directory."""
     from tensorboard.backend.event_processing import event_accumulator as tensorboard
 
-    guidance = {tensorboard.SCALARS: 0, tensorboard.HISTOGRAMS: 0}
+    guidance = {tensorboard.SCALARS: 0, tensorboard.HISTOGRAMS: 0, tensorboard.IMAGES: 0}
     return tensorboard.EventAccumulator(str(directory), guidance).Reload()
 
 
@@ -203,6 +209,22 @@ def test_a_histogram_is_of_the_finite_values_and_of_none_is_not_written(tmp_path
     assert events.Histograms("some")[0].histogram_value.num == 2
 
 
+def test_tensorboard_reads_the_pictures_to_the_pixel(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    writer = TensorBoardWriter(tmp_path)
+    writer.image(10, "views/a", pixels)
+    writer.image(20, "views/a", 255 - pixels)
+    writer.close()
+    events = _events(tmp_path)
+    assert events.Tags()["images"] == ["views/a"]
+    first, second = events.Images("views/a")
+    assert (first.step, first.width, first.height, second.step) == (10, 7, 5, 20)
+    for event, expected in ((first, pixels), (second, 255 - pixels)):
+        read = np.asarray(image.open(io.BytesIO(event.encoded_image_string)))
+        np.testing.assert_array_equal(read, expected)
+
+
 def test_tensorboard_drops_later_events_after_a_resume(tmp_path):
     first = TensorBoardWriter(tmp_path)
     for step in (10, 20, 30):
@@ -223,6 +245,7 @@ def test_tensorboard_drops_later_events_after_a_resume(tmp_path):
 
 OFFLINE_RUN = """
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from blacksmith.metrics import Metrics, WandbWriter
@@ -234,6 +257,8 @@ for _ in range(2):  # the second goes on where the first has stopped
     stream.write(10, 0.5, "train", {"loss": float("nan"), "accuracy": 0.5})
     stream.histogram(10, "weights/a", np.array([1.0, 2.0, float("inf")]))
     stream.histogram(10, "weights/none", np.array([float("nan")]))
+    if find_spec("PIL"):
+        stream.image(10, "views/a", np.full((2, 3, 3), 7, np.uint8))
     stream.write(10, 0.5, "val", {"loss": 0.25})
     stream.flush()
     stream.close()
@@ -278,6 +303,8 @@ def test_wandb_offline_writes_below_the_run_directory_alone_and_needs_no_network
         for name in (b"forge-project", b"train/loss", b"train/accuracy", b"val/loss", b"weights/a"):
             assert name in content
         assert b"weights/none" not in content
+        if find_spec("PIL"):
+            assert b"views/a" in content
 
 
 # The console

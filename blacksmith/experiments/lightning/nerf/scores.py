@@ -1,0 +1,184 @@
+"""How close a rendered picture is to the true one: PSNR, SSIM and LPIPS.
+
+`results.evaluate` and the validation during training call these on single pictures, [height, width, 3] in
+[0, 1]. LPIPS needs ImageNet weights that are looked for and never downloaded; without them it is left out.
+"""
+
+import hashlib
+import math
+import os
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from blacksmith.assets import cache_dir
+from blacksmith.errors import DataError
+
+# What identical pictures get instead of infinity; 8 bits a channel cannot tell apart more than 59 dB.
+PSNR_CAP = 100.0
+SSIM_WINDOW_PIXELS = 11
+LPIPS_SMALLEST_PIXELS = 31
+
+# The name under which torchvision publishes AlexNet's ImageNet weights; it holds the start of their sha256.
+ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
+ALEXNET_SHA256 = "7be5be79"
+
+
+def psnr(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB for a peak of 1: -10 log10 of the mean squared error.
+
+    Args:
+      render: float [height, width, 3] in [0, 1].
+      truth: the same, on the same device.
+
+    Returns:
+      At most `PSNR_CAP`, which identical pictures get.
+    """
+    error = torch.as_tensor(render) - torch.as_tensor(truth)
+    mean_squared = float(error.square().mean())
+    return -10 * math.log10(max(mean_squared, 10 ** (-PSNR_CAP / 10)))
+
+
+def ssim(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
+    """Structural similarity (Wang, Bovik, Sheikh and Simoncelli 2004), 1 for identical pictures.
+
+    With the paper's window, a Gaussian of 11x11 pixels and sigma 1.5, and its K1 = 0.01 and K2 = 0.03, on
+    each channel; the mean is over the pixels whose window lies inside the picture, as in scikit-image and
+    TensorFlow.
+
+    Args:
+      render: float [height, width, 3] in [0, 1].
+      truth: the same, on the same device.
+
+    Raises:
+      DataError: the pictures are smaller than the window.
+    """
+    _require_size(render, SSIM_WINDOW_PIXELS, "SSIM")
+    _, similarity = structural_similarity_index_measure(
+        _batch(render),
+        _batch(truth),
+        gaussian_kernel=True,
+        sigma=1.5,
+        kernel_size=SSIM_WINDOW_PIXELS,
+        data_range=1.0,
+        return_full_image=True,
+    )
+    # torchmetrics' own mean has a border too, for which it mirrors the picture; published figures have not.
+    border = SSIM_WINDOW_PIXELS // 2
+    return float(similarity[..., border:-border, border:-border].mean())
+
+
+class Lpips(nn.Module):
+    """Learnt perceptual distance (Zhang et al. 2018), version 0.1 on AlexNet; 0 for identical pictures.
+
+    The features of both pictures after each ReLU are brought to unit length at every position; their squared
+    differences are weighted by channel, averaged over the positions and summed over the layers. The weights
+    are the published ones, which torchmetrics ships.
+
+    Args:
+      alexnet: the ImageNet weights, in the layout of `ALEXNET_FILE`; `find_lpips_weights` finds them.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, alexnet: Path) -> None:
+        super().__init__()
+        # torchvision's numbering, so that its weights load as they are.
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+            nn.Conv2d(64, 192, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=3, stride=2),
+            nn.Conv2d(192, 384, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(384, 256, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, kernel_size=3, padding=1),
+            nn.ReLU(),
+        )
+        weights = torch.load(alexnet, map_location="cpu", weights_only=True)
+        self.load_state_dict({k: v for k, v in weights.items() if k.startswith("features.")})
+        learnt = resources.files("torchmetrics.functional.image") / "lpips_models" / "alex.pth"
+        with learnt.open("rb") as stream:
+            linear = torch.load(stream, map_location="cpu", weights_only=True)
+        for layer in range(5):
+            self.register_buffer(f"linear{layer}", linear[f"lin{layer}.model.1.weight"].view(-1, 1, 1))
+        # The ImageNet mean and deviation for inputs in [-1, 1].
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
+        """The distance of two pictures, float [height, width, 3] in [0, 1], on any device.
+
+        Raises:
+          DataError: the pictures are too small for the network.
+        """
+        _require_size(render, LPIPS_SMALLEST_PIXELS, "LPIPS")
+        x = torch.cat([_batch(render), _batch(truth)]).to(self.shift)
+        x = (2 * x - 1 - self.shift) / self.scale
+        distance, layer = torch.zeros((), device=x.device), 0
+        for module in self.features:
+            x = module(x)
+            if isinstance(module, nn.ReLU):
+                # As torchmetrics does; the authors add 1e-10 to the root, which is another for tiny features.
+                unit = x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
+                difference = (unit[0] - unit[1]).square()
+                distance = distance + (difference * self.get_buffer(f"linear{layer}")).sum(0).mean()
+                layer += 1
+        return float(distance)
+
+
+def find_lpips_weights(path: str | None = None) -> Path | None:
+    """Looks for the ImageNet weights of AlexNet that LPIPS needs; downloads nothing.
+
+    Args:
+      path: the file; None: `ALEXNET_FILE` in the directory `lpips` of the cache, else where `torch.hub` keeps
+        checkpoints. There, a file with another hash is as good as none.
+
+    Raises:
+      DataError: the file at `path` cannot be read or is another one.
+    """
+    if path is not None:
+        given = Path(path).expanduser()
+        try:
+            digest = _sha256(given)
+        except OSError as error:
+            raise DataError(f"LPIPS weights: cannot read {path}: {error.strerror or error}") from error
+        if not digest.startswith(ALEXNET_SHA256):
+            raise DataError(
+                f"LPIPS weights: {path} has sha256 {digest[:8]}..., not {ALEXNET_SHA256}... of torchvision's "
+                f"{ALEXNET_FILE}"
+            )
+        return given
+    for directory in (cache_dir() / "lpips", Path(torch.hub.get_dir()) / "checkpoints"):
+        file = directory / ALEXNET_FILE
+        if os.access(file, os.R_OK) and file.is_file() and _sha256(file).startswith(ALEXNET_SHA256):
+            return file
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _batch(picture: Tensor | np.ndarray) -> Tensor:
+    """[height, width, 3] as a batch of one, float32 [1, 3, height, width]."""
+    return torch.as_tensor(picture).float().permute(2, 0, 1)[None]
+
+
+def _require_size(picture: Tensor | np.ndarray, smallest: int, score: str) -> None:
+    height, width = picture.shape[:2]
+    if min(height, width) < smallest:
+        raise DataError(
+            f"{score} needs pictures of at least {smallest}x{smallest} pixels, these have {width}x{height}"
+        )

@@ -1,0 +1,36 @@
+"""Positional encoding and the small networks that read it."""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+
+def positional_encoding(values: Tensor, frequencies: int) -> Tensor:
+    """sin and cos of 2^k times the values, k < `frequencies`, after the values themselves.
+
+    Equation 4 of Mildenhall et al., NeRF (2020), without its factor of pi, as in the authors' code.
+
+    Args:
+      values: float [..., d].
+      frequencies: how many octaves.
+
+    Returns:
+      Float [..., d * (1 + 2 * frequencies)].
+    """
+    scale = 2.0 ** torch.arange(frequencies, device=values.device, dtype=values.dtype)
+    angles = values[..., None, :] * scale[:, None]
+    waves = torch.stack([torch.sin(angles), torch.cos(angles)], -2)
+    return torch.cat([values, waves.flatten(-3)], -1)
+
+
+def encoded_size(size: int, frequencies: int) -> int:
+    """Width of the encoding of `size` values."""
+    return size * (1 + 2 * frequencies)
+
+
+def perceptron(inputs: int, width: int, outputs: int, layers: int) -> nn.Sequential:
+    """A ReLU network with `layers` hidden layers of `width` and a linear output."""
+    sizes = [inputs, *[width] * layers]
+    hidden = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))

@@ -1,0 +1,226 @@
+"""The radiance field of the paper: two networks of eight layers, sampled coarse and then fine.
+
+Mildenhall et al., NeRF: Representing Scenes as Neural Radiance Fields for View Synthesis (2020), with the
+layers, encodings and initial weights of the authors' code.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blacksmith.models.pytorch.nerf.encoding import encoded_size, positional_encoding
+from blacksmith.models.pytorch.nerf.rendering import (
+    Rendered,
+    Samples,
+    expected_depth,
+    sum_along_rays,
+    transmittance,
+)
+
+FAR_AWAY = 1e10
+"""Length that the last sample of a ray stands for: all the rest of it."""
+
+
+class Network(nn.Module):
+    """Density and colour of points seen along directions: the paper's figure 7.
+
+    Args:
+      width: of the hidden layers; the last one, after the direction comes in, has half of it.
+      depth: hidden layers before the density; half-way, the encoded position comes in again.
+      position_frequencies: octaves of the encoded position.
+      direction_frequencies: octaves of the encoded direction.
+    """
+
+    def __init__(
+        self,
+        width: int = 256,
+        depth: int = 8,
+        position_frequencies: int = 10,
+        direction_frequencies: int = 4,
+    ) -> None:
+        super().__init__()
+        self.position_frequencies = position_frequencies
+        self.direction_frequencies = direction_frequencies
+        self.skip = depth // 2 + 1
+        place, direction = encoded_size(3, position_frequencies), encoded_size(3, direction_frequencies)
+        inputs = [place, *[width] * (depth - 1)]
+        if self.skip < depth:
+            inputs[self.skip] += place
+        self.layers = nn.ModuleList(nn.Linear(size, width) for size in inputs)
+        self.to_density = nn.Linear(width, 1)
+        self.bottleneck = nn.Linear(width, width)
+        self.directed = nn.Linear(width + direction, width // 2)
+        self.to_colour = nn.Linear(width // 2, 3)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Density, float32 [...], and colour, float32 [..., 3], at points and unit directions [..., 3]."""
+        hidden, density = self._trunk(points)
+        encoded = positional_encoding(directions, self.direction_frequencies)
+        directed = F.relu(self.directed(torch.cat([self.bottleneck(hidden), encoded], -1)))
+        return density, torch.sigmoid(self.to_colour(directed).float())
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density alone, float32 [...]."""
+        return self._trunk(points)[1]
+
+    def _trunk(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        place = positional_encoding(points, self.position_frequencies)
+        hidden = place
+        for number, layer in enumerate(self.layers):
+            if number == self.skip:
+                hidden = torch.cat([place, hidden], -1)
+            hidden = F.relu(layer(hidden))
+        return hidden, F.relu(self.to_density(hidden)[..., 0].float())
+
+
+class Composited(NamedTuple):
+    """One network's view of a bundle of rays.
+
+    Attributes:
+      rgb: colour without background, float32 [rays, 3].
+      opacity: float32 [rays].
+      weights: float32 [rays, samples].
+      samples: flat, in the order of the weights.
+    """
+
+    rgb: Tensor
+    opacity: Tensor
+    weights: Tensor
+    samples: Samples
+
+
+class MlpField(nn.Module):
+    """The coarse and the fine network and their sampling; `bounds` are for meshes and the viewer alone.
+
+    Args:
+      near: distance from a ray's origin to its first sample, in world units; kept with the weights.
+      far: distance to the last.
+      coarse_samples: stratified samples for the coarse network.
+      fine_samples: samples added where the coarse network saw something.
+      network: sizes, see `Network`.
+    """
+
+    def __init__(
+        self,
+        *,
+        near: float = 2.0,
+        far: float = 6.0,
+        coarse_samples: int = 64,
+        fine_samples: int = 128,
+        **network: int,
+    ) -> None:
+        super().__init__()
+        self.coarse_samples, self.fine_samples = coarse_samples, fine_samples
+        self.register_buffer("bounds", torch.tensor([[-1.0] * 3, [1.0] * 3]))
+        self.register_buffer("range", torch.tensor([near, far]))
+        self.coarse = Network(**network)
+        self.fine = Network(**network)
+
+    def trace(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        generator: torch.Generator | None = None,
+        quality: float = 1.0,
+    ) -> tuple[Composited, Composited]:
+        """Follows rays through both networks, with gradients.
+
+        Args:
+          origins: float32 [rays, 3].
+          directions: unit vectors, float32 [rays, 3].
+          generator: draws the samples within their strata; None puts them in the middle.
+          quality: scales the numbers of samples.
+
+        Returns:
+          What the coarse and what the fine network sees.
+        """
+        count = max(3, round(self.coarse_samples * quality))
+        edges = torch.linspace(0, 1, count + 1, device=origins.device)
+        near, far = self.range[0], self.range[1]
+        shape = (len(origins), count)
+        if generator is None:
+            within = torch.full(shape, 0.5, device=origins.device)
+        else:
+            within = torch.rand(shape, generator=generator, device=origins.device)
+        distance = near + (far - near) * (edges[:-1] + within / count)
+        coarse = self._composite(self.coarse, origins, directions, distance)
+        more = max(1, round(self.fine_samples * quality))
+        middles = (distance[:, 1:] + distance[:, :-1]) / 2
+        extra = sample_pdf(middles, coarse.weights[:, 1:-1].detach(), more, generator)
+        distance = torch.cat([distance, extra], 1).sort(1).values
+        return coarse, self._composite(self.fine, origins, directions, distance)
+
+    @torch.no_grad()
+    def render(
+        self, origins: Tensor, directions: Tensor, background: Tensor, *, quality: float = 1.0
+    ) -> Rendered:
+        """Renders rays; see `RadianceField`."""
+        parts = []
+        # A ray has 192 samples of 256 numbers in each layer: a few at a time.
+        for some in torch.arange(len(origins), device=origins.device).split(1024):
+            _, fine = self.trace(origins[some], directions[some], quality=quality)
+            depth = expected_depth(fine.weights.view(-1), fine.samples, fine.opacity)
+            rgb = fine.rgb + (1 - fine.opacity[:, None]) * background
+            parts.append(Rendered(rgb, fine.opacity, depth))
+        return Rendered(*(torch.cat(part) for part in zip(*parts)))
+
+    @torch.no_grad()
+    def density(self, points: Tensor) -> Tensor:
+        """Extinction per world unit; see `RadianceField`."""
+        inside = ((points >= self.bounds[0]) & (points <= self.bounds[1])).all(-1)
+        return torch.cat([self.fine.density(some) for some in points.split(1 << 16)]) * inside
+
+    @torch.no_grad()
+    def colour(self, points: Tensor, directions: Tensor) -> Tensor:
+        """Colour of single points; see `RadianceField`."""
+        pieces = zip(points.split(1 << 16), directions.split(1 << 16))
+        return torch.cat([self.fine(some, seen)[1] for some, seen in pieces])
+
+    def _composite(
+        self, network: Network, origins: Tensor, directions: Tensor, distance: Tensor
+    ) -> Composited:
+        rays, count = distance.shape
+        points = origins[:, None] + directions[:, None] * distance[..., None]
+        density, colour = network(points, directions[:, None].expand_as(points))
+        length = torch.cat([distance.diff(dim=1), torch.full_like(distance[:, :1], FAR_AWAY)], 1)
+        ray = torch.arange(rays, device=distance.device).repeat_interleave(count)
+        reaching, alpha = transmittance((density * length).view(-1), ray, rays)
+        weights = reaching * alpha
+        samples = Samples(ray, distance.reshape(-1), length.view(-1))
+        rgb = sum_along_rays(weights[:, None] * colour.view(-1, 3), ray, rays)
+        opacity = sum_along_rays(weights, ray, rays)
+        return Composited(rgb, opacity, weights.view(rays, count), samples)
+
+
+def sample_pdf(
+    edges: Tensor, weights: Tensor, count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Inverse transform sampling of a piecewise constant density along each ray (section 5.2 of the paper).
+
+    Args:
+      edges: of the pieces, increasing, float32 [rays, pieces + 1].
+      weights: of the pieces, not normalised, float32 [rays, pieces].
+      count: samples to draw from each ray.
+      generator: draws them; None takes evenly spaced quantiles.
+
+    Returns:
+      Distances, float32 [rays, count].
+    """
+    weights = weights + 1e-5  # an empty ray is sampled evenly
+    total = torch.cumsum(weights / weights.sum(1, keepdim=True), 1)
+    total = torch.cat([torch.zeros_like(total[:, :1]), total], 1)
+    if generator is None:
+        quantile = torch.linspace(0, 1, count, device=edges.device).expand(len(edges), count).contiguous()
+    else:
+        quantile = torch.rand(len(edges), count, generator=generator, device=edges.device)
+    above = torch.searchsorted(total, quantile, right=True).clamp(1, total.shape[1] - 1)
+    low, high = total.gather(1, above - 1), total.gather(1, above)
+    share = (quantile - low) / (high - low).clamp(min=1e-5)
+    left, right = edges.gather(1, above - 1), edges.gather(1, above)
+    return left + share.clamp(0, 1) * (right - left)

@@ -1,0 +1,170 @@
+"""Volume rendering: rays of a camera, compositing of samples along rays, whole pictures in chunks.
+
+Every field renders through `composite`, whatever way it takes its samples: they come as flat arrays, ordered
+by ray and then by distance, so that rays may have any number of them.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from blacksmith.datasets.blender.cameras import Camera
+
+
+class Rendered(NamedTuple):
+    """What a bundle of rays sees; leading axes are those of the rays.
+
+    Attributes:
+      rgb: float32 [..., 3], over the background; inside [0, 1] but for rounding only if the colours are.
+      opacity: float32 [...], the sum of the weights, 0 for an empty ray.
+      depth: float32 [...], the expected distance of termination along the ray in world units, given that
+        it ends; 0 where nothing is there.
+    """
+
+    rgb: Tensor
+    opacity: Tensor
+    depth: Tensor
+
+
+class Samples(NamedTuple):
+    """Samples of a bundle of rays, ordered by ray and then by distance.
+
+    Attributes:
+      ray: int64 [samples], the ray of each sample.
+      distance: float32 [samples], from the ray's origin in world units.
+      length: the stretch of the ray that a sample stands for in world units, float32 [samples] or one number.
+    """
+
+    ray: Tensor
+    distance: Tensor
+    length: Tensor | float
+
+    def take(self, kept: Tensor) -> "Samples":
+        """The samples at bool or int64 `kept`."""
+        length = self.length[kept] if isinstance(self.length, Tensor) else self.length
+        return Samples(self.ray[kept], self.distance[kept], length)
+
+
+OPAQUE = 40.0
+"""Optical thickness at which a sample counts as opaque: what lies behind it weighs 4e-18."""
+
+
+def transmittance(thickness: Tensor, ray: Tensor, rays: int) -> tuple[Tensor, Tensor]:
+    """How much light reaches each sample, and how much of that the sample stops.
+
+    T_i = exp(-sum_{j<i} tau_j) over the samples of the same ray and alpha_i = 1 - exp(-tau_i): equation 3 of
+    Mildenhall et al., NeRF (2020), so that the weight of sample i is T_i alpha_i. One running sum serves all
+    rays, in float64 since it grows over the whole bundle.
+
+    Args:
+      thickness: tau = density * length, not negative, float32 [samples].
+      ray: int64 [samples], not decreasing.
+      rays: how many rays there are.
+
+    Returns:
+      T and alpha, float32 [samples].
+    """
+    thickness = thickness.clamp(max=OPAQUE)
+    total = thickness.double().cumsum(0)
+    before = total - thickness
+    first = torch.ones_like(ray, dtype=torch.bool)
+    first[1:] = ray[1:] != ray[:-1]
+    start = before.new_zeros(rays).index_put((ray[first],), before[first])
+    return torch.exp((start[ray] - before).float()), -torch.expm1(-thickness)
+
+
+def sum_along_rays(values: Tensor, ray: Tensor, rays: int) -> Tensor:
+    """Adds up [samples, ...] values ray by ray: [rays, ...]."""
+    return values.new_zeros(rays, *values.shape[1:]).index_add(0, ray, values)
+
+
+def expected_depth(weights: Tensor, samples: Samples, opacity: Tensor) -> Tensor:
+    """The mean distance of termination of rays that end, float32 [rays]; 0 for rays that pass through."""
+    depth = sum_along_rays(weights * samples.distance, samples.ray, len(opacity))
+    return torch.where(opacity > 1e-4, depth / opacity.clamp(min=1e-4), torch.zeros_like(depth))
+
+
+def distortion(weights: Tensor, samples: Samples, rays: int, scale: float) -> Tensor:
+    """How spread out the weights lie along each ray, float32 [rays].
+
+    sum_ij w_i w_j |s_i - s_j| + 1/3 sum_i w_i^2 l_i, equation 15 of Barron et al., Mip-NeRF 360 (2022), with
+    distances s and lengths l divided by `scale`, in linear time by running sums.
+    """
+    weight, place = weights.double(), samples.distance.double() / scale
+    first = torch.ones_like(samples.ray, dtype=torch.bool)
+    first[1:] = samples.ray[1:] != samples.ray[:-1]
+
+    def before(values: Tensor) -> Tensor:
+        exclusive = values.cumsum(0) - values
+        start = exclusive.new_zeros(rays).index_put((samples.ray[first],), exclusive[first])
+        return exclusive - start[samples.ray]
+
+    between = 2 * weight * (place * before(weight) - before(weight * place))
+    within = weight.square() * samples.length / (3 * scale)
+    return sum_along_rays((between + within).float(), samples.ray, rays)
+
+
+class RadianceField(Protocol):
+    """What pictures, videos, meshes and the viewer need to know of a trained field."""
+
+    bounds: Tensor
+    """float32 [2, 3]: the lower and the upper corner of the box that holds the scene, in world units."""
+
+    def render(
+        self, origins: Tensor, directions: Tensor, background: Tensor, *, quality: float = 1.0
+    ) -> Rendered:
+        """Renders rays without gradients.
+
+        Args:
+          origins: float32 [rays, 3].
+          directions: float32 [rays, 3], of length 1.
+          background: float32 [3].
+          quality: samples relative to the default; below 1 is faster and coarser.
+        """
+
+    def density(self, points: Tensor) -> Tensor:
+        """Extinction per world unit, float32 [points], at world positions float32 [points, 3]; 0 outside."""
+
+    def colour(self, points: Tensor, directions: Tensor) -> Tensor:
+        """Colours in [0, 1] of world positions seen along unit directions: all float32 [points, 3]."""
+
+
+def camera_rays(camera: Camera, pixels: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The rays through the centres of some pixels.
+
+    Args:
+      camera: the camera.
+      pixels: int64 [rays], row * width + column.
+      device: where the rays are made.
+
+    Returns:
+      Origins and unit directions, float32 [rays, 3], in world coordinates.
+    """
+    pixels = pixels.to(device)
+    x = (pixels % camera.width + 0.5 - camera.centre[0]) / camera.focal[0]
+    y = (pixels.div(camera.width, rounding_mode="floor") + 0.5 - camera.centre[1]) / camera.focal[1]
+    local = torch.stack([x, -y, -torch.ones_like(x)], -1).float()
+    pose = torch.as_tensor(camera.pose, device=device)
+    directions = torch.nn.functional.normalize(local @ pose[:, :3].T, dim=-1)
+    return pose[:, 3].expand_as(directions), directions
+
+
+@torch.no_grad()
+def render_image(
+    field: RadianceField,
+    camera: Camera,
+    background: Tensor,
+    *,
+    quality: float = 1.0,
+    chunk: int = 16384,
+) -> Rendered:
+    """Renders one picture, [height, width] rays, `chunk` rays at a time, on the field's own device."""
+    device = field.bounds.device
+    parts = []
+    for pixels in torch.arange(camera.height * camera.width).split(chunk):
+        origins, directions = camera_rays(camera, pixels, device)
+        parts.append(field.render(origins, directions, background.to(device), quality=quality))
+    rgb, opacity, depth = (torch.cat(part) for part in zip(*parts))
+    shape = (camera.height, camera.width)
+    return Rendered(rgb.view(*shape, 3), opacity.view(shape), depth.view(shape))

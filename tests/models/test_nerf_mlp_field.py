@@ -347,6 +347,17 @@ def test_fine_samples_gather_where_the_coarse_network_saw_something():
     assert (within <= 70).all()
 
 
+def test_fine_samples_lie_between_the_middles_around_a_coarse_one_that_saw_something():
+    field = _field(coarse_samples=30, fine_samples=62)
+    field.coarse = field.fine = Shell(2.0, 2.1, density=50.0)
+    coarse, fine = field.trace(*_away())
+    # Strata of 0.1: the one at 2.05 is the only one inside, half-way to its neighbours are 2.0 and 2.1.
+    assert ((coarse.weights > 0.9).sum(1) == 1).all()
+    distance = fine.samples.distance.view(4, 92)
+    # All 62 but the first and the last quantile, which are where the empty pieces begin and end.
+    assert (((distance > 2.0 - 1e-4) & (distance < 2.1 + 1e-4)).sum(1) == 61).all()
+
+
 def test_the_last_sample_stands_for_all_the_rest_of_its_ray():
     field = _field()
     field.coarse = field.fine = Shell(3.9, 9.0, density=1e-3)

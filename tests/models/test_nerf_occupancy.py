@@ -198,6 +198,28 @@ def test_rays_along_an_axis_find_every_step_too(axis, sign):
     assert len(samples.ray) == 0
 
 
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("resolution", [13, 26])
+def test_no_cell_is_missed_by_a_ray_along_an_axis_which_stays_in_one_row_of_blocks(axis, resolution):
+    # Its segments are the longest in cells, and blocks beside their middles the only ones to see the cell.
+    size = BOX[1] - BOX[0]
+    step = 0.9 * float(size.min()) / resolution
+    found = 0
+    for number in range(resolution):
+        place = [1, resolution // 2, resolution - 2]
+        place[axis] = number
+        occupancy = _occupancy(_one_cell(resolution, *place))
+        origins = (BOX[0] + (torch.tensor(place) + 0.5) / resolution * size).repeat(16, 1)
+        directions = torch.zeros(16, 3)
+        directions[:8, axis], directions[8:, axis] = 1.0, -1.0
+        # Rays that begin at different places inside of the box, besides those from outside.
+        origins[:8, axis] = BOX[0, axis] + torch.linspace(-1, 0.45, 8) * size[axis]
+        origins[8:, axis] = BOX[1, axis] - torch.linspace(-1, 0.45, 8) * size[axis]
+        found += _check_march(occupancy, origins, directions, step)
+    # Steps of at most 0.9 cells: those from outside find each cell.
+    assert found >= 10 * resolution
+
+
 @pytest.mark.parametrize("direction", [[1.0, 0, 0], [1.0, -0.0, -0.0]])
 def test_a_ray_along_the_border_of_cells_belongs_to_the_upper_one(direction):
     bounds = torch.tensor([[0.0] * 3, [8.0] * 3])

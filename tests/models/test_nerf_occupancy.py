@@ -460,6 +460,27 @@ def test_every_corner_of_a_cell_is_visible_in_a_fine_picture(slope):
     assert looked_at > 150
 
 
+def test_every_corner_of_a_cell_is_visible_where_a_wide_picture_stretches_it_most():
+    # 800x100 pixels that reach 2 to either side at a distance of 1; cells are seen at 1.3 to 1.8.
+    random, looked_at = np.random.default_rng(1), 0
+    cells, side = 40, ((BOX[1] - BOX[0]) / 40).numpy()
+    for _ in range(60):
+        x, y, z = random.integers(0, cells, 3).tolist()
+        centre = BOX[0].numpy() + (np.array([x, y, z]) + 0.5) * side
+        turn, slope = random.uniform(0, 2 * np.pi), random.uniform(1.3, 1.8) * random.choice([-1, 1])
+        ahead = np.array([np.cos(turn), np.sin(turn), 0])
+        right = np.array([np.sin(turn), -np.cos(turn), 0])
+        position = centre - random.uniform(0.6, 1.0) * (ahead + slope * right)
+        camera = Camera(look_at(position, position + ahead), 800, 100, (200.0, 200.0), (400.0, 50.0))
+        corners = centre + np.array(list(itertools.product((-0.495, 0.495), repeat=3))) * side
+        pixels, _ = camera.project(corners)
+        column, row = pixels[((pixels >= 0) & (pixels < (800, 100))).all(1)].astype(int).T
+        looked_at += len(row)
+        visible = _occupancy(_one_cell(cells, x, y, z)).visible_pixels(camera).view(100, 800)
+        assert visible[row, column].all()
+    assert looked_at > 400
+
+
 def test_few_pixels_around_a_small_thing_are_visible():
     occupancy = _occupancy(_one_cell(32, 16, 16, 16))
     camera = Camera.of_angle(look_at((4.0, 3.0, 2.0), (0, 0, 0)), 200, 200, angle_x=0.7)

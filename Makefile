@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INPUTS := setup.cfg constraints.txt pyproject.toml
 
-.PHONY: mnist test test-all lint format bench clean
+.PHONY: mnist test test-all lint format bench bench-nerf clean
 
 mnist: $(VENV)/.jax
 	$(VENV)/bin/python -m blacksmith.launch --gin_file=gin/mnist_jax.gin $(ARGS)
@@ -26,6 +26,9 @@ format: $(VENV)/.all
 
 bench: $(VENV)/.all
 	$(VENV)/bin/python benchmarks/mnist.py $(ARGS)
+
+bench-nerf: $(VENV)/.all
+	$(VENV)/bin/python benchmarks/nerf.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "blacksmith needs Python 3.11 or newer; name one with make PYTHON=python3.11")'

@@ -44,7 +44,9 @@ PALETTE = (
     "#7d8793",
 )
 FIRST_METRICS = ("loss", "accuracy")
-LAST_METRICS = ("learning_rate", "examples_per_second")
+LAST_METRICS = ("learning_rate", "examples_per_second", "rays_per_second")
+ACRONYMS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
+RATES = {"examples_per_second": "Examples/s", "rays_per_second": "Rays/s"}
 HIGHER_IS_BETTER = ("accuracy", "f1", "psnr", "ssim")
 NOT_FINITE = ("nan", "inf", "+inf", "-inf", "infinity", "+infinity", "-infinity")
 AXES = ("step", "epoch", "seconds")
@@ -415,11 +417,15 @@ def _progress(run: _Run, key: str) -> float | int | None:
     return value
 
 
-def _examples_per_second(run: _Run) -> float | None:
-    value = _number(run.result.get("examples_per_second"))
-    if value is None and (column := run.finite("train", "examples_per_second")):
-        value = float(np.median([rate for _, rate in column]))
-    return value
+def _rate(run: _Run) -> tuple[str, float | None]:
+    """How fast it trained: what is counted, and the result's number or the median of those logged."""
+    for name, label in RATES.items():
+        value = _number(run.result.get(name))
+        if value is None and (column := run.finite("train", name)):
+            value = float(np.median([rate for _, rate in column]))
+        if value is not None:
+            return label, value
+    return "Examples/s", None
 
 
 def _test_metrics(run: _Run) -> dict[str, float | None]:
@@ -447,6 +453,7 @@ def _key_numbers(run: _Run) -> list[tuple[str, str, str]]:
         )
     )
     epoch = _progress(run, "epoch")
+    label, rate = _rate(run)
     cards += [
         (
             "Steps",
@@ -454,7 +461,7 @@ def _key_numbers(run: _Run) -> list[tuple[str, str, str]]:
             f"{epoch:.4g} epochs" if _is_finite(epoch) else "",
         ),
         ("Wall time", _duration_text(_progress(run, "seconds")), ""),
-        ("Examples/s", _rate_text(_examples_per_second(run)), ""),
+        (label, _rate_text(rate), ""),
         ("Parameters", _number_text(_number(run.result.get("parameters"))), ""),
     ]
     return [(label, text, remark or "") for label, text, remark in cards]
@@ -478,7 +485,7 @@ def _remarks(run: _Run) -> list[str]:
         for split, series in run.series.get(metric, {}).items():
             if steps := series.not_finite_at:
                 remarks.append(
-                    f"{_words(metric).capitalize()} ({split}): {len(steps):,} of "
+                    f"{_title(metric)} ({split}): {len(steps):,} of "
                     f"{series.recorded:,} values are not finite, first at step "
                     f"{_number_text(steps[0])}; the curve has gaps there."
                 )
@@ -499,7 +506,12 @@ def _text_or_none(value: object) -> str | None:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return " ".join(ACRONYMS.get(word, word) for word in name.split("_"))
+
+
+def _title(name: str) -> str:
+    words = _words(name)
+    return words[:1].upper() + words[1:]
 
 
 def _number_text(value: float | int | None) -> str:
@@ -609,6 +621,8 @@ def _metric_figures(runs: Sequence[_Run]) -> list[_Figure]:
     alone = len(runs) == 1
     splits = _splits(runs)
     for metric in _metric_names(runs):
+        if not any(set(run.series.get(metric, {})) - {"test"} for run in runs):
+            continue  # a number of the final test alone is among the key numbers
         data, axes, groups, values = [], [], [], []
         thinned = 0
         for run_index, run in enumerate(runs):
@@ -624,7 +638,7 @@ def _metric_figures(runs: Sequence[_Run]) -> list[_Figure]:
                     thinned = max(thinned, series.recorded)
         figures.append(
             _Figure(
-                title=_words(metric).capitalize(),
+                title=_title(metric),
                 data=data,
                 layout={"yaxis": _value_axis(metric, values), "hovermode": _hover_mode(data)},
                 caption=f"Drawn are the extremes of each stretch of {thinned:,} points." if thinned else "",
@@ -1087,11 +1101,20 @@ def _gallery(run: _Run) -> str:
     if not run.images:
         return ""
     items = "".join(
-        f'<figure class="panel"><img src="{uri}" alt="{_escape(name)}">'
+        f'<figure class="panel{" wide" if _is_wide(uri) else ""}"><img src="{uri}" alt="{_escape(name)}">'
         f"<figcaption>{_escape(name)}</figcaption></figure>"
         for name, uri in run.images
     )
     return _heading("Images") + f'<div class="gallery">{items}</div>'
+
+
+def _is_wide(uri: str) -> bool:
+    """Whether a PNG is more than twice as wide as high, by its header."""
+    header = base64.b64decode(uri.partition(",")[2][:32])
+    if not header.startswith(b"\x89PNG") or len(header) < 24:
+        return False
+    width, height = struct.unpack(">II", header[16:24])
+    return width > 2 * height
 
 
 def _command(run: _Run) -> str:
@@ -1250,7 +1273,7 @@ def _comparison_columns(runs: Sequence[_Run]) -> list[_Column]:
             for name in dict.fromkeys(name for values in metrics for name in values)
         ]
 
-    rates = [_examples_per_second(run) for run in runs]
+    rates = [_rate(run)[1] for run in runs]
     columns = [
         _Column("experiment", [run.experiment for run in runs]),
         _Column("backend", [run.backend or "–" for run in runs]),
@@ -1409,7 +1432,7 @@ background:var(--fair-soft);border-left:3px solid var(--fair);overflow-wrap:anyw
 pre,code{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 .panel{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:14px 16px;
 margin:0;min-width:0}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:10px;
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;
 margin:18px 0 0}
 .card{background:var(--panel);border:1px solid var(--line);border-radius:10px;
 padding:11px 14px 10px;min-width:0}
@@ -1471,6 +1494,7 @@ border-radius:6px;background:#000}
 .digit small{display:block;color:var(--muted);font-size:12px}
 .wrong{color:var(--bad)}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:12px}
+.gallery .wide{grid-column:1/-1}
 .gallery img{display:block;width:100%;height:auto;border-radius:6px}
 .gallery figcaption{font-size:12.5px;color:var(--muted);margin-top:8px;overflow-wrap:anywhere}
 .command{white-space:pre-wrap;overflow-wrap:anywhere}

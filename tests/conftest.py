@@ -1,9 +1,13 @@
 """Fixtures that many tests share: isolation from the user's files, and the launcher as a real process."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+# Before any test imports PyTorch: on shared cores its threads spend their time waiting for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -12,8 +16,6 @@ def isolated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLACKSMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("KERAS_BACKEND", raising=False)
-        # Tests share few cores: PyTorch's threads would spend their time waiting for one another.
-        patch.setenv("OMP_NUM_THREADS", "1")
         # Many processes run the same small programs; JAX keeps what it has compiled for the next one.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

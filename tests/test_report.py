@@ -234,10 +234,10 @@ def test_any_numeric_metric_and_split_gets_its_curve(tmp_path):
     ]
     write_metrics(directory, rows)
     page = Page(report.write(directory))
-    assert page.titles == ["Psnr"]
-    names = [trace["name"] for trace in page.figure("Psnr")["data"]]
+    assert page.titles == ["PSNR"]
+    names = [trace["name"] for trace in page.figure("PSNR")["data"]]
     assert names == ["train", "val", "holdout"]
-    assert "Best val psnr 24 at step 2" in page.text
+    assert "Best val PSNR 24 at step 2" in page.text
 
 
 def test_gallery_embeds_images_in_natural_order(run):

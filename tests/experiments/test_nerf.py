@@ -78,9 +78,8 @@ def run(scene, tmp_path):
 
 def lines(directory: Path) -> list[dict]:
     """The metrics without wall times and rates."""
-    timed = {*metrics.TIMED, "seconds_per_frame"}
     return [
-        {k: v for k, v in line.items() if k not in timed}
+        {k: v for k, v in line.items() if k not in metrics.TIMED}
         for line in metrics.read(directory / "metrics.jsonl")
     ]
 

@@ -203,6 +203,7 @@ class NerfModule(L.LightningModule):
         rows = len(self.field.feature_table) if isinstance(self.field, GridField) else 0
         return {
             "rows": rows,
+            "epoch": self._epoch,
             "validation": self.validation,
             "restarts": self.restarts,
             "per_ray": self._per_ray,

@@ -125,7 +125,8 @@ def conclude(run: Run, scene: Scene, restarts: list[dict[str, Any]], lpips: scor
         return STOPPED
     results.write_gallery(run.directory / "test", run.directory / "images", test)
     means = {name: value for name, value in test.items() if name != "images"}
-    run.metrics.write(newest.step, 0.0, "test", means)
+    scored = {name: value for name, value in means.items() if name != "seconds_per_frame"}
+    run.metrics.write(newest.step, newest.state["loop"]["epoch"], "test", scored)
     run.finish(
         "done",
         {

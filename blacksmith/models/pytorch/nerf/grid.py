@@ -213,7 +213,7 @@ class GridField(nn.Module):
           directions: unit vectors, float32 [rays, 3].
           step: distance between samples, in world units.
           generator: moves the samples along the ray and chooses the vertices that give features; without one
-            both are exact, and features have no gradient.
+            samples are at half steps and features are interpolated.
         """
         rays = len(origins)
         samples, unit = self._lit_samples(origins, directions, step, generator)
@@ -420,5 +420,5 @@ class _Pick(torch.autograd.Function):
 
 
 def _lookup(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sums of table rows, without gradients: float32 [points, features]."""
+    """Weighted sums of table rows: float32 [points, features]."""
     return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)

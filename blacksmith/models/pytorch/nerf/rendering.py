@@ -1,7 +1,7 @@
 """Volume rendering: rays of a camera, compositing of samples along rays, whole pictures in chunks.
 
-Every field renders through `composite`, whatever way it takes its samples: they come as flat arrays, ordered
-by ray and then by distance, so that rays may have any number of them.
+Every field composites with `transmittance` and `sum_along_rays`, whatever way it takes its samples: they come
+as flat arrays, ordered by ray and then by distance, so that rays may have any number of them.
 """
 
 from typing import NamedTuple, Protocol

@@ -150,7 +150,7 @@ def child(spec: dict) -> dict:
         "Checkpoint.every_steps = None",
         *spec["bindings"],
     ]
-    resolved = launch.resolve([f"gin/{spec['gin']}.gin"], bindings)
+    resolved = launch.resolve([str(ROOT / "gin" / f"{spec['gin']}.gin")], bindings)
     device = devices.activate(resolved.experiment, "torch", "cpu")
     run = Run(Path(spec["workdir"]), resolved.config, resolved.experiment, backend="torch", device=device)
     from blacksmith.experiments.lightning.nerf import train
@@ -224,6 +224,10 @@ def make_clock(scene, module, spec):
             loader = module._loader
             loader._next = self.timed(loader._next)
             module.backward = lambda loss: self.timed(loss.backward)()
+            module.optimizer_zero_grad = self.timed(module.optimizer_zero_grad)
+            # Adam's arithmetic, called by its `step` when Lightning's closure has been.
+            functions = sys.modules[torch.optim.Adam.__module__]
+            functions.adam = self.timed(functions.adam)
 
         def timed(self, function):
             def call(*arguments, **options):
@@ -264,20 +268,15 @@ def make_clock(scene, module, spec):
             self.own_so_far = self.own  # the last step's validation and checkpoint come after the last look
 
         def on_train_end(self, trainer, pl_module) -> None:
-            self.total, self.steps = self.looks[-1]["seconds"], trainer.global_step
-            optimizer = trainer.optimizers[0]
-            assert all(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-            start = time.process_time()
-            for _ in range(20):
-                optimizer.step()
-            each = (time.process_time() - start) / THREADS / 20
-            self.own_so_far += each * self.steps
+            self.total = self.looks[-1]["seconds"]
 
         def result(self) -> dict:
             budget = spec["looks"][-1]
-            within = [look for look in self.looks if look["seconds"] <= budget * 1.01] or self.looks[:1]
+            within = [look for look in self.looks if look["seconds"] <= budget * 1.01]
+            if not within:
+                raise SystemExit(f"no look within {budget} s: the machine is too slow for these steps")
             return {
-                "psnr": max(look["psnr"] for look in within),
+                "psnr": within[-1]["psnr"],
                 "rays_per_second": self.looks[-1]["rays_per_second"],
                 "frame_seconds": self.looks[-1]["frame_seconds"],
                 "lightning_share": round(1 - self.own_so_far / self.total, 4),

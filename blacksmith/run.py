@@ -92,7 +92,7 @@ class Run:
       experiment: its registry entry.
       backend: ``jax`` or ``torch``.
       device: the device in the framework's words.
-      mode: ``train``, ``eval`` or ``export``.
+      mode: ``train``, ``eval``, ``export`` or ``view``.
       resumed: the checkpoint that this run goes on from, or None.
       checkpoints: the run's own checkpoints.
       stop: true once the run is to stop.

@@ -17,10 +17,11 @@ from PIL import Image
 from blacksmith import launch as launcher
 from blacksmith import metrics
 from blacksmith.checkpoint import find
-from blacksmith.datasets.blender import Scene
-from blacksmith.errors import ConfigError, RunError
+from blacksmith.datasets.blender import Scene, open_scene
+from blacksmith.errors import ConfigError, DataError, RunError
 from blacksmith.experiments.lightning.nerf import fields, train
 from blacksmith.experiments.lightning.nerf.module import NerfModule, collapse
+from blacksmith.experiments.lightning.nerf.rays import RayBank
 
 specification = importlib.util.spec_from_file_location(
     "nerf_scene", Path(__file__).with_name("nerf_scene.py")
@@ -348,21 +349,63 @@ def test_the_gpu_preset_takes_its_steps_on_a_cpu(run, tmp_path):
     assert result(tmp_path / "run")["step"] == 8
 
 
-def test_another_scene_is_not_resumed(run, scene, tmp_path, launch):
-    run(*SMALL, "nerf.Train.steps = 10")
-    other = tmp_path / "other"
-    shutil.copytree(scene, other)
-    with (other / "transforms_val.json").open("a") as file:
+def test_a_scene_that_has_changed_is_not_resumed(run, scene, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(scene, own)
+    settings = [*SMALL, "nerf.Train.steps = 10", f'nerf.Data.scene = "{own}"']
+    run(*settings)
+    with (own / "transforms_val.json").open("a") as file:
         file.write(" ")
-    done = launch(
-        "--gin_file=gin/nerf_blender.gin",
-        f"--workdir={tmp_path / 'run'}",
-        *(f"--gin_param={binding}" for binding in (*SMALL, "nerf.Train.steps = 10")),
-        f'--gin_param=nerf.Data.scene = "{other}"',
+    with pytest.raises(DataError, match="the data has changed since step_00000010"):
+        run(*settings)
+
+
+def test_a_finished_run_started_again_tests_again(run, tmp_path, capsys):
+    run(*SMALL, "nerf.Train.steps = 10")
+    before = result(tmp_path / "run")["test"]["images"]
+    assert run(*SMALL, "nerf.Train.steps = 10") == 0
+    assert result(tmp_path / "run")["test"]["images"] == before
+    assert "already finished at step 10" in capsys.readouterr().err
+
+
+def test_scores_are_kept_when_the_video_is_stopped(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.results, "write_orbit", lambda *_, **__: [])
+    assert run(*SMALL, "nerf.Train.steps = 10", "nerf.Results.video_frames = 4") == 75
+    assert result(tmp_path / "run")["status"] == "stopped"
+    assert len(result(tmp_path / "run")["test"]["images"]) == 3
+
+
+def test_a_run_resumed_after_a_restart_equals_the_uninterrupted_one(run, tmp_path, monkeypatch):
+    start, whole = NerfModule.on_train_start, tmp_path / "whole"
+
+    def ruined(module):
+        start(module)
+        if module.global_step == 0:
+            with torch.no_grad():
+                module.field.density_table.fill_(-40)
+
+    monkeypatch.setattr(NerfModule, "on_train_start", ruined)
+    settings = [*SMALL, "nerf.Train.steps = 100", "Log.every_steps = 1"]
+    run(*settings, "Checkpoint.every_steps = 4", "Checkpoint.keep_last = 30", directory=whole)
+    assert [restart["step"] for restart in result(whole)["restarts"]] == [5]
+    rates = {line["step"]: line["learning_rate"] for line in lines(whole) if line["split"] == "train"}
+    # A new warm-up of 5 steps; logged is the rate of the step that comes next. Nothing is logged at step 5.
+    assert 5 not in rates
+    assert [rates[step] for step in (6, 7, 8)] == pytest.approx(
+        [0.5 * share * 0.1 ** (step / 100) for step, share in ((6, 0.4), (7, 0.6), (8, 0.8))]
     )
-    assert done.returncode in (2, 3), done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()[-1]) < 400
+    for step in (4, 8):
+        resumed = tmp_path / f"from_{step}"
+        run(*settings, directory=resumed, flags={"resume": str(whole / f"checkpoints/step_{step:08d}")})
+        assert lines(resumed) == [line for line in lines(whole) if line["step"] > step]
+
+
+def test_rays_are_exact_under_autocast(scene):
+    bank = RayBank(open_scene(scene).views("train"), "cpu")
+    exact = bank(torch.arange(2000))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = bank(torch.arange(2000))
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(cast, exact))
 
 
 def test_a_missing_scene_is_one_line_and_leaves_nothing(launch, tmp_path):

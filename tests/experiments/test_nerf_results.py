@@ -505,7 +505,7 @@ def test_an_orbit_that_is_stopped_leaves_nothing(tmp_path, looks):
 
 def test_without_imageio_ffmpeg_the_extra_is_named_before_anything_is_rendered(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(ConfigError, match=r"pip install 'blacksmith\[nerf\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[nerf\]'"):
         write_orbit(None, _camera(), tmp_path / "new", frames=2, fps=2, gif_width=16, **ORBIT)
     assert not (tmp_path / "new").exists()
 
@@ -516,7 +516,7 @@ def test_a_failing_ffmpeg_is_one_line_and_leaves_the_old_video(tmp_path, monkeyp
     wait = "cat > /dev/null\n" if when == "at the end" else ""
     program.write_text(f"#!/bin/sh\n{wait}echo 'No space left on device' >&2\nexit 1\n")
     program.chmod(0o755)
-    monkeypatch.setattr(results, "_ffmpeg", lambda: str(program))
+    monkeypatch.setattr(results, "find_ffmpeg", lambda: str(program))
     videos.mkdir()
     (videos / "orbit.mp4").write_bytes(b"old")
     with pytest.raises(RunError, match=re.escape("ffmpeg: No space left on device")):

@@ -29,7 +29,7 @@ class Header(NamedTuple):
 
 
 def inspect(path: Path, *, needs_alpha: bool) -> Header:
-    """Looks at a picture without decoding it.
+    """Looks at a picture without decoding it; of a PNG all checksums are checked.
 
     Raises:
       DataError: it cannot be read, is no picture, is too large or of another kind than `MODES`, or has no
@@ -42,6 +42,8 @@ def inspect(path: Path, *, needs_alpha: bool) -> Header:
                 (width, height), mode, alpha = image.size, image.mode, _has_alpha(image)
                 # Until Pillow 11 this was the mode of 16-bit grey in a PNG; elsewhere it is one of 32 bits.
                 known = mode in MODES and (mode != "I" or image.format == "PNG")
+                if image.format == "PNG":
+                    image.verify()  # the checksums of its parts: a picture cut short is found now
             stream.seek(0)
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     except Exception as error:

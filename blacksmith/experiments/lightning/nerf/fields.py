@@ -7,7 +7,7 @@ import torch
 
 from blacksmith.checkpoint import Saved
 from blacksmith.datasets.blender import Views, estimate_bounds, near_far
-from blacksmith.errors import CheckpointError, DataError
+from blacksmith.errors import CheckpointError, ConfigError, DataError
 from blacksmith.experiments.lightning.nerf.configs import Config
 from blacksmith.models.pytorch.nerf.grid import GridField, level_shape, reachable_vertices
 from blacksmith.models.pytorch.nerf.mlp import MlpField
@@ -61,6 +61,7 @@ def for_scene(config: Config, views: Views, device: str) -> GridField | MlpField
 
     Raises:
       DataError: no place agrees with all of the masks.
+      ConfigError: nothing lies between near and far.
     """
     cameras = views.cameras
     bounds = config.data.bounds
@@ -69,7 +70,13 @@ def for_scene(config: Config, views: Views, device: str) -> GridField | MlpField
     if config.model.field == "mlp":
         estimated = near_far(cameras, box)
         field = build(config, rows=0)
-        field.range.copy_(torch.tensor([near or estimated[0], far or estimated[1]]))
+        near = estimated[0] if near is None else near
+        far = estimated[1] if far is None else far
+        if near >= far:
+            raise ConfigError(
+                f"rays would begin at {near:.3f} and end at {far:.3f}; set nerf.Data.near and far"
+            )
+        field.range.copy_(torch.tensor([near, far]))
         field.bounds.copy_(torch.from_numpy(box))
         return field.to(device)
     box = torch.from_numpy(box).to(device)

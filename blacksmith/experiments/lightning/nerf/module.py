@@ -111,7 +111,7 @@ class NerfModule(L.LightningModule):
         """Takes the field to the level and the occupancy that this step is trained with."""
         del batch, batch_idx
         step = self.global_step
-        if step in self._levels:
+        if step in self._levels and step not in {restart["step"] for restart in self.restarts}:
             fits = not self._config.data.hull and self._config.data.bounds is None
             if fits:
                 self._refresh_occupancy()
@@ -165,12 +165,14 @@ class NerfModule(L.LightningModule):
         if step == self._next_check and self._collapse is not None:
             self._restart(self._collapse)
         last = step >= self._config.train.steps
-        if step % self._config.log.every_steps == 0 or last:
+        if self._since and (step % self._config.log.every_steps == 0 or last):
             self._log()
         every = self._config.log.histograms_every
         if every and step % every == 0:
             for name, value in self.field.named_parameters():
                 run.metrics.histogram(step, f"weights/{name}", value.detach().float().cpu().numpy())
+                if value.grad is not None:
+                    run.metrics.histogram(step, f"gradients/{name}", value.grad.float().cpu().numpy())
         if step % self._config.evaluate_every == 0 or last:
             self.validate()
         every = self._config.checkpoint.every_steps
@@ -373,11 +375,16 @@ class NerfModule(L.LightningModule):
             for old, new in zip(field.parameters(), fresh.parameters()):
                 old.copy_(new)
         if isinstance(field, GridField):
-            first = self._config.grid.resolutions[0]
+            reached = (level for when, level in self._levels.items() if when <= step)
+            first = max(reached, default=self._config.grid.resolutions[0])
             reach = tuple(field.occupancy.reach.tolist())
             field.begin(field.bounds.clone(), field.hull.clone(), first, reach)
         self._forget_moments(list(field.parameters()))
         self._sums, self._since, self._collapse = {}, 0, None
+        # Lightning has set the rates of the next step already, without the new warm-up.
+        scheduler = self.lr_schedulers()
+        for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs):
+            group["lr"] = base * self._rate(step)
         self._use_pool()
 
 

@@ -42,7 +42,9 @@ class RayBank:
         x = (rays % self.width + 0.5 - cx) / fx
         y = (rays % area // self.width + 0.5 - cy) / fy
         local = torch.stack([x, -y, -torch.ones_like(x)], -1)
-        directions = torch.nn.functional.normalize((pose[:, :, :3] @ local[..., None])[..., 0], dim=-1)
+        # Not a matrix product: autocast would take that to half precision, which moves rays by pixels.
+        turned = (pose[:, :, :3] * local[:, None, :]).sum(-1)
+        directions = torch.nn.functional.normalize(turned, dim=-1)
         return pose[:, :, 3], directions, self.pixels[rays].float() / 255
 
 

@@ -183,7 +183,7 @@ def write_orbit(
       ConfigError: imageio-ffmpeg is not installed.
       RunError: ffmpeg failed, on a full disk for example.
     """
-    ffmpeg = _ffmpeg()
+    ffmpeg = find_ffmpeg()
     directory.mkdir(parents=True, exist_ok=True)
     camera = camera.resized(*(max(2, side // 2 * 2) for side in (camera.width, camera.height)))
     gif_size = (gif_width, max(1, round(gif_width * camera.height / camera.width)))
@@ -253,7 +253,7 @@ def _encoding(
             process.wait()
 
 
-def _ffmpeg() -> str:
+def find_ffmpeg() -> str:
     """The path of the ffmpeg program.
 
     Raises:
@@ -265,7 +265,8 @@ def _ffmpeg() -> str:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            "a video needs imageio-ffmpeg and its ffmpeg program: pip install 'blacksmith[nerf]'"
+            "a video needs imageio-ffmpeg and its ffmpeg program: pip install '.[nerf]' in blacksmith's "
+            "directory, or set nerf.Results.video_frames = 0"
         ) from error
 
 

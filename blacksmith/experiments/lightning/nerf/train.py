@@ -21,6 +21,7 @@ from blacksmith.experiments.lightning.nerf import fields, results, scores
 from blacksmith.experiments.lightning.nerf.configs import Config
 from blacksmith.experiments.lightning.nerf.module import NerfModule
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
+from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mesh import extract_mesh, write_ply
 from blacksmith.models.pytorch.nerf.rendering import RadianceField
 from blacksmith.run import STOPPED, Run, write_json
@@ -39,6 +40,12 @@ def main(run: Run) -> int:
 def train(run: Run) -> int:
     """Learns a scene, then shows and scores its test views."""
     config = run.config
+    if torch.device(run.device).type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"--device={run.device}: this experiment needs float64, on a CPU or an NVIDIA or AMD GPU; say cpu"
+        )
+    if config.results.video_frames:
+        results.find_ffmpeg()  # an error now, not after the training
     if config.train.precision == "float16" and torch.device(run.device).type == "cpu":
         raise ConfigError('nerf.Train.precision = "float16" needs a GPU; set it to "float32" or "bfloat16"')
     lpips = find_lpips(config, run.device)
@@ -94,7 +101,7 @@ def fit(run: Run, module: NerfModule, loader: RayLoader, callbacks: Sequence[L.C
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning.*")
         trainer = L.Trainer(
-            accelerator={"cpu": "cpu", "mps": "mps"}.get(device.type, "gpu"),
+            accelerator="cpu" if device.type == "cpu" else "gpu",
             devices=1 if device.index is None else [device.index],
             precision=_PRECISIONS[run.config.train.precision],
             max_epochs=1,
@@ -119,7 +126,7 @@ def conclude(run: Run, scene: Scene, restarts: list[dict[str, Any]], lpips: scor
     saved = (run.checkpoints.best() if config.checkpoint.keep_best else None) or newest
     field = fields.trained(config, saved, run.device)
     test = test_views(run, field, scene, lpips)
-    if test is None or not film(run, field, scene):
+    if test is None:
         run.finish("stopped", {"step": newest.step})
         print(f"stopped; the same command with --workdir={run.directory} tests again")
         return STOPPED
@@ -127,17 +134,21 @@ def conclude(run: Run, scene: Scene, restarts: list[dict[str, Any]], lpips: scor
     means = {name: value for name, value in test.items() if name != "images"}
     scored = {name: value for name, value in means.items() if name != "seconds_per_frame"}
     run.metrics.write(newest.step, newest.state["loop"]["epoch"], "test", scored)
-    run.finish(
-        "done",
-        {
-            "step": newest.step,
-            "parameters": sum(p.numel() for p in field.parameters()),
-            "restarts": restarts,
-            "tested_checkpoint": saved.path.name,
-            "final": dict(newest.state["metrics"]),
-            "test": test,
-        },
-    )
+    result = {
+        "step": newest.step,
+        "parameters": sum(p.numel() for p in field.parameters()),
+        "restarts": restarts,
+        "tested_checkpoint": saved.path.name,
+        "final": dict(newest.state["metrics"]),
+        "test": test,
+    }
+    filmed = film(run, field, scene)
+    run.finish("done" if filmed else "stopped", result)
+    if not filmed:
+        print(
+            f"stopped before the video; the same command with --workdir={run.directory} tests and films again"
+        )
+        return STOPPED
     print(f"test {describe(means)} ({saved.path.name}, {run.metrics.seconds:.1f} s)")
     print(run.directory / "report.html")
     return 0
@@ -220,7 +231,8 @@ def export(run: Run) -> int:
     """``--mode=export``: the checkpoint's surface as a coloured mesh, `export/mesh.ply`."""
     settings = run.config.results
     field = fields.trained(run.config, run.resumed, run.device)
-    unit = float((field.bounds[1] - field.bounds[0]).mean()) / 96
+    size = float((field.bounds[1] - field.bounds[0]).mean())
+    unit = field.unit if isinstance(field, GridField) else size / 96
     threshold = float(-np.log1p(-settings.mesh_opacity)) / unit
     mesh = extract_mesh(field, resolution=settings.mesh_resolution, threshold=threshold)
     directory = run.directory / "export"

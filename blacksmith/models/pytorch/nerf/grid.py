@@ -65,8 +65,8 @@ class GridField(nn.Module):
       width: of the colour network, which has two hidden layers.
       alpha: opacity, before training, of a stretch of a 96th of the box. Below 1e-3 nothing weighs enough to
         get a gradient, and the field stays empty.
-      alpha_floor: samples less opaque than this are left out.
-      weight_floor: samples that weigh less than this have no colour.
+      alpha_floor: training samples less opaque than this are left out; shorter ones in proportion.
+      weight_floor: training samples that weigh less than this have no colour; shorter ones in proportion.
       train_step: distance between samples in training, in voxels.
       render_step: the same in evaluation.
     """
@@ -107,6 +107,11 @@ class GridField(nn.Module):
     def bounds(self) -> Tensor:
         """The box, float32 [2, 3]."""
         return self.occupancy.bounds
+
+    @property
+    def unit(self) -> float:
+        """A 96th of the box that the field began with, in world units: what opacities of space refer to."""
+        return self._unit_length
 
     @property
     def voxel(self) -> float:
@@ -220,7 +225,7 @@ class GridField(nn.Module):
         dense = len(unit)
         reaching, alpha = transmittance(self._extinction(unit) * step, samples.ray, rays)
         weights = reaching * alpha
-        coloured = (weights.detach() > self.weight_floor).nonzero()[:, 0]
+        coloured = (weights.detach() > self.weight_floor * self._share(step)).nonzero()[:, 0]
         samples, unit, weights = samples.take(coloured), unit[coloured], weights[coloured]
         if generator is None:
             features = _lookup(self.feature_table, *self._rows(unit))
@@ -241,7 +246,7 @@ class GridField(nn.Module):
         segments = self.occupancy.segments(origins, directions, step, generator)
         samples, unit = self.occupancy.samples(segments)
         reaching, alpha = transmittance(self._extinction(unit.T) * step, samples.ray, len(origins))
-        kept = ((reaching > _DARK) & (alpha > self.alpha_floor)).nonzero()[:, 0]
+        kept = ((reaching > _DARK) & (alpha > self.alpha_floor * self._share(step))).nonzero()[:, 0]
         return samples.take(kept), unit[:, kept].T
 
     @torch.no_grad()
@@ -271,6 +276,10 @@ class GridField(nn.Module):
         z, y, x = self._shape
         grid = self.density_table[: z * y * x].view(z, y, x)
         return sum(grid.diff(dim=axis).square().mean() for axis in range(3))
+
+    def _share(self, step: float) -> float:
+        """Of a training step: the floors are for one, and what two half steps hold must not vanish."""
+        return step / (self._voxel * self.train_step)
 
     def _extinction(self, unit: Tensor) -> Tensor:
         raw = _interpolate(self.density_table, self._shape, unit)

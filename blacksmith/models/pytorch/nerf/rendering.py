@@ -146,7 +146,8 @@ def camera_rays(camera: Camera, pixels: Tensor, device: torch.device | str = "cp
     y = (pixels.div(camera.width, rounding_mode="floor") + 0.5 - camera.centre[1]) / camera.focal[1]
     local = torch.stack([x, -y, -torch.ones_like(x)], -1).float()
     pose = torch.as_tensor(camera.pose, device=device)
-    directions = torch.nn.functional.normalize(local @ pose[:, :3].T, dim=-1)
+    # Not a matrix product: autocast would take that to half precision, which moves rays by pixels.
+    directions = torch.nn.functional.normalize((pose[:, :3] * local[:, None, :]).sum(-1), dim=-1)
     return pose[:, 3].expand_as(directions), directions
 
 

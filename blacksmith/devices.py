@@ -156,13 +156,12 @@ def _keep_freed_memory() -> None:
     A step makes and frees the same large tensors again and again; mapping and zeroing their pages anew each
     time cost a third of it. Other C libraries have no `mallopt`; settings of the environment stay.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    trim_threshold, map_threshold, map_most = -1, -3, -4  # from malloc.h
+    trim_threshold, map_most = -1, -4  # from malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(map_threshold, 2**25)
         mallopt(map_most, 0)
 
 

@@ -257,7 +257,8 @@ def test_a_checkpoint_is_evaluated_at_another_resolution(run, tmp_path):
     half = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert half["data"]["width"] == 16
     assert half["test"]["psnr"] > 15
-    assert Image.open(tmp_path / "run" / "test" / "r_0.png").size == (16, 16)
+    assert Image.open(tmp_path / "run" / "eval" / "r_0.png").size == (16, 16)
+    assert Image.open(tmp_path / "run" / "test" / "r_0.png").size == (32, 32)
     assert len(half["val"]["images"]) == 3
 
 
@@ -416,6 +417,12 @@ def test_a_missing_scene_is_one_line_and_leaves_nothing(launch, tmp_path):
     )
     assert done.returncode == 3
     assert "/no/lego" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_too_small_to_be_scored_are_refused_before_training(run, tmp_path):
+    with pytest.raises(DataError, match="8x8 pixels are too small for SSIM"):
+        run(*SMALL, "nerf.Data.downscale = 4")
     assert not (tmp_path / "run").exists()
 
 

@@ -165,8 +165,10 @@ class NerfModule(L.LightningModule):
         if step == self._next_check and self._collapse is not None:
             self._restart(self._collapse)
         last = step >= self._config.train.steps
+        began = time.perf_counter()
         if self._since and (step % self._config.log.every_steps == 0 or last):
             self._log()
+            self._clock = began
         every = self._config.log.histograms_every
         if every and step % every == 0:
             for name, value in self.field.named_parameters():
@@ -178,6 +180,7 @@ class NerfModule(L.LightningModule):
         every = self._config.checkpoint.every_steps
         if (every and step % every == 0) or last or run.stop:
             self.save()
+        self._clock += time.perf_counter() - began  # a rate is of training alone
         shown = {name: value for name, value in self.validation.items() if name == "val_psnr"}
         self._progress.update(step, step, self._epoch, shown)
         if run.stop:
@@ -310,7 +313,7 @@ class NerfModule(L.LightningModule):
         }
         self._run.metrics.write(self.global_step, self._epoch, "train", values)
         self._sums, self._since = {}, 0
-        self._rays_since, self._clock = 0, time.perf_counter()
+        self._rays_since = 0
 
     def _choose_size(self, rays: int) -> None:
         """As many rays next as should give the samples that a step is to have."""

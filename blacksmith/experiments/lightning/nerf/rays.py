@@ -108,7 +108,8 @@ class RayLoader:
             self.passes, self._cursor, self._order = self.passes + 1, 0, None
         if self._order is None:
             random = generator(self._seed, "order", self.attempt, self.passes)
-            rows = random.permutation(np.arange(len(self._pool), dtype=np.int32))
+            rows = np.arange(len(self._pool), dtype=np.int32)
+            random.shuffle(rows)
             self._order = torch.from_numpy(rows).to(self._pool.device)
         rows = self._order[self._cursor : self._cursor + size]
         self._cursor += size

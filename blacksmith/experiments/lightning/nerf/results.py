@@ -60,8 +60,8 @@ def evaluate(
     Args:
       field: what is rendered, on its own device.
       views: what it should look like.
-      directory: gets `NAME.png`, `NAME_truth.png`, `NAME_error.png` and `NAME_depth.png` of every view; None:
-        nothing is written.
+      directory: loses the pictures in it and gets `NAME.png`, `NAME_truth.png`, `NAME_error.png` and
+        `NAME_depth.png` of every view; None: nothing is written.
       background: behind both pictures, in [0, 1].
       quality: samples relative to the field's default.
       lpips: `scores.Lpips` or the like, on the field's device; None: LPIPS is left out.
@@ -75,6 +75,8 @@ def evaluate(
     """
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob("*.png"):
+            stale.unlink()
     behind = torch.tensor(background, dtype=torch.float32)
     images, seconds = [], 0.0
     for index, name in enumerate(views.names):

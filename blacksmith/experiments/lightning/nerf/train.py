@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from blacksmith.datasets.blender import Scene, Views, open_scene
-from blacksmith.errors import ConfigError
+from blacksmith.errors import ConfigError, DataError
 from blacksmith.experiments.lightning.nerf import fields, results, scores
 from blacksmith.experiments.lightning.nerf.configs import Config
 from blacksmith.experiments.lightning.nerf.module import NerfModule
@@ -61,7 +61,9 @@ def train(run: Run) -> int:
         run.finish("stopped", {"step": run.checkpoints.newest().step})
         print(f"stopped; the same command with --workdir={run.directory} goes on")
         return STOPPED
-    return conclude(run, scene, module.restarts, lpips)
+    restarts = module.restarts
+    del module, loader, pictures  # their rays, pools and moments are not needed to test
+    return conclude(run, scene, restarts, lpips)
 
 
 def scene_of(run: Run) -> Scene:
@@ -73,6 +75,12 @@ def scene_of(run: Run) -> Scene:
     data = run.config.data
     needs_alpha = data.hull or data.background == "random"
     scene = open_scene(data.scene, downscale=data.downscale, needs_alpha=needs_alpha)
+    smallest = scores.SSIM_WINDOW_PIXELS
+    if min(scene.info["width"], scene.info["height"]) < smallest:
+        raise DataError(
+            f"{scene.path}: pictures of {scene.info['width']}x{scene.info['height']} pixels are too small "
+            f"for SSIM, which needs {smallest}; lower nerf.Data.downscale"
+        )
     run.use_data({**scene.info, "alpha_hull": data.hull}, scene.describe())
     return scene
 
@@ -125,7 +133,7 @@ def conclude(run: Run, scene: Scene, restarts: list[dict[str, Any]], lpips: scor
     newest = run.checkpoints.newest()
     saved = (run.checkpoints.best() if config.checkpoint.keep_best else None) or newest
     field = fields.trained(config, saved, run.device)
-    test = test_views(run, field, scene, lpips)
+    test = score_test_views(run, field, scene, lpips)
     if test is None:
         run.finish("stopped", {"step": newest.step})
         print(f"stopped; the same command with --workdir={run.directory} tests again")
@@ -154,15 +162,15 @@ def conclude(run: Run, scene: Scene, restarts: list[dict[str, Any]], lpips: scor
     return 0
 
 
-def test_views(
-    run: Run, field: RadianceField, scene: Scene, lpips: scores.Lpips | None
+def score_test_views(
+    run: Run, field: RadianceField, scene: Scene, lpips: scores.Lpips | None, directory: str = "test"
 ) -> dict[str, Any] | None:
-    """Renders and scores every test view into `test/`; None if the run is to stop."""
+    """Renders and scores every test view into a directory of the run; None if the run is to stop."""
     views = scene.views("test")
     return results.evaluate(
         field,
         views,
-        run.directory / "test",
+        run.directory / directory,
         background=run.config.background,
         lpips=lpips,
         on_image=told(run, len(views), "test views"),
@@ -199,7 +207,7 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
 
 
 def evaluate_checkpoint(run: Run) -> int:
-    """``--mode=eval``: the checkpoint on the validation and test views, into `eval.json` and `test/`."""
+    """``--mode=eval``: the checkpoint on the validation and test views, into `eval.json` and `eval/`."""
     lpips = find_lpips(run.config, run.device)
     scene = scene_of(run)
     field = fields.trained(run.config, run.resumed, run.device)
@@ -217,7 +225,7 @@ def evaluate_checkpoint(run: Run) -> int:
         on_image=told(run, len(held_out), "validation views"),
         stop=run.stop,
     )
-    result["test"] = None if run.stop else test_views(run, field, scene, lpips)
+    result["test"] = None if run.stop else score_test_views(run, field, scene, lpips, "eval")
     if result["test"] is None:
         return STOPPED
     write_json(run.directory / "eval.json", result)

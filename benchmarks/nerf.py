@@ -90,7 +90,7 @@ def save(results: dict, output: Path) -> None:
     }
     fast, slow = named(runs, "anvil_60s"), named(runs, "anvil_vanilla_120s")
     if fast:
-        shares = [run["lightning_share"] for run in fast]
+        shares = [run["lightning_share"] for run in fast if "lightning_share" in run]
         results["ratios"]["lightning_share_of_step"] = round(statistics.median(shares), 4)
     if fast and slow:
         rates = statistics.median(run["rays_per_second"] for run in fast)

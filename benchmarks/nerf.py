@@ -34,7 +34,7 @@ FINER = ["nerf.Grid.resolutions = (64, 112, 144)"]
 RUNS = {
     "anvil_60s": ("anvil", 1, "nerf_blender", 1000, (10, 30, 60), []),
     "lego100_60s": ("lego", 2, "nerf_blender", 1000, (10, 30, 60), []),
-    "lego200_180s": ("lego", 1, "nerf_blender", 3000, (30, 60, 180), FINER),
+    "lego200_180s": ("lego", 1, "nerf_blender", 4100, (30, 60, 180), FINER),
     "lego100_no_hull_30s": ("lego", 2, "nerf_blender", 450, (10, 30), NO_HULL),
     "lego100_no_hull_120s": ("lego", 2, "nerf_blender", 1800, (30, 60, 120), NO_HULL),
     "lego200_600s": ("lego", 1, "nerf_blender", 9000, (60, 180, 300, 600), FINER),

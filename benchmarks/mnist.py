@@ -14,12 +14,13 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -72,23 +73,7 @@ def main() -> int:
 
 def header(arguments: argparse.Namespace) -> dict:
     """Hardware, versions and settings."""
-    from blacksmith.run import versions
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "steps": arguments.steps,
-        "python": platform.python_version(),
-        "versions": versions(),
-    }
+    return machine() | {"threads": arguments.threads, "rounds": arguments.rounds, "steps": arguments.steps}
 
 
 def run_child(backend: str, arguments: argparse.Namespace) -> dict:

@@ -15,7 +15,6 @@ The paper's NeRF (gin/nerf_vanilla.gin, 512 rays a step) is scored on 2,000 rand
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,6 +22,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -107,22 +108,7 @@ def named(runs: list[dict], name: str) -> list[dict]:
 
 def header(arguments: argparse.Namespace) -> dict:
     """Hardware, versions and settings."""
-    from blacksmith.run import versions
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": THREADS,
-        "seeds": arguments.seeds,
-        "python": platform.python_version(),
-        "versions": versions(),
-    }
+    return machine() | {"threads": THREADS, "seeds": arguments.seeds}
 
 
 def run_child(spec: dict) -> dict:

@@ -125,19 +125,13 @@ class Occupancy(nn.Module):
         return Segments(ray, distance, start, slope, step)
 
     @torch.no_grad()
-    def samples(self, segments: "Segments", chosen: Tensor | None = None) -> tuple[Samples, Tensor]:
-        """The samples of some segments that lie in marked cells and within reach.
-
-        Args:
-          segments: of rays.
-          chosen: int64 [chosen], increasing; None for all of them.
+    def samples(self, segments: "Segments") -> tuple[Samples, Tensor]:
+        """The samples of segments that lie in marked cells and within reach.
 
         Returns:
           The samples, and where they are in the box: float32 [3, samples], 0 to 1.
         """
         ray, distance = segments.ray, segments.distance
-        if chosen is not None:
-            ray, distance = ray[chosen], distance[chosen]
         cell = torch.zeros(distance.shape, dtype=torch.int64, device=distance.device)
         inside = distance < self.reach[1]
         places = []

@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=512, help="steps of one round, about")
     parser.add_argument("--threads", type=int, default=1, help="cores that the process may use")
     parser.add_argument("--mnist_dir", help="directory of the full MNIST's idx files")
-    parser.add_argument("--repeats", type=int, default=3, help="runs to 98.5% per backend")
+    parser.add_argument("--repeats", type=int, default=3, help="runs to 98.5%% per backend")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where mnist.json and mnist.md go")
     parser.add_argument("--child", choices=["jax", "torch"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()

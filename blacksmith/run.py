@@ -38,6 +38,7 @@ _PACKAGES = (
     "keras",
     "lightning",
     "numpy",
+    "peft",
     "pillow",
     "pydantic",
     "safetensors",
@@ -46,17 +47,23 @@ _PACKAGES = (
     "tensorflow-datasets",
     "torch",
     "torchmetrics",
+    "transformers",
     "viser",
 )
 
 
 class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads; the same signal again interrupts at once."""
+    """Turns SIGTERM and SIGINT into a flag that the loop reads; the same signal again interrupts at once.
+
+    Args:
+      promise: what the user is told that happens now.
+    """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str = "finishing the step and saving") -> None:
         self.signal: str | None = None
+        self._promise = promise
         self._previous: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
@@ -79,7 +86,7 @@ class StopFlag:
     def _set(self, number: int, _frame: object) -> None:
         self.signal = signal.Signals(number).name
         # Not print: the signal may have come in the middle of one, and a stream is not re-entrant.
-        os.write(2, f"\n{self.signal}: finishing the step and saving; again to abort\n".encode())
+        os.write(2, f"\n{self.signal}: {self._promise}; again to abort\n".encode())
         signal.signal(number, signal.default_int_handler)
 
 
@@ -94,6 +101,7 @@ class Run:
       device: the device in the framework's words.
       mode: ``train``, ``eval``, ``export`` or ``view``.
       resumed: the checkpoint that this run goes on from, or None.
+      foreign: a directory of weights that no run wrote, to be evaluated or exported, or None.
       checkpoints: the run's own checkpoints.
       stop: true once the run is to stop.
     """
@@ -108,6 +116,7 @@ class Run:
         device: str,
         mode: str = "train",
         resumed: Saved | None = None,
+        foreign: Path | None = None,
         bindings: Sequence[configuration.Binding] = (),
         command: Sequence[str] = (),
     ) -> None:
@@ -118,7 +127,8 @@ class Run:
         self.device = device
         self.mode = mode
         self.resumed = resumed
-        self.stop = StopFlag()
+        self.foreign = foreign
+        self.stop = StopFlag() if mode == "train" else StopFlag("stopping")
         self.data: dict[str, Any] = {}
         self._bindings = bindings
         self._command = list(command)

@@ -372,14 +372,14 @@ def test_views_are_composited_over_a_background_in_float32():
     pixels = np.array([[[(255, 51, 0, 255), (255, 51, 0, 102), (255, 51, 0, 0)]]], np.uint8)
     camera = Camera.of_angle(np.eye(4), 3, 1, ANGLE)
     views = blender.Views(pixels, (camera,), ("a",))
-    over = views.over((0.0, 0.5, 1.0))
+    over = views.picture(0, (0.0, 0.5, 1.0))
     assert over.dtype == np.float32
-    assert over.shape == (1, 1, 3, 3)
+    assert over.shape == (1, 3, 3)
     # 102 / 255 = 0.4 of (1, 0.2, 0) and 0.6 of the background; 1e-6 is a few roundings of float32.
-    np.testing.assert_allclose(over[0, 0], [(1, 0.2, 0), (0.4, 0.38, 0.6), (0, 0.5, 1)], atol=1e-6)
-    np.testing.assert_array_equal(views.picture(0, np.array([0, 0.5, 1])), over[0])
+    np.testing.assert_allclose(over[0], [(1, 0.2, 0), (0.4, 0.38, 0.6), (0, 0.5, 1)], atol=1e-6)
+    np.testing.assert_array_equal(views.picture(0, np.array([0, 0.5, 1])), over)
     everywhere = np.broadcast_to(np.float32([0, 0.5, 1]), (1, 3, 3))
-    np.testing.assert_array_equal(views.picture(0, everywhere), over[0])
+    np.testing.assert_array_equal(views.picture(0, everywhere), over)
 
 
 # --- intrinsics ---

@@ -34,20 +34,23 @@ def picture(camera: Camera) -> np.ndarray:
     return (rgba * 255 + 0.5).astype(np.uint8)
 
 
-def write(directory: Path, *, size: int = 32, views: tuple[int, int, int] = (24, 3, 3)) -> Path:
+def write(
+    directory: Path, *, width: int = 32, height: int = 32, views: tuple[int, int, int] = (24, 3, 3)
+) -> Path:
     """Writes the scene in Blender's format."""
     random = np.random.default_rng(0)
     for split, count in zip(("train", "val", "test"), views):
         (directory / split).mkdir(parents=True)
         frames = []
         for index in range(count):
-            height = random.uniform(-0.9, 0.9)
+            up = random.uniform(-0.9, 0.9)
             angle = random.uniform(0, 2 * np.pi)
-            flat = np.sqrt(1 - height**2)
-            position = DISTANCE * np.array([flat * np.cos(angle), flat * np.sin(angle), height])
+            flat = np.sqrt(1 - up**2)
+            position = DISTANCE * np.array([flat * np.cos(angle), flat * np.sin(angle), up])
             pose = look_at(position, np.zeros(3))
             name = f"{split}/r_{index}"
-            Image.fromarray(picture(Camera.of_angle(pose, size, size, ANGLE))).save(directory / f"{name}.png")
+            camera = Camera.of_angle(pose, width, height, ANGLE)
+            Image.fromarray(picture(camera)).save(directory / f"{name}.png")
             matrix = [*pose.tolist(), [0.0, 0.0, 0.0, 1.0]]
             frames.append({"file_path": f"./{name}", "transform_matrix": matrix})
         content = {"camera_angle_x": ANGLE, "frames": frames}

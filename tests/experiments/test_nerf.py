@@ -96,6 +96,18 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@pytest.mark.parametrize("hull", [True, False])
+def test_pictures_need_not_be_square(run, tmp_path, hull):
+    wide = nerf_scene.write(tmp_path / "wide", width=40, height=30)
+    params = [*SMALL, f'nerf.Data.scene = "{wide}"', f"nerf.Data.hull = {hull}", "nerf.Train.steps = 150"]
+    assert run(*params, "nerf.Results.video_frames = 2", "nerf.Results.video_width = 40") == 0
+    directory = tmp_path / "run"
+    # Rows and columns taken for one another give less than 15 dB.
+    assert result(directory)["test"]["psnr"] > 25
+    assert Image.open(directory / "test" / "r_0.png").size == (40, 30)
+    assert Image.open(directory / "images" / "orbit.gif").size == (40, 30)
+
+
 def test_a_run_learns_the_scene_and_shows_it(run, tmp_path, capsys):
     directory = tmp_path / "run"
     assert (

@@ -14,6 +14,7 @@ from blacksmith.datasets.blender.cameras import Camera, look_at
 from blacksmith.models.pytorch.nerf.grid import (
     GridField,
     _corners,
+    _Interpolate,
     _Pick,
     _random_corner,
     level_shape,
@@ -449,12 +450,13 @@ def test_no_rays_give_no_pixels():
     assert [part.shape for part in rendered] == [(0, 3), (0,), (0,)]
 
 
+@pytest.mark.parametrize("interpolate", [False, True])
 @pytest.mark.parametrize("seed", [None, 0], ids=["evaluation", "training"])
-def test_a_batch_that_meets_nothing_has_a_gradient_of_0_for_every_parameter(seed):
+def test_a_batch_that_meets_nothing_has_a_gradient_of_0_for_every_parameter(seed, interpolate):
     field = _field()
     origins, directions = _rays(20, 6)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    traced = field.trace(origins, -directions, field.voxel, generator)
+    traced = field.trace(origins, -directions, field.voxel, generator, interpolate=interpolate)
     assert traced.dense == 0
     assert (traced.rgb == 0).all()
     ((traced.rgb + 1).square().sum() + traced.opacity.sum()).backward()
@@ -520,8 +522,47 @@ def test_the_vertex_drawn_for_a_sample_is_right_on_average():
     assert (corner.view(draws, 6)[:, 1] == math.prod(shape) - 1).all()
 
 
+def test_interpolated_features_and_their_gradient_are_weighted_sums():
+    shape = (4, 5, 3)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(1 + math.prod(shape), 2, generator=generator).requires_grad_()
+    row = torch.arange(1, 1 + math.prod(shape), dtype=torch.int32)
+    index, weight = _corners(torch.rand(40, 3, generator=generator), shape)
+    row[int(index[2, 3])] = 0
+    expected = (table[row[index].long()] * weight[..., None]).sum(1)
+    outwards = torch.randn(40, 2, generator=generator)
+    (wanted,) = torch.autograd.grad(expected, table, outwards)
+    found = _Interpolate.apply(table, row[index], weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found.backward(outwards)
+    torch.testing.assert_close(table.grad[1:], wanted[1:], rtol=1e-5, atol=1e-6)
+    assert (table.grad[0] == 0).all()
+    assert (wanted[0] != 0).all()
+
+
+def test_interpolating_in_training_gives_what_many_draws_give_on_average():
+    field = _field(cells=_random_cells(8, 0.6, seed=1), level=5)
+    origins, directions = _rays(40, 8)
+
+    def summed(seed, **options):
+        # The sum along the ray: what comes after it is not linear.
+        with torch.no_grad():
+            field.decoder[4].weight.zero_()
+            field.decoder[4].bias.zero_()
+        return field.trace(origins, directions, field.voxel, torch.Generator().manual_seed(seed), **options)
+
+    with torch.no_grad():
+        field.feature_table.mul_(0.1)  # where the sigmoid is nearly linear
+    mean = torch.stack([summed(seed).rgb.detach() for seed in range(300)]).mean(0)
+    exact = torch.stack([summed(seed, interpolate=True).rgb.detach() for seed in range(300)]).mean(0)
+    assert (summed(0).rgb - summed(0, interpolate=True).rgb).abs().amax() > 2e-2
+    # 300 draws of a spread of 0.02: 5 standard deviations.
+    torch.testing.assert_close(mean, exact, rtol=0, atol=6e-3)
+
+
+@pytest.mark.parametrize("interpolate", [False, True])
 @pytest.mark.parametrize("name", ["density_table", "feature_table", "decoder.0.weight", "decoder.4.bias"])
-def test_gradients_are_finite_differences(name):
+def test_gradients_are_finite_differences(name, interpolate):
     # Thin enough that no sample falls into the dark.
     field = _field(cells=_random_cells(8, 0.6, seed=1), level=5, alpha_floor=0.0, weight_floor=0.0)
     with torch.no_grad():
@@ -530,7 +571,8 @@ def test_gradients_are_finite_differences(name):
     parameter = dict(field.named_parameters())[name]
 
     def score():
-        traced = field.trace(origins, directions, field.voxel, torch.Generator().manual_seed(3))
+        generator = torch.Generator().manual_seed(3)
+        traced = field.trace(origins, directions, field.voxel, generator, interpolate=interpolate)
         assert traced.opacity.amax() < 0.99
         return (traced.rgb.double().square().sum() + traced.opacity.double().square().sum()) / 10
 
@@ -546,7 +588,7 @@ def test_gradients_are_finite_differences(name):
         found = (slopes[0] - slopes[1]) / (2 * step)
         # Rounding of 60 colours: 1e-6 / 0.02; curvature adds as little to slopes of order 0.1.
         assert float(parameter.grad.view(-1)[index]) == pytest.approx(found, rel=1e-2, abs=1e-3)
-        assert abs(found) > 1e-2
+        assert abs(found) > 5e-3
 
 
 # --- finer levels ---

@@ -61,13 +61,6 @@ class Views:
         rgb, alpha = pixels[..., :3], pixels[..., 3:]
         return rgb * alpha + np.asarray(background, np.float32) * (1 - alpha)
 
-    def over(self, background: np.ndarray | tuple[float, float, float]) -> np.ndarray:
-        """Every view over a background, float32 [views, height, width, 3]: three times `pixels` in bytes."""
-        result = np.empty((*self.pixels.shape[:3], 3), np.float32)
-        for index in range(len(self)):
-            result[index] = self.picture(index, background)
-        return result
-
 
 class Shot(NamedTuple):
     """A picture that has been inspected: its name, its file, and the camera as `Views` will have it."""

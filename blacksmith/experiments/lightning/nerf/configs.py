@@ -61,6 +61,13 @@ class Grid:
     refresh_at: tuple[float, ...] = setting(
         (0.4, 0.6, 0.8), "when the occupancy is brought up to date, as fractions of the training"
     )
+    interpolate_at: float = setting(
+        0.7,
+        "when samples begin to interpolate the features of eight vertices, as a fraction of the training; "
+        "before, they take those of one, drawn: faster, and blurred",
+        ge=0,
+        le=1,
+    )
     refresh_threshold: float = setting(
         5e-3, "cells stay occupied above this opacity over a 96th of the box", gt=0, lt=1
     )

@@ -69,7 +69,7 @@ class NerfModule(L.LightningModule):
         self.validation: dict[str, float] = {}
         self.restarts: list[dict[str, Any]] = []
         self._per_ray = 0.0
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor | float] = {}  # on the device, so that no step waits for it
         self._since = 0
         self._rays_since, self._clock = 0, time.perf_counter()
         self._collapse: str | None = None
@@ -140,7 +140,8 @@ class NerfModule(L.LightningModule):
         truth = rgba[:, :3] * rgba[:, 3:] + background * (1 - rgba[:, 3:])
         if isinstance(self.field, GridField):
             step_length = self.field.voxel * self.field.train_step
-            traced = self.field.trace(origins, directions, step_length, random)
+            interpolate = step >= config.grid.interpolate_at * config.train.steps
+            traced = self.field.trace(origins, directions, step_length, random, interpolate=interpolate)
             self._dense = traced.dense
             rendered = [traced]
         else:
@@ -212,7 +213,7 @@ class NerfModule(L.LightningModule):
             "validation": self.validation,
             "restarts": self.restarts,
             "per_ray": self._per_ray,
-            "sums": self._sums,
+            "sums": {name: float(total) for name, total in self._sums.items()},
             "since": self._since,
         }
 
@@ -286,12 +287,12 @@ class NerfModule(L.LightningModule):
 
     def _book(self, values: dict[str, Tensor], rays: int) -> None:
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
         self._since += 1
         self._rays_since += rays
 
     def _check_finite(self) -> None:
-        if not all(math.isfinite(total) for total in self._sums.values()):
+        if not all(math.isfinite(float(total)) for total in self._sums.values()):
             saved = self._run.checkpoints.steps()
             kept = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
             raise RunError(
@@ -301,7 +302,7 @@ class NerfModule(L.LightningModule):
 
     def _log(self) -> None:
         self._check_finite()
-        mean = {name: total / self._since for name, total in self._sums.items()}
+        mean = {name: float(total) / self._since for name, total in self._sums.items()}
         seconds = max(time.perf_counter() - self._clock, 1e-9)
         values = {
             "loss": mean["loss"],

@@ -50,7 +50,6 @@ def evaluate(
     directory: Path | None,
     *,
     background: tuple[float, float, float],
-    quality: float = 1.0,
     lpips: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
     on_image: Callable[[int, dict[str, Any]], None] | None = None,
     stop: StopFlag | None = None,
@@ -63,7 +62,6 @@ def evaluate(
       directory: loses the pictures in it and gets `NAME.png`, `NAME_truth.png`, `NAME_error.png` and
         `NAME_depth.png` of every view; None: nothing is written.
       background: behind both pictures, in [0, 1].
-      quality: samples relative to the field's default.
       lpips: `scores.Lpips` or the like, on the field's device; None: LPIPS is left out.
       on_image: told after each view how many are done, and the scores of this one.
       stop: once true, the evaluation ends.
@@ -83,7 +81,7 @@ def evaluate(
         if stop:
             return None
         start = time.perf_counter()
-        rendered = render_image(field, views.cameras[index], behind, quality=quality)
+        rendered = render_image(field, views.cameras[index], behind)
         rgb = rendered.rgb.clamp(0, 1)
         float(rgb.sum())  # waits for an accelerator
         seconds += time.perf_counter() - start
@@ -154,7 +152,6 @@ def write_orbit(
     fps: int,
     background: tuple[float, float, float],
     gif_width: int,
-    quality: float = 1.0,
     on_frame: Callable[[int], None] | None = None,
     stop: StopFlag | None = None,
 ) -> list[Path]:
@@ -174,7 +171,6 @@ def write_orbit(
       fps: frames a second.
       background: in [0, 1].
       gif_width: in pixels.
-      quality: samples relative to the field's default.
       on_frame: told after each frame how many are done.
       stop: once true, nothing is written.
 
@@ -199,7 +195,7 @@ def write_orbit(
             for index, view in enumerate(orbit(camera, centre, radius, elevation, frames)):
                 if stop:
                     return []
-                pixels = to_bytes(render_image(field, view, behind, quality=quality).rgb.cpu().numpy())
+                pixels = to_bytes(render_image(field, view, behind).rgb.cpu().numpy())
                 write(pixels)
                 if index % every == 0:
                     small.append(Image.fromarray(pixels).resize(gif_size, Image.Resampling.LANCZOS))

@@ -3,9 +3,10 @@
 Density is one number at each vertex of a dense grid, interpolated and then made positive, as in Sun et al.,
 Direct Voxel Grid Optimization (2022). Features live only at vertices that the scene can reach, as rows of
 one table. They are added up along the ray, and one small network turns the sum and the direction into colour,
-after Hedman et al., Baking Neural Radiance Fields (2021). In training each sample takes the features of one
-of the eight vertices around it, drawn by its trilinear weight: right on average, for an eighth of the memory
-traffic (Pharr et al., Filtering After Shading With Stochastic Texture Filtering, 2024).
+after Hedman et al., Baking Neural Radiance Fields (2021). For most of the training each sample takes the
+features of one of the eight vertices around it, drawn by its trilinear weight: right on average, for an
+eighth of the memory traffic (Pharr et al., Filtering After Shading With Stochastic Texture Filtering, 2024).
+The squared error of a draw has its variance besides, which blurs; interpolating at the end takes that away.
 
 Both tables have their final size from the start: a coarser level uses their leading rows, so that parameters
 keep their shapes for the optimiser, checkpoints and DDP.
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blacksmith.models.pytorch.nerf.encoding import encoded_size, perceptron, positional_encoding
-from blacksmith.models.pytorch.nerf.occupancy import Occupancy, box_of, flat_cell, grid_points
+from blacksmith.models.pytorch.nerf.occupancy import Occupancy, box_of, flat_cell, grid_places
 from blacksmith.models.pytorch.nerf.rendering import (
     Rendered,
     Samples,
@@ -162,11 +163,13 @@ class GridField(nn.Module):
         if shrink:
             self._fit_box()
         resolution = self._allocate(resolution)
-        points = grid_points(self.bounds, self._shape)
         self.density_table.zero_()
         self.feature_table.zero_()
-        for place in torch.arange(len(points), device=points.device).split(_POINTS):
-            unit = ((points[place] - bounds[0]) / (bounds[1] - bounds[0])).clamp_(0, 1)
+        vertices = math.prod(self._shape)
+        for first in range(0, vertices, _POINTS):
+            place = torch.arange(first, min(first + _POINTS, vertices), device=bounds.device)
+            points = grid_places(self.bounds, self._shape, place)
+            unit = ((points - bounds[0]) / (bounds[1] - bounds[0])).clamp_(0, 1)
             self.density_table[place] = _interpolate(density, shape, unit)
             target = self.row[place]
             stored = target > 0
@@ -209,7 +212,13 @@ class GridField(nn.Module):
         return True
 
     def trace(
-        self, origins: Tensor, directions: Tensor, step: float, generator: torch.Generator | None = None
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        step: float,
+        generator: torch.Generator | None = None,
+        *,
+        interpolate: bool = False,
     ) -> Traced:
         """Follows rays through the field, with gradients for the samples that matter.
 
@@ -217,8 +226,9 @@ class GridField(nn.Module):
           origins: float32 [rays, 3].
           directions: unit vectors, float32 [rays, 3].
           step: distance between samples, in world units.
-          generator: moves the samples along the ray and chooses the vertices that give features; without one
+          generator: moves the samples along the ray and draws the vertices that give features; without one
             samples are at half steps and features are interpolated.
+          interpolate: features are, also with a generator.
         """
         rays = len(origins)
         samples, unit = self._lit_samples(origins, directions, step, generator)
@@ -227,8 +237,8 @@ class GridField(nn.Module):
         weights = reaching * alpha
         coloured = (weights.detach() > self.weight_floor * self._share(step)).nonzero()[:, 0]
         samples, unit, weights = samples.take(coloured), unit[coloured], weights[coloured]
-        if generator is None:
-            features = _lookup(self.feature_table, *self._rows(unit))
+        if generator is None or interpolate:
+            features = _Interpolate.apply(self.feature_table, *self._rows(unit))
         else:
             corner = _random_corner(unit, self._shape, generator)
             features = _Pick.apply(self.feature_table, self.row[corner])
@@ -426,6 +436,28 @@ class _Pick(torch.autograd.Function):
         table = gradient.new_zeros(ctx.shape).index_add_(0, index, gradient)
         table[0] = 0
         return table, None
+
+
+class _Interpolate(torch.autograd.Function):
+    """Weighted sums of a table's rows; the backward pass adds into the rows in place."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, table: Tensor, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.shape = table.shape
+        return _lookup(table, index, weight)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        index, weight = ctx.saved_tensors
+        table = gradient.new_zeros(ctx.shape)
+        # Vertex by vertex: all at once would be eight times the features in memory.
+        for rows, share in zip(index.T.contiguous(), weight.T.contiguous()):
+            table.index_add_(0, rows, gradient * share[:, None])
+        table[0] = 0
+        return table, None, None
 
 
 def _lookup(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:

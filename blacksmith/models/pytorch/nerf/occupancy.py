@@ -6,7 +6,7 @@ block, or one beside it, holds any; samples outside of the marked cells are neve
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,10 @@ class Occupancy(nn.Module):
     def resolution(self) -> int:
         """Cells along each side."""
         return self.cells.shape[0]
+
+    def _apply(self, *arguments: Any, **options: Any) -> "Occupancy":
+        self._surface = None  # it lies where the grid lay
+        return super()._apply(*arguments, **options)
 
     def set(self, cells: Tensor) -> None:
         """Marks exactly `cells`, bool [z, y, x]."""
@@ -186,12 +190,16 @@ def grid_points(bounds: Tensor, shape: Sequence[int], *, centred: bool = False) 
       shape: points along z, y and x.
       centred: the points are the centres of as many cells; else they span the box from corner to corner.
     """
-    axes = []
-    for count in shape:
-        places = torch.arange(count, device=bounds.device)
-        axes.append((places + 0.5) / count if centred else places / max(count - 1, 1))
-    z, y, x = torch.meshgrid(*axes, indexing="ij")
-    return bounds[0] + torch.stack([x, y, z], -1).view(-1, 3) * (bounds[1] - bounds[0])
+    flat = torch.arange(math.prod(shape), device=bounds.device)
+    return grid_places(bounds, shape, flat, centred=centred)
+
+
+def grid_places(bounds: Tensor, shape: Sequence[int], flat: Tensor, *, centred: bool = False) -> Tensor:
+    """World positions of some of a grid's points, float32 [points, 3] of flat indices."""
+    index = _unravel(flat, shape)
+    count = torch.tensor(shape[::-1], device=bounds.device)
+    unit = (index + 0.5) / count if centred else index / (count - 1).clamp(min=1)
+    return bounds[0] + unit * (bounds[1] - bounds[0])
 
 
 @torch.no_grad()
@@ -253,7 +261,7 @@ def flat_cell(unit: Tensor, resolution: int) -> Tensor:
     return (index[:, 2] * resolution + index[:, 1]) * resolution + index[:, 0]
 
 
-def _unravel(flat: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _unravel(flat: Tensor, shape: Sequence[int]) -> Tensor:
     """Indices (x, y, z), int64 [cells, 3], of flat indices into [z, y, x]."""
     _, y, x = shape
     return torch.stack([flat % x, flat // x % y, flat // (x * y)], -1)

@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INPUTS := setup.cfg constraints.txt pyproject.toml
 
-.PHONY: mnist test test-all lint format bench bench-nerf clean
+.PHONY: mnist test test-all lint format bench bench-nerf bench-llama clean
 
 mnist: $(VENV)/.jax
 	$(VENV)/bin/python -m blacksmith.launch --gin_file=gin/mnist_jax.gin $(ARGS)
@@ -29,6 +29,9 @@ bench: $(VENV)/.all
 
 bench-nerf: $(VENV)/.all
 	$(VENV)/bin/python benchmarks/nerf.py $(ARGS)
+
+bench-llama: $(VENV)/.all
+	$(VENV)/bin/python benchmarks/llama.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "blacksmith needs Python 3.11 or newer; name one with make PYTHON=python3.11")'

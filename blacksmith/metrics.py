@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 # The values that differ between two identical runs: comparisons leave them out.
-TIMED = frozenset({"seconds", "examples_per_second", "rays_per_second"})
+TIMED = frozenset({"seconds", "examples_per_second", "rays_per_second", "tokens_per_second"})
 
 
 class Writer(Protocol):

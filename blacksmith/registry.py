@@ -31,6 +31,7 @@ class Experiment:
       checkpoint_format: experiments with the same format read each other's checkpoints.
       uses_keras: whether ``KERAS_BACKEND`` has to be set before it is imported.
       modes: what ``--mode`` may be.
+      foreign: a file that marks a directory which evaluation and export read though no run wrote it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Experiment:
     checkpoint_format: str
     uses_keras: bool = False
     modes: tuple[str, ...] = ("train", "eval", "export")
+    foreign: str | None = None
 
 
 _EXPERIMENTS: dict[str, Experiment] = {}
@@ -109,5 +111,18 @@ add(
         },
         checkpoint_format="nerf-lightning-1",
         modes=("train", "eval", "export", "view"),
+    )
+)
+add(
+    Experiment(
+        name="pytorch/llama",
+        summary="Llama fine-tuned on SST-2 with LoRA, each shared prompt computed once a batch",
+        configs="blacksmith.experiments.pytorch.llama.configs",
+        entry="blacksmith.experiments.pytorch.llama.train:main",
+        backends={
+            "torch": Needs("llama", ("torch", "transformers", "peft", "datasets", "accelerate", "gguf"))
+        },
+        checkpoint_format="llama-peft-1",
+        foreign="adapter_config.json",
     )
 )

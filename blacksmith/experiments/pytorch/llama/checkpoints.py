@@ -1,0 +1,171 @@
+"""The model of a run, and its checkpoints: an adapter in PEFT's layout or all weights, and the optimiser."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from blacksmith.errors import CheckpointError, ConfigError
+from blacksmith.experiments.pytorch.llama.batches import LengthOrder
+from blacksmith.experiments.pytorch.llama.configs import Config
+from blacksmith.experiments.pytorch.llama.journal import Loop
+from blacksmith.experiments.pytorch.llama.optimizer import load_state, state_tensors
+from blacksmith.models.pytorch.llama import adapters, loading, tokens
+from blacksmith.models.pytorch.llama.prefix import causal_model, checkpoint_layers
+from blacksmith.order import seed_words
+from blacksmith.run import Run
+from blacksmith.shared_configs import CheckpointConfig
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The model with its adapter, on the run's device, and its tokenizer.
+
+    The weights are those of the checkpoint or adapter directory that the run starts from, if it does.
+
+    Raises:
+      ConfigError: the configuration asks for what the model cannot do.
+      DataError: the model is missing or broken.
+      CheckpointError: the checkpoint does not fit it.
+    """
+    config: Config = run.config
+    settings = config.model
+    if settings.name_or_path is None:
+        tokenizer = tokens.byte_tokenizer()
+        model = loading.make_model(
+            len(tokenizer),
+            settings.hidden_size,
+            settings.intermediate_size,
+            settings.layers,
+            settings.heads,
+            settings.key_value_heads,
+            settings.max_positions,
+            seed=seed_words(config.run.seed, "weights"),
+            dtype=settings.dtype,
+            attention=settings.attention,
+        )
+    else:
+        model, tokenizer = loading.load_model(
+            settings.name_or_path, dtype=settings.dtype, attention=settings.attention
+        )
+    longest = model.config.max_position_embeddings
+    if config.data.max_length > longest:
+        raise ConfigError(
+            f"llama.Data.max_length = {config.data.max_length} is more than the {longest} tokens of the "
+            "model's context"
+        )
+    model.to(run.device)
+    if run.foreign is not None:
+        model = adapters.load_adapter(model, run.foreign)
+    elif config.lora.rank is not None:
+        lora = config.lora
+        model = adapters.add_lora(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            bias=lora.bias,
+            target_modules="all-linear" if lora.target_modules == ("all-linear",) else lora.target_modules,
+            seed=seed_words(config.run.seed, "adapter"),
+        )
+    if run.resumed is not None:
+        load_weights(model, run.resumed.path)
+    if settings.compile:
+        for layer in causal_model(model).model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(model)
+    return model, tokenizer
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up shorter rows; which one it is has no effect on anything."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def due(settings: CheckpointConfig, step: int, order: LengthOrder) -> bool:
+    """Whether a checkpoint is to be written after so many steps."""
+    epoch, cursor = order.position(step)
+    by_steps = settings.every_steps is not None and step % settings.every_steps == 0
+    by_epochs = settings.every_epochs is not None and cursor == 0 and epoch % settings.every_epochs == 0
+    return step > 0 and (by_steps or by_epochs)
+
+
+def save(
+    run: Run,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    loop: Loop,
+    epoch: float,
+) -> None:
+    """Writes a checkpoint of the present state."""
+    tensors, numbers = state_tensors(optimizer, {weight: name for name, weight in weights.items()})
+
+    def write(directory: Path) -> None:
+        if run.config.lora.rank is None:
+            with loading.quiet():
+                causal_model(model).save_pretrained(directory)
+        else:
+            adapters.save_adapter(model, directory)
+        save_file(tensors, directory / OPTIMIZER)
+
+    state = {**dataclasses.asdict(loop), "optimizer_numbers": numbers, "epoch": epoch}
+    # Metrics of older weights would make this checkpoint look as good as they were.
+    current = loop.validation if loop.validated_at == loop.step else {}
+    run.save_checkpoint(loop.step, state, write, current)
+
+
+def resume(run: Run, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> Loop:
+    """Where the run stands; puts the optimiser's state back if it goes on from a checkpoint.
+
+    Raises:
+      CheckpointError: the state cannot be read or does not fit.
+    """
+    if run.resumed is None:
+        return Loop()
+    state = dict(run.resumed.state["loop"])
+    numbers = state.pop("optimizer_numbers")
+    state.pop("epoch")
+    path = run.resumed.path / OPTIMIZER
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    load_state(optimizer, {weight: name for name, weight in weights.items()}, tensors, numbers)
+    loop = Loop(**state)
+    if not run.goes_on:
+        # The best checkpoint so far stays where it is: here the search for one starts anew.
+        loop.best, loop.best_step = None, -1
+    return loop
+
+
+def load_weights(model: torch.nn.Module, directory: Path) -> None:
+    """Puts a checkpoint's weights into a model of the same kind.
+
+    Raises:
+      CheckpointError: they cannot be read or do not fit.
+    """
+    if hasattr(model, "get_base_model"):
+        adapters.load_weights(model, directory)
+    else:
+        _load_whole(causal_model(model), directory)
+
+
+def _load_whole(model: LlamaForCausalLM, directory: Path) -> None:
+    tensors: dict[str, Any] = {}
+    try:
+        for file in sorted(directory.glob("model*.safetensors")):
+            tensors |= load_file(file)
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except Exception as error:
+        raise CheckpointError(f"{directory} does not fit this model: {error}") from error
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise CheckpointError(f"{directory} does not fit this model: {[*missing, *unexpected][0]}")

@@ -1,0 +1,165 @@
+"""From sentences to tokens: the prompt, and which of its tokens are the answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from blacksmith.errors import ConfigError
+from blacksmith.models.pytorch.llama.prefix import common_prefix
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a sentence is asked about.
+
+    Attributes:
+      before: what stands before the sentence.
+      after: what stands between the sentence and the answer.
+      labels: the answers for 0 and 1.
+    """
+
+    before: str
+    after: str
+    labels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, template: str, labels: tuple[str, ...]) -> "Prompt":
+        """The prompt of a template with ``{sentence}`` that ends with ``{label}``."""
+        before, _, after = template.partition("{sentence}")
+        return cls(before, after.removesuffix("{label}"), labels)
+
+    def question(self, sentence: str) -> str:
+        """Everything up to the answer."""
+        return self.before + sentence + self.after
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Examples as tokens.
+
+    Attributes:
+      rows: their numbers in the set that they come from, int64 [examples].
+      tokens: prompt, answer and end token of each.
+      answers: the place of each one's first answer token; what is learnt goes from there to the end.
+      truncated: how many have lost tokens of their sentence.
+      dropped: how many were left out.
+    """
+
+    rows: np.ndarray
+    tokens: list[list[int]]
+    answers: list[int]
+    truncated: int
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [examples]."""
+        return np.array([len(tokens) for tokens in self.tokens], np.int64)
+
+    def first(self, count: int) -> "Encoded":
+        """The first `count` examples."""
+        parts = (self.rows[:count], self.tokens[:count], self.answers[:count])
+        return Encoded(*parts, self.truncated, self.dropped)
+
+    def shared_prefix(self) -> list[int]:
+        """The longest run of tokens that all begin with, short of the one that predicts an answer."""
+        shared = common_prefix(self.tokens)
+        return shared[: max(0, min(self.answers, default=0) - 1)]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    sentences: Sequence[str],
+    labels: Sequence[int],
+    *,
+    max_length: int,
+    too_long: Literal["drop", "truncate"],
+) -> Encoded:
+    """Puts sentences and their answers into the prompt.
+
+    An answer begins with the first token that holds a character of it: tokens may merge where it begins, so
+    that its own tokens are not those of its text alone.
+
+    Args:
+      tokenizer: a fast one, which knows the characters of its tokens.
+      prompt: how sentences are asked about.
+      sentences: of the examples.
+      labels: 0 or 1 for each.
+      max_length: tokens that an example may have.
+      too_long: whether an example of more is left out, or its sentence cut.
+
+    Raises:
+      ConfigError: the prompt alone is longer.
+    """
+    questions = [prompt.question(sentence) for sentence in sentences]
+    answers = [prompt.labels[label] for label in labels]
+    tokens, starts, offsets = _encode(tokenizer, questions, answers)
+    rows, kept, places, truncated = [], [], [], 0
+    for row, sentence in enumerate(sentences):
+        if len(tokens[row]) > max_length:
+            if too_long == "drop":
+                continue
+            ids, start = _shorten(tokenizer, prompt, sentence, answers[row], offsets[row], max_length)
+            truncated += 1
+        else:
+            ids, start = tokens[row], starts[row]
+        rows.append(row)
+        kept.append(ids)
+        places.append(start)
+    return Encoded(np.array(rows, np.int64), kept, places, truncated, len(sentences) - len(kept))
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], answers: Sequence[str]
+) -> tuple[list[list[int]], list[int], list[list[tuple[int, int]]]]:
+    """Tokens with the end token, the place of each first answer token, and the characters of all tokens."""
+    texts = [question + answer for question, answer in zip(questions, answers)]
+    if not texts:
+        return [], [], []
+    encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, truncation=False)
+    tokens, starts = [], []
+    for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
+        starts.append(next(i for i, (_, end) in enumerate(spans) if end > len(question)))
+        ended = ids[-1] == tokenizer.eos_token_id
+        tokens.append(list(ids) if ended else [*ids, tokenizer.eos_token_id])
+    return tokens, starts, encoded["offset_mapping"]
+
+
+def _shorten(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    sentence: str,
+    answer: str,
+    spans: Sequence[tuple[int, int]],
+    max_length: int,
+) -> tuple[list[int], int]:
+    """Tokens and first answer token of an example whose sentence is cut until it fits."""
+    first, last = len(prompt.before), len(prompt.before) + len(sentence)
+    ends = sorted({min(end, last) - first for _, end in spans if first < end})
+    ends = [0, *(end for end in ends if end < len(sentence))]
+    # The most that fits, by bisection: fewer characters may give more tokens, but never many.
+    low, high = 0, len(ends)
+    best = None
+    while low < high:
+        middle = (low + high) // 2
+        question = prompt.question(sentence[: ends[middle]].rstrip())
+        (ids,), (start,), _ = _encode(tokenizer, [question], [answer])
+        if len(ids) <= max_length:
+            best, low = (ids, start), middle + 1
+        else:
+            high = middle
+    if best is None:
+        question = prompt.question("")
+        needed = len(_encode(tokenizer, [question], [answer])[0][0])
+        raise ConfigError(
+            f"llama.Data.template needs {needed} tokens without a sentence, more than "
+            f"llama.Data.max_length = {max_length}; shorten it or raise the limit"
+        )
+    return best

@@ -1,0 +1,408 @@
+"""Fine-tuning Llama on SST-2 in a plain PyTorch loop: read `train` from top to bottom.
+
+Each step computes what all prompts begin with once, and the language-model head only at the answers; see
+`blacksmith/models/pytorch/llama/prefix.py`. `main` is what the launcher calls.
+"""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blacksmith.datasets import sst2
+from blacksmith.errors import ConfigError
+from blacksmith.experiments.pytorch.llama import checkpoints, evaluation
+from blacksmith.experiments.pytorch.llama.batches import LengthOrder, collate
+from blacksmith.experiments.pytorch.llama.checkpoints import build_model, padding
+from blacksmith.experiments.pytorch.llama.configs import evaluate_every, total_steps
+from blacksmith.experiments.pytorch.llama.evaluation import Questions
+from blacksmith.experiments.pytorch.llama.journal import Journal
+from blacksmith.experiments.pytorch.llama.optimizer import learning_rate, make_optimizer
+from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
+from blacksmith.models.pytorch.llama import loading
+from blacksmith.models.pytorch.llama.adapters import merge
+from blacksmith.models.pytorch.llama.prefix import token_losses
+from blacksmith.order import seed_words
+from blacksmith.run import STOPPED, Run, write_json
+
+
+def main(run: Run) -> int:
+    """Runs the experiment in the given mode; returns the exit status."""
+    modes = {"train": train, "eval": evaluate_checkpoint, "export": export}
+    return modes[run.mode](run)
+
+
+def train(run: Run) -> int:
+    """Fine-tunes the model, then tests the best checkpoint."""
+    config, settings = run.config, run.config.train
+
+    # Data.
+    data = load_data(run)
+    model, tokenizer = build_model(run)
+    prompt = Prompt.of(config.data.template, config.data.labels)
+    training = encode_training(run, tokenizer, prompt, data.train)
+    validation = ask(run, tokenizer, prompt, data.validation)
+    prefix = training.shared_prefix() if settings.shared_prefix else []
+    pad = padding(tokenizer)
+    order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
+    end = total_steps(settings, order.steps_per_epoch)
+    look_every = evaluate_every(settings, end)
+    check_schedule(run, order, end)
+
+    # What is trained, and where the run stands.
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = make_optimizer(settings, weights)
+    loop = checkpoints.resume(run, optimizer, weights)
+    saved_at = loop.step if run.goes_on else -1
+    describe(model, weights, training, prefix, end)
+    if loop.step >= end:
+        print(f"already finished at step {loop.step}: testing again", file=sys.stderr)
+    _ = run.metrics  # from here on the directory is this run's
+    journal = Journal(run, order, end, loop)
+    model.train()
+
+    with profiled(run) as profile_step:
+        while True:
+            # What falls due before the next step.
+            last = loop.step >= end
+            if (loop.step % look_every == 0 or last) and loop.validated_at != loop.step:
+                with journal.paused():
+                    scores = score(run, model, validation, pad)
+                if scores is not None:
+                    journal.validated(scores)
+            improved = bool(config.checkpoint.keep_best) and loop.best_step == loop.step > 0
+            due = checkpoints.due(config.checkpoint, loop.step, order)
+            if (due or improved or last or run.stop) and saved_at != loop.step:
+                with journal.paused():
+                    checkpoints.save(run, model, optimizer, weights, loop, journal.epoch)
+                saved_at = loop.step
+            if last or run.stop:
+                break
+
+            # One step: a batch, perhaps in parts, that begins with what all prompts begin with.
+            rows = order.rows(loop.step)
+            answer_tokens = sum(len(training.tokens[row]) - training.answers[row] for row in rows)
+            rate = learning_rate(config.schedule, settings.learning_rate, loop.step, end)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            loss, tokens = torch.zeros((), device=run.device), 0
+            for part, some in enumerate(np.array_split(rows, min(settings.accumulate, len(rows)))):
+                # Dropout is drawn from the step alone, so that a resumed run draws the same.
+                torch.manual_seed(seed_words(config.run.seed, "step", loop.step, part) % 2**63)
+                batch = collate(training, some, prefix, pad).to(run.device)
+                with autocast(run):
+                    part_loss = token_losses(model, batch).sum() / answer_tokens
+                part_loss.backward()
+                loss += part_loss.detach()
+                tokens += len(prefix) + batch.tokens.numel()
+            norm = torch.nn.utils.clip_grad_norm_(weights.values(), settings.clip_norm or math.inf)
+            optimizer.step()
+            profile_step()
+            journal.stepped(loss, norm, rate, examples=len(rows), tokens=tokens)
+            every = config.log.histograms_every
+            if every and loop.step % every == 0:
+                with journal.paused():
+                    write_histograms(run, loop.step, weights)
+
+    journal.close()
+    if run.stop:
+        run.finish("stopped", {"step": loop.step})
+        print(f"stopped at step {loop.step}; the same command with --workdir={run.directory} goes on")
+        return STOPPED
+    return conclude(run, model, tokenizer, prompt, data, journal, len(prefix))
+
+
+def load_data(run: Run) -> sst2.Sst2:
+    """Loads what `llama.Data` names and records it with the run.
+
+    Raises:
+      DataError: it is missing, broken, or not what a resumed run was trained on.
+    """
+    settings = run.config.data
+    data = sst2.load(
+        settings.source,
+        sentence_column=settings.sentence_column,
+        label_column=settings.label_column,
+        validation=settings.validation,
+        seed=run.config.run.seed,
+    )
+    run.use_data(data.info, sst2.describe(data.info))
+    return data
+
+
+def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples) -> Encoded:
+    """The training examples as tokens; says how many were too long."""
+    settings = run.config.data
+    encoded = encode(
+        tokenizer,
+        prompt,
+        examples.sentences,
+        examples.labels.tolist(),
+        max_length=settings.max_length,
+        too_long=settings.too_long,
+    )
+    for count, done in ((encoded.dropped, "left out"), (encoded.truncated, "cut")):
+        if count:
+            print(
+                f"{count:,} of {len(examples):,} training examples have more than {settings.max_length} "
+                f"tokens and were {done}",
+                file=sys.stderr,
+            )
+    if not len(encoded):
+        raise ConfigError(
+            f"llama.Data.max_length = {settings.max_length} leaves no training example; raise it"
+        )
+    return encoded
+
+
+def ask(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples) -> Questions:
+    """Examples as questions with both answers."""
+    length = run.config.data.max_length
+    return Questions.of(tokenizer, prompt, examples.sentences, examples.labels, length)
+
+
+def score(run: Run, model: torch.nn.Module, questions: Questions, pad: int) -> evaluation.Scores | None:
+    """Scores questions by likelihood; None if the run is to stop."""
+    settings = run.config
+    with autocast(run):
+        return evaluation.score(
+            model,
+            questions,
+            batch_size=settings.evaluation.batch_size,
+            pad=pad,
+            shared_prefix=settings.train.shared_prefix,
+            stop=run.stop,
+        )
+
+
+def autocast(run: Run) -> contextlib.AbstractContextManager:
+    """The precision that the configuration names."""
+    if run.config.train.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(run.device).type, torch.bfloat16)
+
+
+def conclude(
+    run: Run,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    data: sst2.Sst2,
+    journal: Journal,
+    prefix_tokens: int,
+) -> int:
+    """Tests the best checkpoint on the test set and writes the result; returns the exit status."""
+    loop = journal.loop
+    saved = (run.checkpoints.best() if run.config.checkpoint.keep_best else None) or run.checkpoints.newest()
+    checkpoints.load_weights(model, saved.path)
+    tested = test(run, model, tokenizer, prompt, data.test)
+    if tested is None:
+        run.finish("stopped", {"step": loop.step})
+        print(f"stopped; the same command with --workdir={run.directory} tests again")
+        return STOPPED
+    means = {name: tested[name] for name in ("loss", "accuracy")}
+    run.metrics.write(loop.step, journal.epoch, "test", means)
+    run.finish(
+        "done",
+        {
+            "step": loop.step,
+            "epoch": round(journal.epoch, 4),
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "trained_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
+            "shared_prefix_tokens": prefix_tokens,
+            "best": {"metric": run.config.checkpoint.metric, "value": loop.best, "step": loop.best_step},
+            "final": dict(loop.validation),
+            "tested_checkpoint": saved.path.name,
+            "test": tested,
+        },
+    )
+    print(
+        f"test accuracy {means['accuracy']:.2%}, loss {means['loss']:.4f} "
+        f"({saved.path.name}, {run.metrics.seconds:.1f} s)\n{run.directory / 'report.html'}"
+    )
+    return 0
+
+
+def test(
+    run: Run, model: torch.nn.Module, tokenizer: Any, prompt: Prompt, examples: sst2.Examples
+) -> dict[str, Any] | None:
+    """Scores examples by likelihood and some by generation; None if the run is to stop.
+
+    Writes `eval_results.json`: for each example its sentence, label, prediction, probabilities, and the text
+    that was generated, or None where none was.
+
+    Returns:
+      loss, accuracy, the confusion matrix (rows: true, columns: predicted), and how generation did.
+    """
+    settings = run.config.evaluation
+    questions = ask(run, tokenizer, prompt, examples)
+    scores = score(run, model, questions, padding(tokenizer))
+    if scores is None:
+        return None
+    wanted = len(questions) if settings.generate is None else min(settings.generate, len(questions))
+    some = questions.right.first(wanted)
+    with autocast(run):
+        texts = evaluation.generate(
+            model,
+            some,
+            tokenizer,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            stop=run.stop,
+        )
+    if texts is None:
+        return None
+    answers = [evaluation.parse_answer(text, prompt.labels) for text in texts]
+    right = sum(answer == label for answer, label in zip(answers, examples.labels.tolist()))
+    lines = [
+        {
+            "sentence": sentence,
+            "label": int(label),
+            "prediction": int(prediction),
+            "probabilities": [round(float(p), 6) for p in probabilities],
+            "generated": texts[index] if index < wanted else None,
+        }
+        for index, (sentence, label, prediction, probabilities) in enumerate(
+            zip(examples.sentences, examples.labels, scores.predictions, scores.probabilities)
+        )
+    ]
+    write_json(run.directory / "eval_results.json", lines)
+    confusion = scores.confusion
+    return {
+        "loss": scores.loss,
+        "accuracy": scores.accuracy,
+        "per_class_accuracy": (confusion.diagonal() / np.maximum(confusion.sum(1), 1)).tolist(),
+        "confusion_matrix": confusion.tolist(),
+        "truncated": questions.right.truncated,
+        "generated": {
+            "examples": wanted,
+            "accuracy": right / wanted if wanted else None,
+            "unparsable": sum(answer is None for answer in answers),
+        },
+    }
+
+
+def evaluate_checkpoint(run: Run) -> int:
+    """``--mode=eval``: a checkpoint or adapter on the validation and test sets, into `eval.json`."""
+    data = load_data(run)
+    model, tokenizer = build_model(run)
+    prompt = Prompt.of(run.config.data.template, run.config.data.labels)
+    source = run.foreign or run.resumed.path
+    result: dict[str, Any] = {"checkpoint": str(source), "data": run.data}
+    trained_on = run.resumed.state["data"].get("sha256") if run.resumed else None
+    if trained_on == run.data["sha256"]:
+        scores = score(run, model, ask(run, tokenizer, prompt, data.validation), padding(tokenizer))
+        if scores is None:
+            return STOPPED
+        result["val"] = {"loss": scores.loss, "accuracy": scores.accuracy}
+    else:
+        print(
+            "note: trained on other data, or on what is not known; its training examples may be among these",
+            file=sys.stderr,
+        )
+    result["test"] = test(run, model, tokenizer, prompt, data.test)
+    if result["test"] is None:
+        return STOPPED
+    write_json(run.directory / "eval.json", result)
+    for split in ("val", "test"):
+        if split in result:
+            print(f"{split}: accuracy {result[split]['accuracy']:.2%}, loss {result[split]['loss']:.4f}")
+    generated = result["test"]["generated"]
+    if generated["examples"]:
+        print(
+            f"generated: accuracy {generated['accuracy']:.2%} of {generated['examples']}, "
+            f"{generated['unparsable']} unparsable"
+        )
+    print(f"{run.directory / 'eval.json'}\n{run.directory / 'eval_results.json'}")
+    return 0
+
+
+def export(run: Run) -> int:
+    """``--mode=export``: adapter and model merged, as a Hugging Face model directory, `export/`."""
+    model, tokenizer = build_model(run)
+    directory = run.directory / "export"
+    merged = merge(model) if run.config.lora.rank is not None or run.foreign else model
+    with loading.quiet():
+        merged.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    print(directory)
+    return 0
+
+
+def check_schedule(run: Run, order: LengthOrder, end: int) -> None:
+    """A warm-up that leaves no step, and a decay to the end of a run that is resumed towards another end.
+
+    Raises:
+      ConfigError: either of them.
+    """
+    schedule = run.config.schedule
+    if schedule.warmup_steps >= end:
+        raise ConfigError(
+            f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step of the run's {end} for what "
+            "follows"
+        )
+    if run.resumed is None or schedule.name == "constant":
+        return
+    before = run.resumed.state["config"]
+    old_end = before["train"]["steps"] or before["train"]["epochs"] * order.steps_per_epoch
+    old = before["schedule"]["decay_steps"] or old_end - schedule.warmup_steps
+    new = schedule.decay_steps or end - schedule.warmup_steps
+    if new != old:
+        raise ConfigError(
+            f"the schedule {schedule.name!r} decayed over {old} steps and would now over {new}; "
+            f"set Schedule.decay_steps = {old}"
+        )
+
+
+def describe(
+    model: torch.nn.Module, weights: dict[str, Tensor], training: Encoded, prefix: list[int], end: int
+) -> None:
+    """Says what is trained, on what."""
+    trained, whole = sum(w.numel() for w in weights.values()), sum(w.numel() for w in model.parameters())
+    lengths = training.lengths
+    shared = (
+        f"the first {len(prefix)} are shared and computed once a batch" if prefix else "no prefix is shared"
+    )
+    print(
+        f"{trained:,} of {whole:,} weights are trained, for {end:,} steps, on {len(training):,} examples of "
+        f"{lengths.mean():.1f} tokens ({lengths.min()} to {lengths.max()}); {shared}",
+        file=sys.stderr,
+    )
+
+
+def write_histograms(run: Run, step: int, weights: dict[str, Tensor]) -> None:
+    """Writes the distributions of trained weights and of their gradients."""
+    for name, weight in weights.items():
+        run.metrics.histogram(step, f"weights/{name}", weight.detach().float().cpu().numpy())
+        if weight.grad is not None:
+            run.metrics.histogram(step, f"gradients/{name}", weight.grad.float().cpu().numpy())
+
+
+@contextlib.contextmanager
+def profiled(run: Run) -> Iterator[Callable[[], None]]:
+    """A function to call after each step; traces `llama.Train.profile_steps` into `profile/trace.json`."""
+    steps = run.config.train.profile_steps
+    if not steps:
+        yield lambda: None
+        return
+    directory = run.directory / "profile"
+    directory.mkdir(exist_ok=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.device(run.device).type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+
+    def write(profile: torch.profiler.profile) -> None:
+        temporary = directory / ".trace.json.tmp"
+        profile.export_chrome_trace(str(temporary))
+        os.replace(temporary, directory / "trace.json")
+
+    schedule = torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write) as profile:
+        yield profile.step

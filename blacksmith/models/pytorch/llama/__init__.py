@@ -1,0 +1,1 @@
+"""Llama: models and adapters from the Hugging Face libraries, and batches that share a prefix."""

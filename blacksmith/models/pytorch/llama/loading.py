@@ -1,0 +1,247 @@
+"""Llama models and their tokenizers: an asset, a directory, a GGUF file, the hub's, or from scratch."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants, errors
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from blacksmith import assets
+from blacksmith.errors import ConfigError, DataError
+
+TINY = "gin/llama_sst2_tiny.gin needs no download"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+def make_model(
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    max_positions: int,
+    *,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    attention: Attention = "sdpa",
+) -> LlamaForCausalLM:
+    """A model from scratch, with tied embeddings; the global random state stays as it was.
+
+    Args:
+      vocab_size: tokens.
+      hidden_size: width.
+      intermediate_size: width within the MLP.
+      layers: decoder layers.
+      heads: attention heads.
+      key_value_heads: heads of keys and values.
+      max_positions: longest context, in tokens.
+      seed: of the weights.
+      dtype: of the weights.
+      attention: its implementation.
+    """
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    config._attn_implementation = attention
+    with torch.random.fork_rng(), _clear(attention):
+        torch.manual_seed(seed % 2**63)
+        return LlamaForCausalLM(config).to(getattr(torch, dtype))
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    attention: Attention = "sdpa",
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """A pretrained model and its tokenizer.
+
+    Args:
+      name_or_path: an asset, a directory, a ``.gguf`` file, or an id of the Hugging Face hub, which is looked
+        up in its cache and then fetched.
+      dtype: of the weights.
+      attention: its implementation.
+
+    Raises:
+      DataError: it is missing, out of reach, gated, broken, or no Llama.
+      ConfigError: the attention is not installed.
+    """
+    directory, options = _find(name_or_path)
+    tokenizer = _tokenizer(name_or_path, directory, options)
+    # Reading a GGUF file draws a bar that has no switch.
+    hidden = contextlib.redirect_stderr(io.StringIO()) if options else contextlib.nullcontext()
+    with _broken(name_or_path), quiet(), hidden, _clear(attention):
+        model, info = LlamaForCausalLM.from_pretrained(
+            directory,
+            **options,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+            **({} if options else {"use_safetensors": True}),
+        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info[kind]:
+            raise DataError(
+                f"{name_or_path}: the weights are not whole: {kind} {sorted(map(str, info[kind]))[0]}"
+            )
+    if options:
+        # The weights are plain numbers now, and are to be saved as such.
+        for owner, name in (
+            (model.config, "quantization_config"),
+            (model, "hf_quantizer"),
+            (model, "is_quantized"),
+        ):
+            with contextlib.suppress(AttributeError):
+                delattr(owner, name)
+    model.config.use_cache = True
+    model.name_or_path = name_or_path
+    return model, tokenizer
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model; see `load_model`."""
+    return _tokenizer(name_or_path, *_find(name_or_path))
+
+
+def _tokenizer(name: str, directory: Path, options: dict[str, str]) -> PreTrainedTokenizerBase:
+    if not options and not any((directory / f).is_file() for f in ("tokenizer.json", "tokenizer.model")):
+        raise DataError(f"{name}: there is no tokenizer.json in {directory}")
+    with _broken(name), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{name}: the tokenizer has no end token, or does not know the characters of its tokens"
+        )
+    return tokenizer
+
+
+def _find(name: str) -> tuple[Path, dict[str, str]]:
+    """The directory that holds a model, and what `from_pretrained` has to be told besides.
+
+    Raises:
+      DataError: it is nowhere, or no Llama.
+    """
+    if name in assets.ASSETS:
+        path = assets.path_of(name)
+        if not path.exists():
+            raise DataError(f"{name} is not in the cache; run python -m blacksmith.assets {name}; {TINY}")
+    else:
+        path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise DataError(f"{name} is a file but no .gguf; name the directory that holds config.json")
+        options = {"gguf_file": path.name}
+        path = path.parent
+    elif path.is_dir():
+        options = {}
+        if not (path / "config.json").is_file():
+            raise DataError(f"{name}: there is no config.json in the directory")
+    elif _HUB_ID.fullmatch(name) and not name.startswith("."):
+        path, options = _fetch(name), {}
+    else:
+        raise DataError(
+            f"llama.Model.name_or_path = {name!r} is no asset ({', '.join(_models())}), directory, .gguf "
+            f"file or hub id such as meta-llama/Llama-3.2-1B; {TINY}"
+        )
+    with _broken(name), quiet():
+        config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
+    if config.model_type != "llama":
+        raise DataError(f"{name} is a {config.model_type} model; this experiment fine-tunes llama models")
+    return path, options
+
+
+def _models() -> list[str]:
+    return [
+        name for name, asset in assets.ASSETS.items() if any(f.name.endswith(".gguf") for f in asset.files)
+    ]
+
+
+def _fetch(name: str) -> Path:
+    """The snapshot of a hub's model in the hub's own cache, fetched if need be."""
+    options = {"repo_id": name, "allow_patterns": list(_FILES)}
+    with contextlib.suppress(errors.LocalEntryNotFoundError, OSError):
+        return Path(huggingface_hub.snapshot_download(**options, local_files_only=True))
+    if constants.HF_HUB_OFFLINE:
+        raise DataError(f"{name} is not in the Hugging Face cache and HF_HUB_OFFLINE is set; {TINY}")
+    if why := assets.why_unreachable(constants.ENDPOINT):
+        raise DataError(
+            f"{name} is neither a path nor in the Hugging Face cache, and the hub is out of reach ({why}); "
+            f"name a directory, or run python -m blacksmith.assets {_models()[0]} and name that; {TINY}"
+        )
+    try:
+        with quiet():
+            return Path(huggingface_hub.snapshot_download(**options))
+    except errors.GatedRepoError as error:
+        raise DataError(
+            f"{name} is gated: accept its licence at {constants.ENDPOINT}/{name}, then run hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DataError(
+            f"the Hugging Face hub has no model {name}, or it is private: hf auth login"
+        ) from error
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        raise DataError(f"{name} cannot be fetched: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _broken(name: str) -> Iterator[None]:
+    """Turns what goes wrong when files are read into one line."""
+    try:
+        yield
+    except (ConfigError, DataError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        # Libraries raise all sorts for a truncated file: SafetensorError, ValueError, IndexError, OSError.
+        raise DataError(f"{name} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _clear(attention: str) -> Iterator[None]:
+    """Says which package an attention implementation needs."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"llama.Model.attention = {attention!r}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars; errors alone are told."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        huggingface_hub.utils.enable_progress_bars()
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else text[:300] + " ..."

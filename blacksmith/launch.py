@@ -53,7 +53,8 @@ def define_flags() -> flags.FlagValues:
         "resume",
         "auto",
         "auto: go on from --workdir's newest checkpoint, if any; never: refuse a directory with "
-        "checkpoints; a path: start a new directory from that checkpoint or run.",
+        "checkpoints; a path: start a new directory from that checkpoint or run. pytorch/llama evaluates and "
+        "exports a directory with an adapter, too.",
         **mine,
     )
     flags.DEFINE_string(
@@ -262,7 +263,7 @@ def run_experiment(
             raise ConfigError(f"--mode={mode} reads a checkpoint; --resume=never forbids it")
         saved = None
         path = Path(resume)
-        if _is_foreign(path, experiment):
+        if resume != "never" and _is_foreign(path, experiment):
             if mode == "train":
                 raise ConfigError(
                     f"--resume={resume} has no state of a run to go on from; --mode=eval and --mode=export "

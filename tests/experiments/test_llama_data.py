@@ -166,10 +166,11 @@ def test_a_batch_has_what_follows_the_prefix_and_predicts_the_answers(tokenizer)
         rows = [2, 0, 4]
         batch = collate(found, rows, prefix, pad=7)
         assert batch.prefix.tolist() == prefix
-        assert batch.tokens.shape == (3, max(len(found.tokens[row]) for row in rows) - len(prefix))
+        # The end token is predicted and predicts nothing.
+        assert batch.tokens.shape == (3, max(len(found.tokens[row]) for row in rows) - len(prefix) - 1)
         for place, row in enumerate(rows):
             tokens, answer = found.tokens[row], found.answers[row]
-            rest = tokens[len(prefix) :]
+            rest = tokens[len(prefix) : -1]
             assert batch.tokens[place].tolist() == rest + [7] * (batch.tokens.shape[1] - len(rest))
             learnt = (batch.targets[place] != IGNORED).nonzero()[:, 0]
             assert batch.targets[place, learnt].tolist() == tokens[answer:]

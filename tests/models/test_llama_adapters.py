@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from blacksmith.errors import ConfigError, DataError
 from blacksmith.models.pytorch.llama import adapters
@@ -92,7 +95,9 @@ def test_dropout_is_applied_in_training_only():
         assert torch.equal(*(without(input_ids=TOKENS).logits for _ in range(2)))
 
 
-@pytest.mark.parametrize("modules", [("q_prj",), ("q_proj", "nonsense"), ()])
+@pytest.mark.parametrize(
+    "modules", [("q_prj",), ("q_proj", "nonsense"), ("nowhere.q_proj",), ("norm",), ("embed_tokens",), ()]
+)
 def test_a_module_that_is_not_there_is_an_error_that_lists_those_that_are(modules):
     with pytest.raises(ConfigError, match=r"it has .*down_proj.*q_proj.*v_proj"):
         adapters.add_lora(base(), rank=2, alpha=2.0, target_modules=modules)
@@ -143,6 +148,65 @@ def test_merged_weights_say_the_same():
     assert (expected - logits(base())).abs().amax() > 0.05
 
 
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+LAYERS = {
+    "head": [HEAD],
+    "embedding": [EMBEDDING],
+    "both": [HEAD, EMBEDDING],
+}
+
+
+def adapted_ends(layers, **options):
+    """A model with tied weights and a trained adapter on its head, embedding or both."""
+    settings = LoraConfig(r=4, lora_alpha=8.0, target_modules=layers, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(base(), settings)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("layers", LAYERS)
+def test_merging_a_head_leaves_the_embedding_that_it_shared_alone(layers, tmp_path):
+    model = adapted_ends(LAYERS[layers])
+    expected = logits(model)
+    assert (expected - logits(base())).abs().amax() > 0.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft warns where it finds the two still tied by the config
+        merged = adapters.merge(model)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
+@pytest.mark.filterwarnings("ignore:.*tie")
+def test_merging_keeps_a_head_that_was_trained_whole(tmp_path):
+    model = adapted_ends(["q_proj"], modules_to_save=["lm_head"])
+    expected = logits(model)
+    merged = adapters.merge(model)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
+def test_merging_other_layers_leaves_head_and_embedding_tied():
+    merged = adapters.merge(adapted())
+    assert merged.config.tie_word_embeddings
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_the_base_model_is_recorded_as_it_was_named(tmp_path):
+    model = base()
+    model.name_or_path = "someone/model"
+    adapters.save_adapter(adapters.add_lora(model, rank=2, alpha=2.0), tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "someone/model"
+
+
 def edit_config(**values):
     def change(directory):
         path = directory / "adapter_config.json"
@@ -176,6 +240,15 @@ BROKEN = {
     "another layer": (edit_config(target_modules=["nowhere"]), "does not fit the model"),
     "another rank": (edit_config(r=2), r"instead of \(2,"),
     "a rank of nothing": (edit_config(r=0), "does not fit the model"),
+    "a rank of text": (edit_config(r="4"), "adapter_config.json does not fit the model: TypeError"),
+    "layers by a broken pattern": (edit_config(target_modules="["), "adapter_config.json does not fit"),
+    "layers by number": (edit_config(target_modules=[1]), "adapter_config.json does not fit"),
+    "no such bias": (edit_config(bias="some"), "adapter_config.json does not fit"),
+    "a package that is not there": (
+        edit_config(megatron_config={"a": 1}),
+        "adapter_config.json does not fit",
+    ),
+    "no such task": (edit_config(task_type="nonsense"), "adapter_config.json is broken"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "safetensors is missing"),
     "weights cut": (cut, "safetensors is broken"),
     "weights empty": (lambda d: (d / "adapter_model.safetensors").write_bytes(b""), "safetensors is broken"),

@@ -1,9 +1,12 @@
 """Models and tokenizers from every kind of place, and what is wrong with a broken one."""
 
+import importlib
 import json
 import shutil
 import socket
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -14,7 +17,7 @@ from transformers import AutoTokenizer
 
 from blacksmith import assets
 from blacksmith.errors import DataError
-from blacksmith.models.pytorch.llama import loading
+from blacksmith.models.pytorch.llama import adapters, loading
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
 
 TOKENS = torch.tensor([[5, 80, 7, 200, 3, 9]])
@@ -160,7 +163,12 @@ def pickled(directory):
     (directory / "model.safetensors").unlink()
 
 
+def with_adapter(directory):
+    adapters.save_adapter(adapters.add_lora(small(), rank=2, alpha=2.0), directory)
+
+
 NORM = "model.norm.weight"
+BIAS = "model.layers.0.self_attn.q_proj.bias"
 BROKEN = {
     "no config": (without("config.json"), "no config.json"),
     "config cut": (cut("config.json"), "cannot be read"),
@@ -170,11 +178,32 @@ BROKEN = {
     "weights cut": (cut("model.safetensors"), "cannot be read"),
     "header cut": (cut("model.safetensors", 0.001), "cannot be read"),
     "pickle only": (pickled, "cannot be read"),
-    "a weight missing": (change_weights(lambda w: w.pop(NORM)), "not whole"),
-    "another shape": (change_weights(lambda w: w.update({NORM: torch.ones(7)})), r"not whole|cannot be read"),
+    "a weight missing": (change_weights(lambda w: w.pop(NORM)), rf"missing keys, such as {NORM}"),
+    "another shape": (
+        change_weights(lambda w: w.update({NORM: torch.ones(7)})),
+        rf"mismatched keys, such as .*{NORM}.*7.*32",
+    ),
+    "a bias besides": (change_weights(lambda w: w.update({BIAS: torch.ones(32)})), "unexpected keys"),
+    "fewer layers in the config": (
+        change_config(num_hidden_layers=1),
+        r"unexpected keys, such as model\.layers\.1\.",
+    ),
+    "quantised": (change_config(quantization_config={"quant_method": "fp8"}), "is quantised"),
+    "an adapter besides": (with_adapter, "move the adapter to a directory of its own"),
     "no tokenizer": (without("tokenizer.json"), "no tokenizer.json"),
     "tokenizer cut": (cut("tokenizer.json"), "cannot be read"),
 }
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path):
+    small(100).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="the tokenizer has 259 tokens, the model 100"):
+        loading.load_model(str(tmp_path))
+
+
+def test_bfloat16_leaves_the_rotary_frequencies_exact():
+    assert torch.equal(small(dtype="bfloat16").model.rotary_emb.inv_freq, small().model.rotary_emb.inv_freq)
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -191,8 +220,8 @@ def test_a_broken_directory_is_one_line(directory, case, capfd):
 # --- GGUF ---
 
 
-def write_gguf(path: Path) -> None:
-    """A small model as GGUF, with weights in float32."""
+def write_gguf(path: Path, more: dict[str, np.ndarray] | None = None) -> None:
+    """A small model as GGUF, with weights in float32, and more tensors besides."""
     model, tokenizer = small(MERGED), byte_tokenizer()
     config, weights = model.config, {k: v.numpy() for k, v in model.state_dict().items()}
     writer = gguf.GGUFWriter(path, "llama")
@@ -234,6 +263,8 @@ def write_gguf(path: Path) -> None:
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(short)
             value = value if heads is None else paired(value, heads)
             writer.add_tensor(f"blk.{layer}.{short}.weight", np.ascontiguousarray(value))
+    for name, value in (more or {}).items():
+        writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -262,6 +293,22 @@ def test_a_truncated_gguf_file_is_one_line(tmp_path, part):
     assert "\n" not in str(caught.value)
 
 
+def test_a_gguf_file_whose_scaled_positions_would_be_lost_is_refused(tmp_path):
+    path = tmp_path / "small.gguf"
+    write_gguf(path, {"rope_freqs.weight": np.full(4, 8, np.float32)})
+    with pytest.raises(DataError, match=r"has rope_freqs\.weight"):
+        loading.load_model(str(path))
+
+
+def test_a_damaged_asset_is_to_be_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path))
+    path = assets.path_of("smollm2-135m")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"GGUF")
+    with pytest.raises(DataError, match=r"cannot be read: .*; run python -m blacksmith\.assets smollm2-135m"):
+        loading.load_model("smollm2-135m")
+
+
 # --- names ---
 
 
@@ -277,7 +324,7 @@ def test_an_asset_is_taken_from_the_cache(tmp_path, monkeypatch):
     torch.testing.assert_close(logits(model), logits(small(MERGED)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "/no/such/path", "a/b/c", "./here", "mnist5k"])
+@pytest.mark.parametrize("name", ["nowhere", "/no/such/path", "a/b/c", "./here", "mnist"])
 def test_a_name_that_can_be_nothing_says_what_may_be(name):
     with pytest.raises(DataError, match="is no asset .*smollm2-135m.*, directory, .gguf file or hub id"):  # noqa: RUF043
         loading.load_model(name)
@@ -301,6 +348,40 @@ def test_offline_mode_does_not_try(no_hub, monkeypatch):
         loading.load_model("meta-llama/Llama-3.2-1B")
 
 
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_that_is_in_the_hub_s_cache_in_part_is_fetched(directory, tmp_path, monkeypatch, lost):
+    part = tmp_path / "part"
+    shutil.copytree(directory, part)
+    (part / lost).unlink()
+
+    def snapshot(*, local_files_only=False, **_):
+        return str(part if local_files_only else directory)
+
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(assets, "why_unreachable", lambda url: None)
+    model, _ = loading.load_model("someone/model")
+    assert torch.equal(logits(model), logits(small()))
+    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="not whole in the Hugging Face cache"):
+        loading.load_model("someone/model")
+
+
+@pytest.mark.parametrize("lost", [None, 1])
+def test_a_model_in_parts_is_whole_with_all_of_them(tmp_path, monkeypatch, lost):
+    small().save_pretrained(tmp_path, max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(tmp_path)
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 2
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda **options: str(tmp_path))
+    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
+    if lost is None:
+        assert torch.equal(logits(loading.load_model("someone/model")[0]), logits(small()))
+        return
+    parts[lost].unlink()
+    with pytest.raises(DataError, match="not whole"):
+        loading.load_model("someone/model")
+
+
 def test_a_model_in_the_hub_s_cache_needs_no_hub(no_hub, directory, monkeypatch):
     monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda **options: str(directory))
     model, _ = loading.load_model("someone/model")
@@ -312,22 +393,52 @@ def test_a_model_in_the_hub_s_cache_needs_no_hub(no_hub, directory, monkeypatch)
     [
         (loading.errors.GatedRepoError, "is gated: accept its licence"),
         (loading.errors.RepositoryNotFoundError, "has no model"),
-        (loading.errors.HfHubHTTPError, "cannot be fetched"),
+        (loading.errors.HfHubHTTPError, "cannot be fetched: 403 no"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(error, message, monkeypatch):
-    import httpx
+    response = SimpleNamespace(headers={}, request=None, status_code=403)
 
     def refuse(*, local_files_only=False, **_):
         if local_files_only:
             raise loading.errors.LocalEntryNotFoundError("not there")
-        raise error("403\nno", response=httpx.Response(403, request=httpx.Request("GET", "https://hub")))
+        raise error("403\nno", response=response)
 
     monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(assets, "why_unreachable", lambda url: None)
     with pytest.raises(DataError, match=message) as caught:
         loading.load_model("someone/model")
     assert "\n" not in str(caught.value)
+
+
+def test_a_connection_that_breaks_is_one_line(monkeypatch):
+    def breaks(*, local_files_only=False, **_):
+        if local_files_only:
+            raise loading.errors.LocalEntryNotFoundError("not there")
+        raise loading.errors.HTTPError("")
+
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", breaks)
+    monkeypatch.setattr(assets, "why_unreachable", lambda url: None)
+    with pytest.raises(DataError, match="someone/model cannot be fetched: HTTPError"):
+        loading.load_model("someone/model")
+
+
+@pytest.mark.parametrize("variable", [None, True, False])
+def test_progress_bars_are_afterwards_what_they_were(monkeypatch, variable):
+    disabled = loading.huggingface_hub.utils.are_progress_bars_disabled
+    for module in ("constants", "utils.tqdm"):
+        monkeypatch.setattr(
+            importlib.import_module(f"huggingface_hub.{module}"), "HF_HUB_DISABLE_PROGRESS_BARS", variable
+        )
+    # What transformers makes of the variable when it is imported.
+    monkeypatch.setattr(loading.logging, "_tqdm_active", variable is not True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with loading.quiet():
+            assert disabled() == (variable is not False)
+            assert loading.logging.is_progress_bar_enabled() == (variable is False)
+    assert disabled() == (variable is True)
+    assert loading.logging.is_progress_bar_enabled() == (variable is not True)
 
 
 @pytest.mark.parametrize("kind", ["directory", "gguf"])

@@ -21,7 +21,7 @@ from blacksmith.errors import DataError
 __all__ = ["CLASSES", "DEFAULT_VALIDATION", "Examples", "Sst2", "describe", "load"]
 
 DEFAULT_VALIDATION = 1000
-"""Training examples held out by default; on the sample, with 240 of them, `SAMPLE_VALIDATION`."""
+"""Training examples held out where nothing is said; on the sample, with 240 of them, `SAMPLE_VALIDATION`."""
 
 SAMPLE_VALIDATION = 40
 
@@ -63,7 +63,7 @@ def load(
     *,
     sentence_column: str = "sentence",
     label_column: str = "label",
-    validation: int | float = DEFAULT_VALIDATION,
+    validation: int | float | None = None,
     seed: int = 0,
 ) -> Sst2:
     """Loads sentences with two classes and splits them.
@@ -94,7 +94,7 @@ def load(
     path = Path(os.path.expanduser(source)).absolute()
     if source == "sample":
         official = _sample(columns)
-        if validation == DEFAULT_VALIDATION:
+        if validation is None:
             validation = SAMPLE_VALIDATION
     elif os.path.isdir(path):
         official = _directory(path, columns)
@@ -108,7 +108,9 @@ def load(
             f"{', '.join(suffix[1:] for suffix in files.SUFFIXES)}, or a Hugging Face dataset id such as "
             "stanfordnlp/sst2"
         )
-    count = _held_out(validation, len(official.train), official.place)
+    count = _held_out(
+        DEFAULT_VALIDATION if validation is None else validation, len(official.train), official.place
+    )
     train, held_out = _divided(official.train, count, order.generator(seed, "validation"), official.place)
     if len(set(train.labels.tolist())) < len(CLASSES):
         raise DataError(

@@ -69,11 +69,12 @@ def collate(encoded: Encoded, rows: Sequence[int] | np.ndarray, prefix: Sequence
       pad: the token that fills up the shorter ones.
     """
     skipped = len(prefix)
-    length = max(len(encoded.tokens[row]) for row in rows) - skipped
+    # The last token is predicted, and predicts nothing itself.
+    length = max(len(encoded.tokens[row]) for row in rows) - 1 - skipped
     tokens = np.full((len(rows), length), pad, np.int64)
     targets = np.full((len(rows), length), IGNORED, np.int64)
     for place, row in enumerate(rows):
         ids, answer = encoded.tokens[row], encoded.answers[row]
-        tokens[place, : len(ids) - skipped] = ids[skipped:]
+        tokens[place, : len(ids) - 1 - skipped] = ids[skipped:-1]
         targets[place, answer - 1 - skipped : len(ids) - 1 - skipped] = ids[answer:]
     return Batch(torch.tensor(prefix, dtype=torch.int64), torch.from_numpy(tokens), torch.from_numpy(targets))

@@ -1,9 +1,9 @@
 """The model of a run, and its checkpoints: an adapter in PEFT's layout or all weights, and the optimiser."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -61,8 +61,16 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             "model's context"
         )
     model.to(run.device)
+    if settings.attention == "flash_attention_2" and torch.device(run.device).type != "cuda":
+        raise ConfigError(f'llama.Model.attention = "flash_attention_2" needs a GPU, not {run.device}')
     if run.foreign is not None:
         model = adapters.load_adapter(model, run.foreign)
+        lora = model.peft_config["default"]
+        print(
+            f"adapter: rank {lora.r}, alpha {lora.lora_alpha}, made on {lora.base_model_name_or_path}; "
+            "llama.Lora has no effect on it",
+            file=sys.stderr,
+        )
     elif config.lora.rank is not None:
         lora = config.lora
         model = adapters.add_lora(
@@ -77,8 +85,9 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     if run.resumed is not None:
         load_weights(model, run.resumed.path)
     if settings.compile:
+        # Not whole layers: each has keys and values of its own, and would be compiled anew.
         for layer in causal_model(model).model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.mlp.forward = torch.compile(layer.mlp.forward, dynamic=True)
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
     return model, tokenizer
@@ -118,7 +127,7 @@ def save(
 
     state = {**dataclasses.asdict(loop), "optimizer_numbers": numbers, "epoch": epoch}
     # Metrics of older weights would make this checkpoint look as good as they were.
-    current = loop.validation if loop.validated_at == loop.step else {}
+    current = loop.validation if loop.validated_at == loop.step > 0 else {}
     run.save_checkpoint(loop.step, state, write, current)
 
 
@@ -137,7 +146,7 @@ def resume(run: Run, optimizer: torch.optim.Optimizer, weights: Mapping[str, Ten
     try:
         tensors = load_file(path)
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     load_state(optimizer, {weight: name for name, weight in weights.items()}, tensors, numbers)
     loop = Loop(**state)
     if not run.goes_on:
@@ -159,13 +168,11 @@ def load_weights(model: torch.nn.Module, directory: Path) -> None:
 
 
 def _load_whole(model: LlamaForCausalLM, directory: Path) -> None:
-    tensors: dict[str, Any] = {}
-    try:
-        for file in sorted(directory.glob("model*.safetensors")):
-            tensors |= load_file(file)
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except Exception as error:
-        raise CheckpointError(f"{directory} does not fit this model: {error}") from error
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    if set(missing) - tied or unexpected:
-        raise CheckpointError(f"{directory} does not fit this model: {[*missing, *unexpected][0]}")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        tensors |= adapters.read_safetensors(file)
+    wanted = model.state_dict()
+    if model.config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+    adapters.check_fit(tensors, wanted, directory)
+    model.load_state_dict(tensors, strict=False)

@@ -31,8 +31,11 @@ class Data:
     label_column: str = setting(
         "label", "column of the label, 0 or 1", evaluation_may_change=True, min_length=1
     )
-    validation: int | float = setting(
-        1000, "training examples held out to choose the best checkpoint: a number or a fraction", gt=0
+    validation: int | float | None = setting(
+        None,
+        "training examples held out to choose the best checkpoint: a number or a fraction; None: 1,000, or "
+        "40 of the sample",
+        gt=0,
     )
     template: str = setting(TEMPLATE, "the prompt, with {sentence}, and {label} at its end", min_length=1)
     labels: tuple[str, ...] = setting(
@@ -61,7 +64,9 @@ class Model:
     heads: int = setting(4, "from scratch: attention heads", gt=0)
     key_value_heads: int = setting(2, "from scratch: heads of keys and values", gt=0)
     max_positions: int = setting(512, "from scratch: longest context, in tokens", gt=0)
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "of the weights that are not trained, too")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the model's own weights; an adapter's are float32 always"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = setting(
         "sdpa", "implementation of attention", resume_may_change=True
     )
@@ -69,7 +74,7 @@ class Model:
         False, "compute layers again in the backward pass instead of keeping them", resume_may_change=True
     )
     compile: bool = setting(
-        False, "torch.compile each decoder layer; the first steps take a minute", resume_may_change=True
+        False, "torch.compile the layers' MLPs; the first steps take longer", resume_may_change=True
     )
 
 
@@ -194,11 +199,8 @@ class Config:
                 raise ConfigError(f"llama.Data.template has {field} {count} times; it must have it once")
         if not data.template.endswith("{label}"):
             raise ConfigError("llama.Data.template must end with {label}: the answer is what is learnt")
-        if (
-            len(data.labels) != 2
-            or len(set(data.labels)) != 2
-            or not all(text.strip() for text in data.labels)
-        ):
+        folded = {text.strip().casefold() for text in data.labels}
+        if len(data.labels) != 2 or len(folded) != 2 or "" in folded:
             raise ConfigError(f"llama.Data.labels = {data.labels}: must be two different words")
         if isinstance(data.validation, float) and data.validation >= 1:
             raise ConfigError(f"llama.Data.validation = {data.validation}: a fraction is below 1")
@@ -232,6 +234,11 @@ class Config:
             )
             for name in sizes:
                 self._refuse("llama.Model", model, name, "a pretrained model, which has its own")
+        if model.attention == "flash_attention_2" and "bfloat16" not in (model.dtype, self.train.precision):
+            raise ConfigError(
+                'llama.Model.attention = "flash_attention_2" computes in bfloat16; set llama.Train.precision '
+                "to it"
+            )
         if lora.rank is None:
             for name in ("alpha", "dropout", "bias", "target_modules"):
                 self._refuse("llama.Lora", lora, name, "full fine-tuning (llama.Lora.rank = None)")

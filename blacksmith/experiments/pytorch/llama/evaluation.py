@@ -139,7 +139,7 @@ def score(
             batch = collate(right, rows, shared, pad).to(device)
             place, found = _log_probabilities(model, batch)
             true = _picked(found, batch)
-            loss -= float(true.sum(dtype=torch.float64))
+            loss -= float(true.cpu().double().sum())
             count += len(true)
             if single:
                 first = torch.tensor([wrong.tokens[row][wrong.answers[row]] for row in rows], device=device)
@@ -153,7 +153,7 @@ def score(
                 of_wrong = _per_row(_picked(found, batch), place, len(rows))
             both = torch.stack([of_right, of_wrong], 1)
             both = torch.where(labels[:, None] == 0, both, both.flip(1))
-            logs[rows] = both.double().cpu().numpy()
+            logs[rows] = both.cpu().double().numpy()
     finally:
         model.train(training)
     probabilities = np.exp(logs - np.logaddexp(logs[:, 0], logs[:, 1])[:, None])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 from torch import Tensor
 
 from blacksmith.checkpoint import direction
@@ -14,8 +15,6 @@ from blacksmith.experiments.pytorch.llama.batches import LengthOrder
 from blacksmith.experiments.pytorch.llama.evaluation import Scores
 from blacksmith.metrics import Progress
 from blacksmith.run import Run
-
-_UNSEEN = 20  # the most steps whose losses are not looked at yet, so that a device need not be waited for
 
 
 @dataclasses.dataclass
@@ -45,19 +44,18 @@ class Journal:
     Args:
       run: gets the metrics.
       order: the batches.
+      examples: the numbers, in the training set, of what the order counts: int64 [examples].
       end: the last step.
       loop: where the run stands.
     """
 
-    def __init__(self, run: Run, order: LengthOrder, end: int, loop: Loop) -> None:
+    def __init__(self, run: Run, order: LengthOrder, examples: np.ndarray, end: int, loop: Loop) -> None:
         self.loop = loop
-        self._run, self._order, self._end = run, order, end
-        self._pending: list[tuple[int, Tensor, Tensor]] = []
+        self._run, self._order, self._numbers, self._end = run, order, examples, end
         self._examples = self._tokens = 0
         self._began = time.perf_counter()
-        self._shown: dict[str, float] = {}
-        done, total = order.examples_before(loop.step), order.examples_before(end)
-        self._progress = Progress(total, done, run.config.log.progress)
+        self._done = order.examples_before(loop.step)
+        self._progress = Progress(order.examples_before(end), self._done, run.config.log.progress)
 
     @property
     def epoch(self) -> float:
@@ -76,38 +74,25 @@ class Journal:
           tokens: that went through the model, padding too.
 
         Raises:
-          RunError: a loss was not finite, of this step or of one shortly before.
+          RunError: loss or norm is not finite; nothing of this step is saved.
         """
         loop = self.loop
+        values = {"loss": float(loss), "gradient_norm": float(norm)}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise self._not_finite(values)
         loop.step += 1
-        self._pending.append((loop.step, loss, norm))
+        loop.sums["steps"] = loop.sums.get("steps", 0) + 1
+        for name, value in values.items():
+            loop.sums[name] = loop.sums.get(name, 0.0) + value
+        self._done += examples
         self._examples += examples
         self._tokens += tokens
         log = loop.step % self._run.config.log.every_steps == 0 or loop.step == self._end
-        if log or len(self._pending) >= _UNSEEN or self._pending[0][1].device.type == "cpu":
-            self.settle()
         speed = {"tokens/s": self._tokens / max(time.perf_counter() - self._began, 1e-9)}
         if log:
             self._write(rate)
-        done = self._order.examples_before(loop.step)
-        self._progress.update(done, loop.step, self.epoch, self._shown | loop.validation | speed)
-
-    def settle(self) -> None:
-        """Looks at the losses of the latest steps.
-
-        Raises:
-          RunError: one is not finite.
-        """
-        sums = self.loop.sums
-        for step, loss, norm in self._pending:
-            values = {"loss": float(loss), "gradient_norm": float(norm)}
-            if not all(math.isfinite(value) for value in values.values()):
-                raise self._not_finite(step, values)
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-            sums["steps"] = sums.get("steps", 0) + 1
-            self._shown = {"loss": values["loss"]}
-        self._pending.clear()
+        shown = {"loss": values["loss"]} | loop.validation | speed
+        self._progress.update(self._done, loop.step, self.epoch, shown)
 
     def validated(self, scores: Scores) -> None:
         """Books a look at the validation set."""
@@ -116,6 +101,8 @@ class Journal:
         self._run.metrics.write(loop.step, self.epoch, "val", means)
         loop.validation = {f"val_{name}": value for name, value in means.items()}
         loop.validated_at = loop.step
+        if not loop.step:
+            return  # the model as it came is no candidate for the best checkpoint
         value = loop.validation[checkpoint.metric]
         less = direction(checkpoint.metric, checkpoint.mode) == "min"
         if loop.best is None or (value < loop.best if less else value > loop.best):
@@ -148,11 +135,12 @@ class Journal:
         self._examples = self._tokens = 0
         self._began = time.perf_counter()
 
-    def _not_finite(self, step: int, values: Mapping[str, float]) -> RunError:
-        rows = ", ".join(map(str, self._order.rows(step - 1)))
+    def _not_finite(self, values: Mapping[str, float]) -> RunError:
+        step = self.loop.step
+        rows = ", ".join(map(str, self._numbers[self._order.rows(step)]))
         kept = self._run.checkpoints.steps()
         told = " and ".join(f"{name} {value}" for name, value in values.items())
         return RunError(
-            f"{told} at step {step}, training examples {rows}; the last checkpoint is "
+            f"{told} at step {step + 1}, training examples {rows}; the last checkpoint is "
             f"{kept[-1].name if kept else 'none'}; lower llama.Train.learning_rate"
         )

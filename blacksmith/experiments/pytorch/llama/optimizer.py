@@ -54,7 +54,7 @@ def make_optimizer(train: Train, parameters: Mapping[str, Tensor]) -> torch.opti
         options["fused"] = True
     try:
         return kind(tensors, **options)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"llama.Train.optimizer = {train.optimizer!r}: {error}") from error
 
 

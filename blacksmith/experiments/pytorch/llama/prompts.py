@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -92,72 +92,77 @@ def encode(
       prompt: how sentences are asked about.
       sentences: of the examples.
       labels: 0 or 1 for each.
-      max_length: tokens that an example may have.
+      max_length: tokens that an example may have, with the longer of the two answers.
       too_long: whether an example of more is left out, or its sentence cut.
 
     Raises:
-      ConfigError: the prompt alone is longer.
+      ConfigError: the prompt alone is longer, or has no token before the answer.
     """
-    questions = [prompt.question(sentence) for sentence in sentences]
-    answers = [prompt.labels[label] for label in labels]
-    tokens, starts, offsets = _encode(tokenizer, questions, answers)
-    rows, kept, places, truncated = [], [], [], 0
-    for row, sentence in enumerate(sentences):
-        if len(tokens[row]) > max_length:
+    whole = [_encode(tokenizer, prompt, sentences, answer) for answer in prompt.labels]
+    rows, tokens, starts, truncated = [], [], [], 0
+    for row, (sentence, label) in enumerate(zip(sentences, labels)):
+        found = whole[label][row]
+        if max(len(one[row].tokens) for one in whole) > max_length:
             if too_long == "drop":
                 continue
-            ids, start = _shorten(tokenizer, prompt, sentence, answers[row], offsets[row], max_length)
+            found = _shorten(tokenizer, prompt, sentence, found.spans, max_length)[label]
             truncated += 1
-        else:
-            ids, start = tokens[row], starts[row]
+        if found.answer == 0:
+            raise ConfigError("llama.Data.template needs something before {label} that predicts it")
         rows.append(row)
-        kept.append(ids)
-        places.append(start)
-    return Encoded(np.array(rows, np.int64), kept, places, truncated, len(sentences) - len(kept))
+        tokens.append(found.tokens)
+        starts.append(found.answer)
+    return Encoded(np.array(rows, np.int64), tokens, starts, truncated, len(sentences) - len(tokens))
+
+
+class _Example(NamedTuple):
+    """Tokens with the end token, the place of the first answer token, and the characters of tokens."""
+
+    tokens: list[int]
+    answer: int
+    spans: list[tuple[int, int]]
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], answers: Sequence[str]
-) -> tuple[list[list[int]], list[int], list[list[tuple[int, int]]]]:
-    """Tokens with the end token, the place of each first answer token, and the characters of all tokens."""
-    texts = [question + answer for question, answer in zip(questions, answers)]
-    if not texts:
-        return [], [], []
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str], answer: str
+) -> list[_Example]:
+    """Sentences in the prompt with one answer."""
+    questions = [prompt.question(sentence) for sentence in sentences]
+    if not questions:
+        return []
+    texts = [question + answer for question in questions]
     encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, truncation=False)
-    tokens, starts = [], []
+    found = []
     for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
-        starts.append(next(i for i, (_, end) in enumerate(spans) if end > len(question)))
+        start = next(i for i, (_, end) in enumerate(spans) if end > len(question))
         ended = ids[-1] == tokenizer.eos_token_id
-        tokens.append(list(ids) if ended else [*ids, tokenizer.eos_token_id])
-    return tokens, starts, encoded["offset_mapping"]
+        found.append(_Example(list(ids) if ended else [*ids, tokenizer.eos_token_id], start, spans))
+    return found
 
 
 def _shorten(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     sentence: str,
-    answer: str,
     spans: Sequence[tuple[int, int]],
     max_length: int,
-) -> tuple[list[int], int]:
-    """Tokens and first answer token of an example whose sentence is cut until it fits."""
+) -> list[_Example]:
+    """A sentence cut until it fits, with each of the answers."""
     first, last = len(prompt.before), len(prompt.before) + len(sentence)
     ends = sorted({min(end, last) - first for _, end in spans if first < end})
     ends = [0, *(end for end in ends if end < len(sentence))]
     # The most that fits, by bisection: fewer characters may give more tokens, but never many.
-    low, high = 0, len(ends)
-    best = None
+    low, high, best = 0, len(ends), None
     while low < high:
         middle = (low + high) // 2
-        question = prompt.question(sentence[: ends[middle]].rstrip())
-        (ids,), (start,), _ = _encode(tokenizer, [question], [answer])
-        if len(ids) <= max_length:
-            best, low = (ids, start), middle + 1
+        cut = sentence[: ends[middle]].rstrip()
+        found = [_encode(tokenizer, prompt, [cut], answer)[0] for answer in prompt.labels]
+        if max(len(one.tokens) for one in found) <= max_length:
+            best, low = found, middle + 1
         else:
             high = middle
     if best is None:
-        question = prompt.question("")
-        needed = len(_encode(tokenizer, [question], [answer])[0][0])
+        needed = max(len(_encode(tokenizer, prompt, [""], answer)[0].tokens) for answer in prompt.labels)
         raise ConfigError(
             f"llama.Data.template needs {needed} tokens without a sentence, more than "
             f"llama.Data.max_length = {max_length}; shorten it or raise the limit"

@@ -7,8 +7,10 @@ Each step computes what all prompts begin with once, and the language-model head
 import contextlib
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +66,7 @@ def train(run: Run) -> int:
     if loop.step >= end:
         print(f"already finished at step {loop.step}: testing again", file=sys.stderr)
     _ = run.metrics  # from here on the directory is this run's
-    journal = Journal(run, order, end, loop)
+    journal = Journal(run, order, training.rows, end, loop)
     model.train()
 
     with profiled(run) as profile_step:
@@ -76,7 +78,8 @@ def train(run: Run) -> int:
                     scores = score(run, model, validation, pad)
                 if scores is not None:
                     journal.validated(scores)
-            improved = bool(config.checkpoint.keep_best) and loop.best_step == loop.step > 0
+                    saved_at = -1  # a checkpoint from before an interrupted look lacks its metrics
+            improved = bool(config.checkpoint.keep_best) and loop.best_step == loop.step
             due = checkpoints.due(config.checkpoint, loop.step, order)
             if (due or improved or last or run.stop) and saved_at != loop.step:
                 with journal.paused():
@@ -202,7 +205,7 @@ def conclude(
     loop = journal.loop
     saved = (run.checkpoints.best() if run.config.checkpoint.keep_best else None) or run.checkpoints.newest()
     checkpoints.load_weights(model, saved.path)
-    tested = test(run, model, tokenizer, prompt, data.test)
+    tested = test(run, model, tokenizer, prompt, data.test, run.directory)
     if tested is None:
         run.finish("stopped", {"step": loop.step})
         print(f"stopped; the same command with --workdir={run.directory} tests again")
@@ -231,12 +234,17 @@ def conclude(
 
 
 def test(
-    run: Run, model: torch.nn.Module, tokenizer: Any, prompt: Prompt, examples: sst2.Examples
+    run: Run,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    examples: sst2.Examples,
+    directory: Path,
 ) -> dict[str, Any] | None:
     """Scores examples by likelihood and some by generation; None if the run is to stop.
 
-    Writes `eval_results.json`: for each example its sentence, label, prediction, probabilities, and the text
-    that was generated, or None where none was.
+    Writes `eval_results.json` into a directory: for each example its sentence, label, prediction,
+    probabilities, and the text that was generated, or None where none was.
 
     Returns:
       loss, accuracy, the confusion matrix (rows: true, columns: predicted), and how generation did.
@@ -273,14 +281,16 @@ def test(
             zip(examples.sentences, examples.labels, scores.predictions, scores.probabilities)
         )
     ]
-    write_json(run.directory / "eval_results.json", lines)
+    directory.mkdir(exist_ok=True)
+    write_json(directory / "eval_results.json", lines)
     confusion = scores.confusion
     return {
         "loss": scores.loss,
         "accuracy": scores.accuracy,
         "per_class_accuracy": (confusion.diagonal() / np.maximum(confusion.sum(1), 1)).tolist(),
         "confusion_matrix": confusion.tolist(),
-        "truncated": questions.right.truncated,
+        "class_names": [label.strip() for label in prompt.labels],
+        "questions": {"examples": len(questions), "truncated": questions.right.truncated},
         "generated": {
             "examples": wanted,
             "accuracy": right / wanted if wanted else None,
@@ -307,7 +317,8 @@ def evaluate_checkpoint(run: Run) -> int:
             "note: trained on other data, or on what is not known; its training examples may be among these",
             file=sys.stderr,
         )
-    result["test"] = test(run, model, tokenizer, prompt, data.test)
+    directory = run.directory / "eval"  # what the training wrote beside `result.json` stays
+    result["test"] = test(run, model, tokenizer, prompt, data.test, directory)
     if result["test"] is None:
         return STOPPED
     write_json(run.directory / "eval.json", result)
@@ -320,7 +331,7 @@ def evaluate_checkpoint(run: Run) -> int:
             f"generated: accuracy {generated['accuracy']:.2%} of {generated['examples']}, "
             f"{generated['unparsable']} unparsable"
         )
-    print(f"{run.directory / 'eval.json'}\n{run.directory / 'eval_results.json'}")
+    print(f"{run.directory / 'eval.json'}\n{directory / 'eval_results.json'}")
     return 0
 
 
@@ -329,9 +340,13 @@ def export(run: Run) -> int:
     model, tokenizer = build_model(run)
     directory = run.directory / "export"
     merged = merge(model) if run.config.lora.rank is not None or run.foreign else model
+    temporary = run.directory / ".export.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     with loading.quiet():
-        merged.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
     print(directory)
     return 0
 

@@ -2,12 +2,13 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -48,15 +49,17 @@ def add_lora(
     """
     if target_modules != "all-linear":
         target_modules = list(target_modules)
-        linear = {
-            name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)
-        }
-        unknown = [name for name in target_modules if name.rpartition(".")[2] not in linear]
+        linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+        unknown = [
+            target for target in target_modules if not any(f".{n}".endswith(f".{target}") for n in linear)
+        ]
         if unknown or not target_modules:
             raise ConfigError(
                 f"the model has no linear layers {', '.join(unknown) or 'of no name'}; it has "
-                f"{', '.join(sorted(linear))}"
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
             )
+    if bias != "none" and not any(name.endswith(".bias") for name, _ in model.named_parameters()):
+        raise ConfigError(f'llama.Lora.bias = {bias!r}: the model has no biases; set it to "none"')
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -65,9 +68,11 @@ def add_lora(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    # A is drawn on the CPU wherever the model is, so no other generator is touched.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-        torch.manual_seed(seed % 2**63)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # see `merge`
+        torch.default_generator.manual_seed(seed % 2**63)
         return get_peft_model(model, settings)
 
 
@@ -92,8 +97,11 @@ def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the base model is in another place now, too
             peft_model = get_peft_model(model, settings)
-    except ValueError as error:
-        raise DataError(f"{directory / CONFIG} does not fit the model: {_one_line(error)}") from error
+    except Exception as error:
+        # Nonsense in a configuration fails anywhere in peft: TypeError, re.error, ImportError, ValueError.
+        raise DataError(
+            f"{Path(directory) / CONFIG} does not fit the model: {type(error).__name__}: {_one_line(error)}"
+        ) from error
     load_weights(peft_model, directory)
     return peft_model
 
@@ -107,7 +115,16 @@ def load_weights(model: PeftModel, directory: Path) -> None:
     path = Path(directory) / WEIGHTS
     found = read_safetensors(path)
     # peft itself leaves out what it does not know and starts anew what is missing.
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_fit(found, get_peft_model_state_dict(model, save_embedding_layers=False), path)
+    set_peft_model_state_dict(model, found)
+
+
+def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that the tensors read from a path have the names and shapes of those that are wanted.
+
+    Raises:
+      DataError: they have not; names the first that differs.
+    """
     for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
         lacks = "lacks" if name in wanted else "has"
         raise DataError(f"{path} does not fit the model: it {lacks} {name}")
@@ -117,11 +134,21 @@ def load_weights(model: PeftModel, directory: Path) -> None:
                 f"{path} does not fit the model: {name} is {tuple(found[name].shape)} instead of "
                 f"{tuple(value.shape)}"
             )
-    set_peft_model_state_dict(model, found)
 
 
 def merge(model: PeftModel) -> LlamaForCausalLM:
-    """Adds the updates to the layers' own weights, in place, and takes the adapter away."""
+    """Adds the updates to the layers' own weights, in place, and takes the adapter away.
+
+    A head or embedding with an update of its own stops sharing its weights with the other one, which would
+    get that update too; the model is larger then.
+    """
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    updated = isinstance(head, BaseTunerLayer) or isinstance(embedding, BaseTunerLayer)
+    if updated and head.weight is embedding.weight:
+        getattr(head, "base_layer", head).weight = nn.Parameter(head.weight.detach().clone())
+    if head.weight is not embedding.weight:
+        base.config.tie_word_embeddings = False
     return model.merge_and_unload()
 
 
@@ -151,7 +178,9 @@ def _read_config(directory: Path) -> LoraConfig:
     if kind != "LORA":
         raise DataError(f"{path}: peft_type is {kind!r}; only LORA adapters are read")
     try:
-        settings = LoraConfig.from_pretrained(directory)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings that a newer peft has; what matters is checked
+            settings = LoraConfig.from_pretrained(directory)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path} is broken: {_one_line(error)}") from error
     settings.inference_mode = True

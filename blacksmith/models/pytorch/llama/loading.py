@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import huggingface_hub
 import torch
 from huggingface_hub import constants, errors
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 from blacksmith import assets
@@ -18,6 +20,7 @@ from blacksmith.errors import ConfigError, DataError
 
 TINY = "gin/llama_sst2_tiny.gin needs no download"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_GGUF_HEADER_BYTES = 32 << 20
 _FILES = ("*.json", "*.safetensors", "tokenizer.model")
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -64,9 +67,11 @@ def make_model(
         pad_token_id=2,
     )
     config._attn_implementation = attention
-    with torch.random.fork_rng(), _clear(attention):
-        torch.manual_seed(seed % 2**63)
-        return LlamaForCausalLM(config).to(getattr(torch, dtype))
+    with torch.random.fork_rng(devices=[]), _clear(attention):
+        torch.default_generator.manual_seed(seed % 2**63)
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies stay float32
+    return model
 
 
 def load_model(
@@ -98,13 +103,16 @@ def load_model(
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
             **({} if options else {"use_safetensors": True}),
         )
-    for kind in ("missing_keys", "mismatched_keys"):
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
             raise DataError(
-                f"{name_or_path}: the weights are not whole: {kind} {sorted(map(str, info[kind]))[0]}"
+                f"{name_or_path}: the weights are not those of its config: {kind.replace('_', ' ')}, "
+                f"such as {first}"
             )
     if options:
         # The weights are plain numbers now, and are to be saved as such.
@@ -115,6 +123,10 @@ def load_model(
         ):
             with contextlib.suppress(AttributeError):
                 delattr(owner, name)
+    rows = model.get_input_embeddings().num_embeddings
+    # Without tokens that were added by name: some are there only to be complete.
+    if tokenizer.vocab_size > rows or tokenizer.eos_token_id >= rows:
+        raise DataError(f"{name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}")
     model.config.use_cache = True
     model.name_or_path = name_or_path
     return model, tokenizer
@@ -126,7 +138,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer(name: str, directory: Path, options: dict[str, str]) -> PreTrainedTokenizerBase:
-    if not options and not any((directory / f).is_file() for f in ("tokenizer.json", "tokenizer.model")):
+    if not options and not _has_tokenizer(directory):
         raise DataError(f"{name}: there is no tokenizer.json in {directory}")
     with _broken(name), quiet():
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
@@ -141,9 +153,9 @@ def _find(name: str) -> tuple[Path, dict[str, str]]:
     """The directory that holds a model, and what `from_pretrained` has to be told besides.
 
     Raises:
-      DataError: it is nowhere, or no Llama.
+      DataError: it is nowhere, no Llama, or one that would not be loaded as it is.
     """
-    if name in assets.ASSETS:
+    if name in _models():
         path = assets.path_of(name)
         if not path.exists():
             raise DataError(f"{name} is not in the cache; run python -m blacksmith.assets {name}; {TINY}")
@@ -165,11 +177,35 @@ def _find(name: str) -> tuple[Path, dict[str, str]]:
             f"llama.Model.name_or_path = {name!r} is no asset ({', '.join(_models())}), directory, .gguf "
             f"file or hub id such as meta-llama/Llama-3.2-1B; {TINY}"
         )
+    if (path / "adapter_config.json").is_file():
+        raise DataError(
+            f"{name}: the adapter_config.json in {path} would make its adapter part of the model; move the "
+            "adapter to a directory of its own"
+        )
     with _broken(name), quiet():
+        if options:
+            _check_rope(path / options["gguf_file"])
         config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
     if config.model_type != "llama":
         raise DataError(f"{name} is a {config.model_type} model; this experiment fine-tunes llama models")
+    if getattr(config, "quantization_config", None):
+        raise DataError(f"{name} is quantised by its config.json; take weights that are not, or a .gguf file")
     return path, options
+
+
+def _check_rope(path: Path) -> None:
+    """Refuses a GGUF file of Llama 3.1 and later, whose scaled positions transformers does not read.
+
+    Raises:
+      DataError: it has `rope_freqs.weight`.
+    """
+    with open(path, "rb") as file:
+        # The table of tensors follows the tokenizer's few megabytes; gguf's own reader takes seconds.
+        if b"rope_freqs.weight" in file.read(_GGUF_HEADER_BYTES):
+            raise DataError(
+                f"{path} has rope_freqs.weight, which transformers leaves out of what it loads; take the "
+                "model's directory or hub id with safetensors instead"
+            )
 
 
 def _models() -> list[str]:
@@ -181,14 +217,17 @@ def _models() -> list[str]:
 def _fetch(name: str) -> Path:
     """The snapshot of a hub's model in the hub's own cache, fetched if need be."""
     options = {"repo_id": name, "allow_patterns": list(_FILES)}
-    with contextlib.suppress(errors.LocalEntryNotFoundError, OSError):
-        return Path(huggingface_hub.snapshot_download(**options, local_files_only=True))
+    with contextlib.suppress(OSError):
+        path = Path(huggingface_hub.snapshot_download(**options, local_files_only=True))
+        if _is_whole(path):
+            return path
     if constants.HF_HUB_OFFLINE:
-        raise DataError(f"{name} is not in the Hugging Face cache and HF_HUB_OFFLINE is set; {TINY}")
+        raise DataError(f"{name} is not whole in the Hugging Face cache and HF_HUB_OFFLINE is set; {TINY}")
     if why := assets.why_unreachable(constants.ENDPOINT):
         raise DataError(
-            f"{name} is neither a path nor in the Hugging Face cache, and the hub is out of reach ({why}); "
-            f"name a directory, or run python -m blacksmith.assets {_models()[0]} and name that; {TINY}"
+            f"{name} is neither a path nor whole in the Hugging Face cache, and the hub is out of reach "
+            f"({why}); name a directory, or run python -m blacksmith.assets {_models()[0]} and name that; "
+            f"{TINY}"
         )
     try:
         with quiet():
@@ -201,8 +240,22 @@ def _fetch(name: str) -> Path:
         raise DataError(
             f"the Hugging Face hub has no model {name}, or it is private: hf auth login"
         ) from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise DataError(f"{name} cannot be fetched: {_first_line(error)}") from error
+    except (errors.HTTPError, OSError, ValueError) as error:
+        reason = _first_line(error) or type(error).__name__
+        raise DataError(f"{name} cannot be fetched: {reason}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a snapshot has config, weights and tokenizer; other programs fetch single files of a model."""
+    index = path / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.is_file():
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return _has_tokenizer(path) and all((path / name).is_file() for name in {"config.json", *weights})
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 @contextlib.contextmanager
@@ -214,7 +267,10 @@ def _broken(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Libraries raise all sorts for a truncated file: SafetensorError, ValueError, IndexError, OSError.
-        raise DataError(f"{name} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+        again = f"; run python -m blacksmith.assets {name} again" if name in assets.ASSETS else ""
+        raise DataError(
+            f"{name} cannot be read: {type(error).__name__}: {_first_line(error)}{again}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -228,18 +284,19 @@ def _clear(attention: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars; errors alone are told."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """No progress bars, the hub's neither; errors alone are told."""
+    level = logging.get_verbosity()
+    # Where the user's variable has decided, the hub's library warns of an attempt to overrule it.
+    bars = logging.is_progress_bar_enabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()
+    if bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-        huggingface_hub.utils.enable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:

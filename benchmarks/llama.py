@@ -17,8 +17,8 @@ after the first, since wall time on a shared machine says little; peak memory is
 it imports. The model is SmolLM2-135M's shape with --layers of its 30 layers (0: all) and random weights,
 with its tokenizer (`python -m blacksmith.assets smollm2-135m`). With --device=cuda
 --model-shape=llama-3.2-1b --layers=0 --dtype=bfloat16 it is the table for a GPU: seconds are wall seconds,
-memory is the device's, and --peak-tflops gives FLOP utilisation: 4 FLOP a weight and token that goes through
-the model, padding too, since the weights themselves are not trained.
+memory is the device's, and --peak-tflops gives FLOP utilisation: 4 FLOP a weight and token that is multiplied
+by it, padding too, since the weights themselves are not trained.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def main() -> int:
 def header(arguments: argparse.Namespace) -> dict:
     """Hardware, versions and settings."""
     names = ("model_shape", "layers", "steps", "rounds", "batch", "length", "threads", "device", "dtype")
-    source = "sample" if arguments.sst2 == "sample" else "SST-2"
+    source = "the package's sentences" if arguments.sst2 == "sample" else Path(arguments.sst2).name
     return machine() | {name: getattr(arguments, name) for name in names} | {"data": source}
 
 
@@ -140,14 +140,26 @@ class Clock:
         self.steps = spec["steps"]
         self.batch = spec["batch"]
         self.peak_flops = (spec["peak_tflops"] or 0) * 1e12
-        self.weights = 0
+        self.body = self.head = 0
         self.tokens: list[int] = []
+        self.predicted: list[int] = []
         self.ends: list[float] = []
         self.losses: list[float] = []
+        self.answers = 0
 
-    def stepped(self, loss, tokens: int) -> None:
-        """Books the end of a step: its loss, a tensor or a number, and the tokens that it took."""
+    def measure(self, model) -> None:
+        """Counts the weights that tokens are multiplied by, the head's apart."""
+        base = model.get_base_model()
+        self.head = base.lm_head.weight.numel()
+        embedding = base.get_input_embeddings().weight
+        tied = embedding is base.lm_head.weight
+        rest = sum(weight.numel() for weight in model.parameters()) - self.head
+        self.body = rest if tied else rest - embedding.numel()
+
+    def stepped(self, loss, tokens: int, predicted: int) -> None:
+        """Books a step: its loss, a tensor or number, its tokens, and those that the head was applied to."""
         self.tokens.append(tokens)
+        self.predicted.append(predicted)
         self.losses.append(float(loss))  # waits for an accelerator
         self.ends.append(time.perf_counter() if self.cuda else time.process_time())
 
@@ -173,7 +185,8 @@ class Clock:
     def _utilisation(self, seconds: float) -> float | None:
         if not self.peak_flops:
             return None
-        return round(4 * self.weights * sum(self.tokens[1:]) / seconds / self.peak_flops, 4)
+        flops = 4 * (self.body * sum(self.tokens[1:]) + self.head * sum(self.predicted[1:]))
+        return round(flops / seconds / self.peak_flops, 4)
 
 
 def make_model(spec: dict) -> dict:
@@ -240,21 +253,28 @@ def with_blacksmith(spec: dict, clock: Clock) -> None:
     """The experiment itself, stopped before it tests."""
     from blacksmith.experiments.pytorch.llama import checkpoints, train
     from blacksmith.experiments.pytorch.llama.journal import Journal
+    from blacksmith.models.pytorch.llama.prefix import token_losses
 
     class Timed(Journal):
         def stepped(self, loss, *arguments, **options):
             super().stepped(loss, *arguments, **options)
-            clock.stepped(loss, options["tokens"])
+            clock.stepped(loss, options["tokens"], clock.answers)
+            clock.answers = 0
             if self.loop.step == spec["steps"]:
                 raise Enough
 
     def built(run):
         model, tokenizer = checkpoints.build_model(run)
-        clock.weights = sum(weight.numel() for weight in model.parameters())
+        clock.measure(model)
         return model, tokenizer
+
+    def counted(model, batch):
+        clock.answers += int((batch.targets >= 0).sum())
+        return token_losses(model, batch)
 
     train.Journal = Timed
     train.build_model = built
+    train.token_losses = counted
     run = open_run(spec)
     try:
         with run.opened():
@@ -275,7 +295,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     run = open_run(spec)
     config = run.config
     model, tokenizer = checkpoints.build_model(run)
-    clock.weights = sum(weight.numel() for weight in model.parameters())
+    clock.measure(model)
     prompt = Prompt.of(config.data.template, config.data.labels)
     encoded = train.encode_training(run, tokenizer, prompt, train.load_data(run).train)
     order = LengthOrder(encoded.lengths, spec["batch"], config.train.by_length, config.run.seed)
@@ -301,7 +321,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
 
     class Ends(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
-            clock.stepped(trainer.latest, trainer.tokens)
+            clock.stepped(trainer.latest, trainer.tokens, trainer.tokens)
 
     settings = transformers.TrainingArguments(
         output_dir=spec["workdir"],
@@ -335,9 +355,9 @@ def ratios(runs: list[dict]) -> dict:
     rate = {way: statistics.median(r["examples_per_second"] for r in runs if r["way"] == way) for way in ways}
     memory = {way: statistics.median(r["peak_memory_gib"] for r in runs if r["way"] == way) for way in ways}
     found = {}
-    for way, peer in (("pad128", "pad128"), ("dynamic", "dynamic"), ("padded", "padded")):
+    for way in ("pad128", "dynamic", "padded"):
         if {"shared", way} <= ways:
-            found[f"examples_per_s_vs_{peer}"] = round(rate["shared"] / rate[way], 2)
+            found[f"examples_per_s_vs_{way}"] = round(rate["shared"] / rate[way], 2)
     if {"shared", "pad128"} <= ways:
         found["peak_memory_vs_pad128"] = round(memory["shared"] / memory["pad128"], 3)
     losses = [run["losses"] for run in runs]

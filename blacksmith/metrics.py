@@ -318,9 +318,8 @@ class Progress:
             rate = (done - self._first) / max(now - self._start, 1e-9)
             left = (self._total - done) / max(rate, 1e-9)
             numbers = "  ".join(f"{k} {v}" for k, v in shown.items())
-            self.say(
-                f"step {step}  epoch {epoch:.2f}  {numbers}  {rate:,.0f} {self._unit}/s  {left:.0f} s left"
-            )
+            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+            self.say(f"step {step}  epoch {epoch:.2f}  {numbers}  {speed} {self._unit}/s  {left:.0f} s left")
 
     def say(self, line: str) -> None:
         """Prints one line without tearing the bar."""

@@ -169,7 +169,8 @@ class Run:
             raise ConfigError(f"--workdir: cannot make {self.directory}: {error.strerror}") from error
         self._opened_at = time.perf_counter()
         try:
-            with self._lock(), self.stop:
+            # A viewer writes nothing, and may look at a run that is in training.
+            with self._lock() if self.mode != "view" else contextlib.nullcontext(), self.stop:
                 try:
                     if checkpoints is not None and self.checkpoints.steps() != list(checkpoints):
                         raise ConfigError(
@@ -431,9 +432,12 @@ def check_resume(saved: Saved, config: Any, experiment: Experiment, *, mode: str
     different = configuration.forbidden_changes(config, saved.state["config"], mode=mode)
     if different:
         shown = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in list(different.items())[:4])
+        if len(different) > 4:
+            shown += f"; and {len(different) - 4} more"
+        cure = "set them back, or start in a new --workdir" if mode == "train" else "set them back"
         raise ConfigError(
-            f"cannot go on from {saved.path} with other settings: {shown}; set them back"
-            + (", or start in a new --workdir" if mode == "train" else "")
+            f"cannot go on from {saved.path} with other settings: {shown}; {cure}"
+            + ("" if mode == "train" else f" (--gin_file={saved.path.parent.parent / 'config.gin'} has them)")
         )
 
 

@@ -234,6 +234,7 @@ def test_the_message_names_four_differences_at_most(make):
     with pytest.raises(ConfigError) as raised:
         runs.check_resume(run.checkpoints.newest(), other.config, other.experiment)
     assert str(raised.value).count(" was ") == 4
+    assert "; and 1 more; set them back" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +408,21 @@ def test_an_interrupted_run_says_so_in_its_result(make):
 
 
 # The lock
+
+
+def test_a_viewer_looks_at_a_run_in_training_and_changes_nothing(make):
+    with make().opened() as run:
+        _train(run, 1)
+        before = _tree(run.directory)
+        viewer = runs.Run(run.directory, run.config, run.experiment, backend="jax", device="cpu", mode="view")
+        with viewer.opened(checkpoints=run.checkpoints.steps()):
+            pass
+        assert _tree(run.directory) == before
+        evaluation = runs.Run(
+            run.directory, run.config, run.experiment, backend="jax", device="cpu", mode="eval"
+        )
+        with pytest.raises(ConfigError, match="in use by another run"), evaluation.opened():
+            pass
 
 
 def test_a_second_run_in_the_same_directory_is_refused_and_changes_nothing(make, launch):

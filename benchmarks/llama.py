@@ -228,6 +228,8 @@ def bindings(spec: dict) -> list[str]:
         f"llama.Train.shared_prefix = {spec['way'] == 'shared'}",
         'Schedule.name = "constant"',
         "Schedule.warmup_steps = 0",
+        "Schedule.decay_steps = None",
+        "Schedule.final_fraction = 0.0",
         "Checkpoint.every_steps = None",
         "Checkpoint.keep_best = 0",
         'Log.progress = "off"',

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from blacksmith import launch as launcher
 from blacksmith import metrics
 from blacksmith.checkpoint import find
+from blacksmith.datasets import sst2
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from blacksmith.experiments.pytorch.llama import checkpoints, evaluation, train
 from blacksmith.experiments.pytorch.llama.batches import LengthOrder
@@ -357,6 +358,20 @@ def test_examples_that_are_too_long_are_counted_and_said(run, tmp_path, too_long
     count = sum(length > 90 for length in lengths)
     assert 0 < count < len(lengths)
     assert f"{count} of {len(lengths)} training examples have more than 90 tokens and were {word}" in said
+
+
+def test_short_examples_are_left_out_of_training_and_validation_and_said(run, tmp_path, capsys):
+    assert run("llama.Data.min_words = 8") == 0
+    said = capsys.readouterr().err
+    everything = sst2.load("sample", validation=20)
+    for what, examples in (("training", everything.train), ("validation", everything.validation)):
+        short = sum(len(sentence.split()) < 8 for sentence in examples.sentences)
+        assert 0 < short < len(examples)
+        assert f"{short} of {len(examples)} {what} examples have fewer than 8 words and were left out" in said
+    answers = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert min(len(answer["sentence"].split()) for answer in answers) < 8
+    with pytest.raises(ConfigError, match="leaves no training example"):
+        run("llama.Data.min_words = 80", directory=tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,12 @@ class Data:
         "40 of the sample",
         gt=0,
     )
+    min_words: int = setting(
+        1,
+        "training and validation examples of fewer words are left out: SST-2 trains on phrases and tests on "
+        "sentences",
+        ge=1,
+    )
     template: str = setting(TEMPLATE, "the prompt, with {sentence}, and {label} at its end", min_length=1)
     labels: tuple[str, ...] = setting(
         ("negative", "positive"), "what stands for the labels 0 and 1 in the prompt"

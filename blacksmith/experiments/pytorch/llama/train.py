@@ -48,8 +48,8 @@ def train(run: Run) -> int:
     data = load_data(run)
     model, tokenizer = build_model(run)
     prompt = Prompt.of(config.data.template, config.data.labels)
-    training = encode_training(run, tokenizer, prompt, data.train)
-    validation = ask(run, tokenizer, prompt, data.validation)
+    training = encode_training(run, tokenizer, prompt, long_enough(run, data.train, "training"))
+    validation = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"))
     prefix = training.shared_prefix() if settings.shared_prefix else []
     pad = padding(tokenizer)
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
@@ -138,6 +138,26 @@ def load_data(run: Run) -> sst2.Sst2:
     )
     run.use_data(data.info, sst2.describe(data.info))
     return data
+
+
+def long_enough(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
+    """The examples of as many words as `llama.Data.min_words` asks for; says how many are left out.
+
+    Raises:
+      ConfigError: none is long enough.
+    """
+    fewest = run.config.data.min_words
+    rows = np.array([i for i, s in enumerate(examples.sentences) if len(s.split()) >= fewest], np.int64)
+    if not len(rows):
+        raise ConfigError(f"llama.Data.min_words = {fewest} leaves no {what} example; lower it")
+    if len(rows) < len(examples):
+        left_out = len(examples) - len(rows)
+        print(
+            f"{left_out:,} of {len(examples):,} {what} examples have fewer than {fewest} words and were left "
+            "out",
+            file=sys.stderr,
+        )
+    return examples.rows(rows)
 
 
 def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples) -> Encoded:
@@ -308,7 +328,8 @@ def evaluate_checkpoint(run: Run) -> int:
     result: dict[str, Any] = {"checkpoint": str(source), "data": run.data}
     trained_on = run.resumed.state["data"].get("sha256") if run.resumed else None
     if trained_on == run.data["sha256"]:
-        scores = score(run, model, ask(run, tokenizer, prompt, data.validation), padding(tokenizer))
+        held_out = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"))
+        scores = score(run, model, held_out, padding(tokenizer))
         if scores is None:
             return STOPPED
         result["val"] = {"loss": scores.loss, "accuracy": scores.accuracy}

@@ -217,6 +217,7 @@ def bindings(spec: dict) -> list[str]:
     return [
         f"llama.Data.source = {spec['sst2']!r}",
         "llama.Data.validation = 8",
+        "llama.Data.min_words = 1",
         f"llama.Data.max_length = {spec['length']}",
         f"llama.Model.name_or_path = {spec['model']!r}",
         f"llama.Model.dtype = {spec['dtype']!r}",

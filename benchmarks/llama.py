@@ -292,7 +292,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     import transformers
 
     from blacksmith.experiments.pytorch.llama import checkpoints, train
-    from blacksmith.experiments.pytorch.llama.batches import LengthOrder
+    from blacksmith.experiments.pytorch.llama.batches import LengthOrder, padding
     from blacksmith.experiments.pytorch.llama.prompts import Prompt
 
     run = open_run(spec)
@@ -303,7 +303,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     encoded = train.encode_training(run, tokenizer, prompt, train.load_data(run).train)
     order = LengthOrder(encoded.lengths, spec["batch"], config.train.by_length, config.run.seed)
     rows = [row for step in range(spec["steps"]) for row in order.rows(step).tolist()]
-    pad = checkpoints.padding(tokenizer)
+    pad = padding(tokenizer)
 
     def collate(some: list[dict]) -> dict:
         width = spec["length"] if spec["way"] == "pad128" else max(len(one["tokens"]) for one in some)

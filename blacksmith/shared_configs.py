@@ -1,6 +1,7 @@
 """The configuration sections that experiments share: run, optimiser, schedule, checkpoints, logs."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from blacksmith.config import fields, section, setting
 from blacksmith.errors import ConfigError
@@ -158,6 +159,32 @@ def check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> Non
                     f"Schedule.{name} = {value!r} has no effect on a constant schedule; it belongs to "
                     "linear and cosine"
                 )
+
+
+def check_same_decay(
+    schedule: ScheduleConfig, before: Mapping[str, Any], steps_per_epoch: int, end: int
+) -> None:
+    """A decay to the end of the run cannot be resumed towards another end: its past would change.
+
+    Args:
+      schedule: of the run.
+      before: the configuration of the checkpoint that it goes on from, as a dictionary.
+      steps_per_epoch: optimiser steps.
+      end: the run's last step.
+
+    Raises:
+      ConfigError: the decay would have another length; names the one to set.
+    """
+    if schedule.name == "constant":
+        return
+    old_end = before["train"]["steps"] or before["train"]["epochs"] * steps_per_epoch
+    old = before["schedule"]["decay_steps"] or old_end - schedule.warmup_steps
+    new = schedule.decay_steps or end - schedule.warmup_steps
+    if new != old:
+        raise ConfigError(
+            f"the schedule {schedule.name!r} decayed over {old} steps and would now over {new}; "
+            f"set Schedule.decay_steps = {old}"
+        )
 
 
 def check_log(log: LogConfig) -> None:

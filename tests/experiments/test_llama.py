@@ -19,7 +19,7 @@ from blacksmith.checkpoint import find
 from blacksmith.datasets import sst2
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from blacksmith.experiments.pytorch.llama import checkpoints, evaluation, train
-from blacksmith.experiments.pytorch.llama.batches import LengthOrder
+from blacksmith.experiments.pytorch.llama.batches import LengthOrder, padding
 from blacksmith.experiments.pytorch.llama.prompts import Prompt
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
@@ -545,7 +545,7 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, tmp_path, sh
     encoded = train.encode_training(other, tokenizer, prompt, train.load_data(other).train)
     order = LengthOrder(encoded.lengths, 8, config.train.by_length, config.run.seed)
     rows = [row for step in range(10) for row in order.rows(step).tolist()]
-    pad = checkpoints.padding(tokenizer)
+    pad = padding(tokenizer)
 
     def collate(some):
         width = max(len(one["tokens"]) for one in some) + 5

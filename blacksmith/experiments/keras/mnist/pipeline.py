@@ -19,6 +19,7 @@ from blacksmith.experiments.keras.mnist.configs import Config, Data
 from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.order import Order
 from blacksmith.run import STOPPED, Run, write_json
+from blacksmith.shared_configs import check_same_decay
 from blacksmith.trainers import losses
 from blacksmith.trainers.backend import Backend, Task, make_backend
 from blacksmith.trainers.export import export_stablehlo, export_torch
@@ -136,7 +137,9 @@ def make_trainer(run: Run, pipeline: Pipeline, *, progress: str | None = None) -
       pipeline: from `prepare`.
       progress: style of the console progress instead of ``Log.progress``.
     """
-    _check_longer_schedule(run, pipeline)
+    if run.resumed is not None:
+        before = run.resumed.state["config"]
+        check_same_decay(run.config.schedule, before, pipeline.order.steps_per_epoch, pipeline.total_steps)
     plan = make_plan(pipeline.total_steps, run.config)
     trainer = KerasTrainer(
         pipeline.task,
@@ -289,19 +292,3 @@ def export(run: Run) -> int:
     for name in [*written, "export.json"]:
         print(directory / name)
     return 0
-
-
-def _check_longer_schedule(run: Run, pipeline: Pipeline) -> None:
-    """A decay to the end of the run cannot be resumed towards another end: its past would change."""
-    schedule = run.config.schedule
-    if run.resumed is None or schedule.name == "constant":
-        return
-    before = run.resumed.state["config"]["train"]
-    old_end = before["steps"] or before["epochs"] * pipeline.order.steps_per_epoch
-    old = run.resumed.state["config"]["schedule"]["decay_steps"] or old_end - schedule.warmup_steps
-    new = schedule.decay_steps or pipeline.total_steps - schedule.warmup_steps
-    if new != old:
-        raise ConfigError(
-            f"the schedule {schedule.name!r} decayed over {old} steps and would now over {new}; "
-            f"set Schedule.decay_steps = {old}"
-        )

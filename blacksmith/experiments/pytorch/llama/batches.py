@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from blacksmith.experiments.pytorch.llama.prompts import Encoded
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch
@@ -57,6 +58,11 @@ class LengthOrder:
             self._batches = [batches[i] for i in random.permutation(len(batches))]
             self._epoch = epoch
         return self._batches
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up shorter rows; which one it is has no effect on anything."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def collate(encoded: Encoded, rows: Sequence[int] | np.ndarray, prefix: Sequence[int], pad: int) -> Batch:

@@ -93,11 +93,6 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up shorter rows; which one it is has no effect on anything."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 def due(settings: CheckpointConfig, step: int, order: LengthOrder) -> bool:
     """Whether a checkpoint is to be written after so many steps."""
     epoch, cursor = order.position(step)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from blacksmith.experiments.pytorch.llama.batches import collate
+from blacksmith.experiments.pytorch.llama.batches import collate, padding
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
-from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, causal_model, hidden_states
+from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, causal_model, common_prefix, target_logits
 from blacksmith.run import StopFlag
 
 
@@ -120,11 +120,7 @@ def score(
     right, wrong, single = questions.right, questions.wrong, questions.single
     shared = right.shared_prefix() if shared_prefix else []
     if shared and not single:
-        other = wrong.shared_prefix()
-        length = next(
-            (i for i, (a, b) in enumerate(zip(shared, other)) if a != b), min(len(shared), len(other))
-        )
-        shared = shared[:length]
+        shared = common_prefix([shared, wrong.shared_prefix()])
     logs = np.empty((len(questions), 2))
     loss, count = 0.0, 0
     training = model.training
@@ -162,10 +158,7 @@ def score(
 
 def _log_probabilities(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Rows of the learnt places, int64 [places], and log-probabilities, float32 [places, vocabulary]."""
-    learnt = batch.targets != IGNORED
-    hidden = hidden_states(model, batch.prefix, batch.tokens)
-    logits = causal_model(model).lm_head(hidden[learnt]).float()
-    return learnt.nonzero()[:, 0], F.log_softmax(logits, 1)
+    return (batch.targets != IGNORED).nonzero()[:, 0], F.log_softmax(target_logits(model, batch), 1)
 
 
 def _picked(found: Tensor, batch: Batch) -> Tensor:
@@ -200,7 +193,7 @@ def generate(
       stop: once true, no more are asked.
     """
     device = next(model.parameters()).device
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = padding(tokenizer)
     asked = [tokens[:answer] for tokens, answer in zip(encoded.tokens, encoded.answers)]
     texts = [""] * len(asked)
     training = model.training

@@ -20,8 +20,8 @@ from torch import Tensor
 from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama import checkpoints, evaluation
-from blacksmith.experiments.pytorch.llama.batches import LengthOrder, collate
-from blacksmith.experiments.pytorch.llama.checkpoints import build_model, padding
+from blacksmith.experiments.pytorch.llama.batches import LengthOrder, collate, padding
+from blacksmith.experiments.pytorch.llama.checkpoints import build_model
 from blacksmith.experiments.pytorch.llama.configs import evaluate_every, total_steps
 from blacksmith.experiments.pytorch.llama.evaluation import Questions
 from blacksmith.experiments.pytorch.llama.journal import Journal
@@ -32,6 +32,7 @@ from blacksmith.models.pytorch.llama.adapters import merge
 from blacksmith.models.pytorch.llama.prefix import token_losses
 from blacksmith.order import seed_words
 from blacksmith.run import STOPPED, Run, write_json
+from blacksmith.shared_configs import check_same_decay
 
 
 def main(run: Run) -> int:
@@ -384,17 +385,8 @@ def check_schedule(run: Run, order: LengthOrder, end: int) -> None:
             f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step of the run's {end} for what "
             "follows"
         )
-    if run.resumed is None or schedule.name == "constant":
-        return
-    before = run.resumed.state["config"]
-    old_end = before["train"]["steps"] or before["train"]["epochs"] * order.steps_per_epoch
-    old = before["schedule"]["decay_steps"] or old_end - schedule.warmup_steps
-    new = schedule.decay_steps or end - schedule.warmup_steps
-    if new != old:
-        raise ConfigError(
-            f"the schedule {schedule.name!r} decayed over {old} steps and would now over {new}; "
-            f"set Schedule.decay_steps = {old}"
-        )
+    if run.resumed is not None:
+        check_same_decay(schedule, run.resumed.state["config"], order.steps_per_epoch, end)
 
 
 def describe(

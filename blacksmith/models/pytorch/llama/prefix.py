@@ -91,12 +91,16 @@ def hidden_states(model: torch.nn.Module, prefix: Tensor, tokens: Tensor) -> Ten
     return decoder(input_ids=tokens, cache=shared, use_cache=True).last_hidden_state
 
 
+def target_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """The head's output where there is a target, row by row: float32 [targets, vocabulary]."""
+    hidden = hidden_states(model, batch.prefix, batch.tokens)
+    return causal_model(model).lm_head(hidden[batch.targets != IGNORED]).float()
+
+
 def token_losses(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy of each target in nats, row by row: float32 [targets]."""
-    hidden = hidden_states(model, batch.prefix, batch.tokens)
-    learnt = batch.targets != IGNORED
-    logits = causal_model(model).lm_head(hidden[learnt])
-    return F.cross_entropy(logits.float(), batch.targets[learnt], reduction="none")
+    logits = target_logits(model, batch)
+    return F.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="none")
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:

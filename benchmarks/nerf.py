@@ -31,15 +31,14 @@ THREADS = 2
 
 # name: (scene, downscale, gin file, steps, seconds at which to look, the budget last, further bindings)
 NO_HULL = ["nerf.Data.hull = False"]
-FINER = ["nerf.Grid.resolutions = (64, 112, 144)"]
 FINEST = ["nerf.Grid.resolutions = (64, 112, 168)"]
 RUNS = {
     "anvil_60s": ("anvil", 1, "nerf_blender", 900, (10, 30, 60), []),
     "lego100_60s": ("lego", 2, "nerf_blender", 900, (10, 30, 60), []),
-    "lego200_180s": ("lego", 1, "nerf_blender", 2700, (30, 60, 180), FINER),
+    "lego200_180s": ("lego", 1, "nerf_blender_fine", 2700, (30, 60, 180), []),
     "lego100_no_hull_30s": ("lego", 2, "nerf_blender", 450, (10, 30), NO_HULL),
     "lego100_no_hull_120s": ("lego", 2, "nerf_blender", 1800, (30, 60, 120), NO_HULL),
-    "lego200_600s": ("lego", 1, "nerf_blender", 8000, (60, 180, 300, 600), FINEST),
+    "lego200_600s": ("lego", 1, "nerf_blender_fine", 8000, (60, 180, 300, 600), FINEST),
 }
 VANILLA_RUNS = {
     "anvil_vanilla_120s": ("anvil", 1, "nerf_vanilla", 200000, (60, 120), ["nerf.Train.rays = 512"]),

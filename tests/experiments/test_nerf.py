@@ -1,5 +1,6 @@
 """The NeRF experiment end to end, as a user runs it, on a ball of known pictures."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -346,6 +347,19 @@ def test_the_published_settings_are_ours():
     assert (train.rays, train.network_learning_rate, train.final_fraction) == (4096, 5e-4, 0.1)
     assert (train.beta_1, train.beta_2, train.epsilon) == (0.9, 0.999, 1e-7)
     assert (config.data.near, config.data.far, config.data.background) == (2.0, 6.0, "white")
+
+
+def test_the_fine_preset_is_the_default_with_finer_levels_and_more_steps():
+    default = launcher.resolve(["gin/nerf_blender.gin"], []).config
+    fine = launcher.resolve(["gin/nerf_blender_fine.gin"], []).config
+    assert fine.grid.resolutions > default.grid.resolutions
+    assert fine.train.steps == 2700
+    same = dataclasses.replace(
+        fine,
+        grid=dataclasses.replace(fine.grid, resolutions=default.grid.resolutions),
+        train=dataclasses.replace(fine.train, steps=default.train.steps),
+    )
+    assert same == default
 
 
 def test_the_gpu_preset_takes_its_steps_on_a_cpu(run, tmp_path):

@@ -1,6 +1,7 @@
 """The Llama experiment end to end, as a user runs it, on the sentences that come with the package."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -319,8 +320,52 @@ def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path):
     one, other = (json.loads((tmp_path / d / "eval.json").read_text()) for d in ("a", "b"))
     assert one["test"] == other["test"]
     assert "val" not in other
+    assert run(*settings, directory=tmp_path / "x", flags={"mode": "export", "resume": str(adapter)}) == 0
+    assert run(*settings, directory=tmp_path / "y", flags={**newest, "mode": "export"}) == 0
+    exported = [load_file(tmp_path / d / "export" / "model.safetensors") for d in ("x", "y")]
+    assert exported[0].keys() == exported[1].keys()
+    for name, value in exported[0].items():
+        assert torch.equal(value, exported[1][name])
+    before = load_file(base / "model.safetensors")
+    assert any(not torch.equal(value, before[name]) for name, value in exported[0].items())
     with pytest.raises(ConfigError, match="no state of a run to go on from"):
         run(*settings, directory=tmp_path / "c", flags={"resume": str(adapter)})
+
+
+def test_the_base_model_may_move_but_not_change(run, base, tmp_path):
+    settings = [*LORA, "llama.Train.steps = 6", "Schedule.decay_steps = 10"]
+    own = shutil.copytree(base, tmp_path / "own")
+    run(*settings, *pretrained(own))
+    moved = own.rename(tmp_path / "moved")
+    assert run(*settings, *pretrained(moved), "llama.Train.steps = 8") == 0
+    assert result(tmp_path / "run")["step"] == 8
+    tokenizer = byte_tokenizer()
+    loading.make_model(len(tokenizer), 32, 48, 2, 4, 2, 512, seed=6).save_pretrained(moved)
+    for flags in ({}, {"mode": "eval"}, {"mode": "export"}):
+        with pytest.raises(CheckpointError, match="base model of other weights") as caught:
+            run(*settings, *pretrained(moved), "llama.Train.steps = 10", flags=flags)
+        assert "\n" not in str(caught.value)
+    assert result(tmp_path / "run")["step"] == 8
+    loading.make_model(len(tokenizer), 32, 48, 2, 4, 2, 512, seed=5).save_pretrained(moved)
+    vocabulary = json.loads((moved / "tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (moved / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(CheckpointError, match="base model of another vocabulary"):
+        run(*settings, *pretrained(moved), "llama.Train.steps = 10")
+
+
+def test_a_full_fine_tuning_goes_on_without_its_base(run, base, tmp_path):
+    own = shutil.copytree(base, tmp_path / "own")
+    settings = ["llama.Train.steps = 4", "Schedule.decay_steps = 10"]
+    run(*settings, *pretrained(own))
+    # Its checkpoint holds all weights: what the base has become is of no interest.
+    tokenizer = byte_tokenizer()
+    loading.make_model(len(tokenizer), 32, 48, 2, 4, 2, 512, seed=6).save_pretrained(own)
+    assert run(*settings, *pretrained(own), "llama.Train.steps = 8") == 0
+    run(*settings, *pretrained(base), "llama.Train.steps = 8", directory=tmp_path / "whole")
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

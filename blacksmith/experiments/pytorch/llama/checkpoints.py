@@ -83,6 +83,7 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             seed=seed_words(config.run.seed, "adapter"),
         )
     if run.resumed is not None:
+        check_base(run, loading.fingerprint(model, tokenizer))
         load_weights(model, run.resumed.path)
     if settings.compile:
         # Not whole layers: each has keys and values of its own, and would be compiled anew.
@@ -91,6 +92,21 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
     return model, tokenizer
+
+
+def check_base(run: Run, found: dict[str, str]) -> None:
+    """Checks that a checkpoint's base model is the one that was loaded now.
+
+    Raises:
+      CheckpointError: it is another, or its files have changed.
+    """
+    for what, value in run.resumed.state["loop"]["base"].items():
+        if found[what] != value:
+            other = "other" if what == "weights" else "another"
+            raise CheckpointError(
+                f"{run.resumed.path} was trained on a base model of {other} {what} than "
+                f"llama.Model.name_or_path = {run.config.model.name_or_path!r} has now; name that one"
+            )
 
 
 def due(settings: CheckpointConfig, step: int, order: LengthOrder) -> bool:
@@ -104,12 +120,13 @@ def due(settings: CheckpointConfig, step: int, order: LengthOrder) -> bool:
 def save(
     run: Run,
     model: torch.nn.Module,
+    base: dict[str, str],
     optimizer: torch.optim.Optimizer,
     weights: Mapping[str, Tensor],
     loop: Loop,
     epoch: float,
 ) -> None:
-    """Writes a checkpoint of the present state."""
+    """Writes a checkpoint of the present state; `base` is the base model's fingerprint."""
     tensors, numbers = state_tensors(optimizer, {weight: name for name, weight in weights.items()})
 
     def write(directory: Path) -> None:
@@ -120,7 +137,7 @@ def save(
             adapters.save_adapter(model, directory)
         save_file(tensors, directory / OPTIMIZER)
 
-    state = {**dataclasses.asdict(loop), "optimizer_numbers": numbers, "epoch": epoch}
+    state = {**dataclasses.asdict(loop), "optimizer_numbers": numbers, "epoch": epoch, "base": base}
     # Metrics of older weights would make this checkpoint look as good as they were.
     current = loop.validation if loop.validated_at == loop.step > 0 else {}
     run.save_checkpoint(loop.step, state, write, current)
@@ -137,6 +154,7 @@ def resume(run: Run, optimizer: torch.optim.Optimizer, weights: Mapping[str, Ten
     state = dict(run.resumed.state["loop"])
     numbers = state.pop("optimizer_numbers")
     state.pop("epoch")
+    state.pop("base")
     path = run.resumed.path / OPTIMIZER
     try:
         tensors = load_file(path)

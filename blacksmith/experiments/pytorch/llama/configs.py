@@ -63,6 +63,7 @@ class Model:
         None,
         "an asset (smollm2-135m), a directory, a .gguf file or a Hugging Face id; None: from scratch",
         min_length=1,
+        resume_may_change=True,
     )
     hidden_size: int = setting(64, "from scratch: width", gt=0)
     intermediate_size: int = setting(176, "from scratch: width within the MLP", gt=0)
@@ -130,7 +131,9 @@ class Train:
     )
     epsilon: float | None = setting(None, "added to the denominator; None: the optimiser's default", gt=0)
     clip_norm: float | None = setting(1.0, "the norm of all gradients together is cut to this", gt=0)
-    precision: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: matrix products under autocast")
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "bfloat16: matrix products under autocast", evaluation_may_change=True
+    )
     evaluate_every_steps: int | None = setting(
         None, "look at the validation set every so many steps; None: ten times in all", gt=0
     )

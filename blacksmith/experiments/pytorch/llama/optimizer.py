@@ -34,6 +34,10 @@ def make_optimizer(train: Train, parameters: Mapping[str, Tensor]) -> torch.opti
         raise ConfigError(f"llama.Train.optimizer: torch.optim has no {train.optimizer!r}{hint}")
     if train.optimizer in ("LBFGS", "SparseAdam"):
         raise ConfigError(f"llama.Train.optimizer = {train.optimizer!r} does not fit this loop; AdamW does")
+    if train.optimizer == "Rprop":
+        raise ConfigError(
+            'llama.Train.optimizer = "Rprop" has step sizes of its own, on which the schedule has no effect'
+        )
     kind = classes[train.optimizer]
     taken = inspect.signature(kind).parameters
     options: dict[str, Any] = {"lr": train.learning_rate}

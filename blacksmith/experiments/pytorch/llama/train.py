@@ -60,6 +60,7 @@ def train(run: Run) -> int:
 
     # What is trained, and where the run stands.
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    base = loading.fingerprint(model, tokenizer)
     optimizer = make_optimizer(settings, weights)
     loop = checkpoints.resume(run, optimizer, weights)
     saved_at = loop.step if run.goes_on else -1
@@ -84,7 +85,7 @@ def train(run: Run) -> int:
             due = checkpoints.due(config.checkpoint, loop.step, order)
             if (due or improved or last or run.stop) and saved_at != loop.step:
                 with journal.paused():
-                    checkpoints.save(run, model, optimizer, weights, loop, journal.epoch)
+                    checkpoints.save(run, model, base, optimizer, weights, loop, journal.epoch)
                 saved_at = loop.step
             if last or run.stop:
                 break

@@ -147,6 +147,21 @@ def test_too_long_examples_lose_the_end_of_their_sentence_and_are_counted(tokeni
                 assert len(tokens) >= limit - 5
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_longer_answer_says_what_is_too_long_whatever_the_label(kind, label):
+    tokenizer = TOKENIZERS[kind]()
+    prompt = Prompt.of(TEMPLATE, ("no", "without any doubt at all yes"))
+    lengths = [
+        [len(tokenizer(prompt.question(s) + a).input_ids) + 1 for a in prompt.labels] for s in SENTENCES
+    ]
+    assert all(short < long for short, long in lengths)
+    for limit in range(min(long for _, long in lengths), max(long for _, long in lengths) + 1):
+        labels = [label] * len(SENTENCES)
+        found = encode(tokenizer, prompt, SENTENCES, labels, max_length=limit, too_long="drop")
+        assert found.rows.tolist() == [i for i, (_, long) in enumerate(lengths) if long <= limit]
+
+
 def test_a_prompt_that_does_not_fit_is_an_error():
     with pytest.raises(ConfigError, match=r"without a sentence, more than llama\.Data\.max_length = 10"):
         encoded(byte_tokenizer(), max_length=10, too_long="truncate")

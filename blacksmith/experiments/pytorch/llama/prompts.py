@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from blacksmith.errors import ConfigError
 from blacksmith.models.pytorch.llama.prefix import common_prefix
 
+_SEAM = 8  # tokens by which an answer may change what stands before it
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -98,11 +100,17 @@ def encode(
     Raises:
       ConfigError: the prompt alone is longer, or has no token before the answer.
     """
-    whole = [_encode(tokenizer, prompt, sentences, answer) for answer in prompt.labels]
+    own = _encode(tokenizer, prompt, sentences, [prompt.labels[label] for label in labels])
+    # No answer has more tokens than bytes, so that the other one matters near the limit alone.
+    margin = _SEAM + max(len(answer.encode()) for answer in prompt.labels)
+    near = [row for row, one in enumerate(own) if len(one.tokens) > max_length - margin]
+    others = _encode(
+        tokenizer, prompt, [sentences[row] for row in near], [prompt.labels[1 - labels[row]] for row in near]
+    )
+    longest = {row: max(len(own[row].tokens), len(other.tokens)) for row, other in zip(near, others)}
     rows, tokens, starts, truncated = [], [], [], 0
-    for row, (sentence, label) in enumerate(zip(sentences, labels)):
-        found = whole[label][row]
-        if max(len(one[row].tokens) for one in whole) > max_length:
+    for row, (sentence, label, found) in enumerate(zip(sentences, labels, own)):
+        if longest.get(row, 0) > max_length:
             if too_long == "drop":
                 continue
             found = _shorten(tokenizer, prompt, sentence, found.spans, max_length)[label]
@@ -124,13 +132,13 @@ class _Example(NamedTuple):
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str], answer: str
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str], answers: Sequence[str]
 ) -> list[_Example]:
-    """Sentences in the prompt with one answer."""
+    """Sentences in the prompt, each with its answer."""
     questions = [prompt.question(sentence) for sentence in sentences]
     if not questions:
         return []
-    texts = [question + answer for question in questions]
+    texts = [question + answer for question, answer in zip(questions, answers)]
     encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, truncation=False)
     found = []
     for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
@@ -156,13 +164,14 @@ def _shorten(
     while low < high:
         middle = (low + high) // 2
         cut = sentence[: ends[middle]].rstrip()
-        found = [_encode(tokenizer, prompt, [cut], answer)[0] for answer in prompt.labels]
+        found = _encode(tokenizer, prompt, [cut] * len(prompt.labels), prompt.labels)
         if max(len(one.tokens) for one in found) <= max_length:
             best, low = found, middle + 1
         else:
             high = middle
     if best is None:
-        needed = max(len(_encode(tokenizer, prompt, [""], answer)[0].tokens) for answer in prompt.labels)
+        empty = _encode(tokenizer, prompt, [""] * len(prompt.labels), prompt.labels)
+        needed = max(len(one.tokens) for one in empty)
         raise ConfigError(
             f"llama.Data.template needs {needed} tokens without a sentence, more than "
             f"llama.Data.max_length = {max_length}; shorten it or raise the limit"

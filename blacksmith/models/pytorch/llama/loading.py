@@ -94,13 +94,14 @@ def load_model(
       DataError: it is missing, out of reach, gated, broken, or no Llama.
       ConfigError: the attention is not installed.
     """
-    directory, options = _find(name_or_path)
-    tokenizer = _tokenizer(name_or_path, directory, options)
+    directory, config, options = _find(name_or_path)
+    tokenizer = _tokenizer(name_or_path, directory, config, options)
     # Reading a GGUF file draws a bar that has no switch.
     hidden = contextlib.redirect_stderr(io.StringIO()) if options else contextlib.nullcontext()
     with _broken(name_or_path), quiet(), hidden, _clear(attention):
         model, info = LlamaForCausalLM.from_pretrained(
             directory,
+            config=config,
             **options,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
@@ -160,11 +161,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return _tokenizer(name_or_path, *_find(name_or_path))
 
 
-def _tokenizer(name: str, directory: Path, options: dict[str, str]) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    name: str, directory: Path, config: LlamaConfig, options: dict[str, str]
+) -> PreTrainedTokenizerBase:
     if not options and not _has_tokenizer(directory):
         raise DataError(f"{name}: there is no tokenizer.json in {directory}")
     with _broken(name), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=config, local_files_only=True, **options)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise DataError(
             f"{name}: the tokenizer has no end token, or does not know the characters of its tokens"
@@ -172,8 +175,8 @@ def _tokenizer(name: str, directory: Path, options: dict[str, str]) -> PreTraine
     return tokenizer
 
 
-def _find(name: str) -> tuple[Path, dict[str, str]]:
-    """The directory that holds a model, and what `from_pretrained` has to be told besides.
+def _find(name: str) -> tuple[Path, LlamaConfig, dict[str, str]]:
+    """The directory that holds a model, its sizes, and what `from_pretrained` has to be told besides.
 
     Raises:
       DataError: it is nowhere, no Llama, or one that would not be loaded as it is.
@@ -213,7 +216,7 @@ def _find(name: str) -> tuple[Path, dict[str, str]]:
         raise DataError(f"{name} is a {config.model_type} model; this experiment fine-tunes llama models")
     if getattr(config, "quantization_config", None):
         raise DataError(f"{name} is quantised by its config.json; take weights that are not, or a .gguf file")
-    return path, options
+    return path, config, options
 
 
 def _check_rope(path: Path) -> None:

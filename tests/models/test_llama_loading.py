@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blacksmith import assets
 from blacksmith.errors import DataError
@@ -284,6 +284,52 @@ def test_a_gguf_file_gives_the_model_in_it_and_can_be_saved_as_plain_weights(tmp
     assert torch.equal(logits(again), logits(model))
 
 
+def test_a_gguf_file_is_read_once_and_then_comes_from_the_cache_to_the_bit(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "small.gguf"
+    write_gguf(path)
+    capfd.readouterr()
+    first, tokenizer = loading.load_model(str(path))
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "the next time it comes from" in captured.err
+    direct = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    monkeypatch.setattr(gguf, "GGUFReader", None)  # what transformers parses one with
+    moved = path.rename(tmp_path / "moved.gguf")
+    capfd.readouterr()
+    second, again = loading.load_model(str(moved))
+    assert capfd.readouterr() == ("", "")
+    wanted = direct.state_dict()
+    for model in (first, second):
+        found = model.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert again.get_vocab() == tokenizer.get_vocab()
+    text = "Review: a fine film \U0001f600\n"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert loading.fingerprint(first, tokenizer) == loading.fingerprint(second, again)
+    assert loading.load_model(str(moved), dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert [p.name[0] for p in (tmp_path / "cache" / "gguf").iterdir()] != ["."]
+
+
+def test_a_gguf_file_that_fails_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "small.gguf"
+    write_gguf(path)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+        with pytest.raises(DataError, match=r"cannot be written, see BLACKSMITH_CACHE: .*No space") as caught:
+            loading.load_model(str(path))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").rglob("*.*")) == []
+    loading.load_model(str(path))
+
+
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_gguf_file_is_one_line(tmp_path, part):
     write_gguf(tmp_path / "small.gguf")
@@ -447,6 +493,7 @@ def test_loading_is_quiet(directory, tmp_path, capfd, kind):
     if kind == "gguf":
         path = tmp_path / "small.gguf"
         write_gguf(path)
+        loading.load_model(str(path))  # its first reading is told in one line
         capfd.readouterr()
     loading.load_model(str(path))
     assert capfd.readouterr() == ("", "")

@@ -4,15 +4,26 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub
 import torch
 from huggingface_hub import constants, errors
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
@@ -94,38 +105,11 @@ def load_model(
       DataError: it is missing, out of reach, gated, broken, or no Llama.
       ConfigError: the attention is not installed.
     """
-    directory, config, options = _find(name_or_path)
-    tokenizer = _tokenizer(name_or_path, directory, config, options)
-    # Reading a GGUF file draws a bar that has no switch.
-    hidden = contextlib.redirect_stderr(io.StringIO()) if options else contextlib.nullcontext()
-    with _broken(name_or_path), quiet(), hidden, _clear(attention):
-        model, info = LlamaForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            **options,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # told below, by name
-            output_loading_info=True,
-            **({} if options else {"use_safetensors": True}),
-        )
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info[kind]:
-            first = sorted(map(str, info[kind]))[0]
-            raise DataError(
-                f"{name_or_path}: the weights are not those of its config: {kind.replace('_', ' ')}, "
-                f"such as {first}"
-            )
-    if options:
-        # The weights are plain numbers now, and are to be saved as such.
-        for owner, name in (
-            (model.config, "quantization_config"),
-            (model, "hf_quantizer"),
-            (model, "is_quantized"),
-        ):
-            with contextlib.suppress(AttributeError):
-                delattr(owner, name)
+    directory, config = _find(name_or_path)
+    tokenizer = _tokenizer(name_or_path, directory, config=config)
+    options = {"config": config, "use_safetensors": True, "attn_implementation": attention}
+    with _clear(attention):
+        model = _weights(name_or_path, directory, dtype=getattr(torch, dtype), **options)
     rows = model.get_input_embeddings().num_embeddings
     # Without tokens that were added by name: some are there only to be complete.
     if tokenizer.vocab_size > rows or tokenizer.eos_token_id >= rows:
@@ -158,16 +142,38 @@ def fingerprint(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> d
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained model; see `load_model`."""
-    return _tokenizer(name_or_path, *_find(name_or_path))
+    directory, config = _find(name_or_path)
+    return _tokenizer(name_or_path, directory, config=config)
 
 
-def _tokenizer(
-    name: str, directory: Path, config: LlamaConfig, options: dict[str, str]
-) -> PreTrainedTokenizerBase:
-    if not options and not _has_tokenizer(directory):
+def _weights(name: str, directory: Path, **options: Any) -> LlamaForCausalLM:
+    """A directory's model, all of its weights there and no others.
+
+    Raises:
+      DataError: it cannot be read, or config and weights do not belong together.
+    """
+    with _broken(name), quiet():
+        model, info = LlamaForCausalLM.from_pretrained(
+            directory,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
+            **options,
+        )
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
+            raise DataError(
+                f"{name}: the weights are not those of its config: {kind.replace('_', ' ')}, such as {first}"
+            )
+    return model
+
+
+def _tokenizer(name: str, directory: Path, **options: Any) -> PreTrainedTokenizerBase:
+    if not _has_tokenizer(directory) and "gguf_file" not in options:
         raise DataError(f"{name}: there is no tokenizer.json in {directory}")
     with _broken(name), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(directory, config=config, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise DataError(
             f"{name}: the tokenizer has no end token, or does not know the characters of its tokens"
@@ -175,8 +181,8 @@ def _tokenizer(
     return tokenizer
 
 
-def _find(name: str) -> tuple[Path, LlamaConfig, dict[str, str]]:
-    """The directory that holds a model, its sizes, and what `from_pretrained` has to be told besides.
+def _find(name: str) -> tuple[Path, LlamaConfig]:
+    """The directory that holds a model, and its sizes.
 
     Raises:
       DataError: it is nowhere, no Llama, or one that would not be loaded as it is.
@@ -190,14 +196,12 @@ def _find(name: str) -> tuple[Path, LlamaConfig, dict[str, str]]:
     if path.is_file():
         if path.suffix != ".gguf":
             raise DataError(f"{name} is a file but no .gguf; name the directory that holds config.json")
-        options = {"gguf_file": path.name}
-        path = path.parent
+        path = _from_gguf(name, path)
     elif path.is_dir():
-        options = {}
         if not (path / "config.json").is_file():
             raise DataError(f"{name}: there is no config.json in the directory")
     elif _HUB_ID.fullmatch(name) and not name.startswith("."):
-        path, options = _fetch(name), {}
+        path = _fetch(name)
     else:
         raise DataError(
             f"llama.Model.name_or_path = {name!r} is no asset ({', '.join(_models())}), directory, .gguf "
@@ -209,14 +213,68 @@ def _find(name: str) -> tuple[Path, LlamaConfig, dict[str, str]]:
             "adapter to a directory of its own"
         )
     with _broken(name), quiet():
-        if options:
-            _check_rope(path / options["gguf_file"])
-        config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
-    if config.model_type != "llama":
-        raise DataError(f"{name} is a {config.model_type} model; this experiment fine-tunes llama models")
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    _check_llama(name, config)
     if getattr(config, "quantization_config", None):
         raise DataError(f"{name} is quantised by its config.json; take weights that are not, or a .gguf file")
-    return path, config, options
+    return path, config
+
+
+def _from_gguf(name: str, path: Path) -> Path:
+    """The directory in the cache that holds a GGUF file's model as safetensors; it is made on the first use.
+
+    transformers parses a GGUF file three times over in Python, a quarter of a minute for 135M weights, and
+    has plain float32 numbers then. From safetensors the same model is there in a second.
+
+    Raises:
+      DataError: the file is broken, no Llama, or one that would not be loaded as it is; the cache cannot be
+        written.
+    """
+    with _broken(name), open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    directory = assets.cache_dir() / "gguf" / digest[:32]
+    if directory.is_dir():
+        return directory
+    with _broken(name), quiet():
+        _check_rope(path)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    _check_llama(name, config)
+    print(f"{name}: reading it takes a moment; the next time it comes from {directory}", file=sys.stderr)
+    tokenizer = _tokenizer(name, path.parent, config=config, gguf_file=path.name)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that has no switch
+        model = _weights(name, path.parent, config=config, gguf_file=path.name, dtype=torch.float32)
+    # The weights are plain numbers now, and are to be saved as such.
+    for owner, attribute in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+    ):
+        with contextlib.suppress(AttributeError):
+            delattr(owner, attribute)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        with quiet():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        temporary.rename(directory)
+    except (OSError, SafetensorError) as error:
+        if directory.is_dir():
+            return directory  # another process was faster
+        reason = _first_line(error)
+        raise DataError(f"the cache cannot be written, see BLACKSMITH_CACHE: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def _check_llama(name: str, config: PretrainedConfig) -> None:
+    """Refuses models of another kind.
+
+    Raises:
+      DataError: it is one.
+    """
+    if config.model_type != "llama":
+        raise DataError(f"{name} is a {config.model_type} model; this experiment fine-tunes llama models")
 
 
 def _check_rope(path: Path) -> None:

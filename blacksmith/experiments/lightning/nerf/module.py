@@ -19,6 +19,7 @@ from blacksmith.experiments.lightning.nerf import fields
 from blacksmith.experiments.lightning.nerf.pictures import (
     depth_colours,
     error_colours,
+    labels_of,
     strip,
     to_bytes,
     write_png,
@@ -243,8 +244,10 @@ class NerfModule(L.LightningModule):
             errors.append(float(np.square(rgb - truth).mean(dtype=np.float64)))
             ratios.append(psnr(rgb, truth))
             depth = depth_colours(rendered.depth.cpu().numpy(), rendered.opacity.cpu().numpy())
-            shown = strip([to_bytes(truth), to_bytes(rgb), error_colours(rgb, truth), depth])
-            run.metrics.image(step, f"val/{self._validation.names[index]}", shown)
+            pictures = [to_bytes(truth), to_bytes(rgb), error_colours(rgb, truth), depth]
+            name = self._validation.names[index]
+            shown = strip(pictures, list(labels_of(f"val view {name}", ratios[-1]).values()))
+            run.metrics.image(step, f"val/{name}", shown)
             if index == 0:
                 (run.directory / "images").mkdir(exist_ok=True)
                 write_png(run.directory / "images" / f"val_{step:08d}.png", shown)

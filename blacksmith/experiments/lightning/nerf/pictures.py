@@ -105,6 +105,21 @@ def strip(pictures: Sequence[np.ndarray], labels: Sequence[str] = ()) -> np.ndar
     return np.asarray(sheet)
 
 
+def labels_of(view: str, ratio: float) -> dict[str, str]:
+    """What stands above truth, render, error and depth of a view, by the endings of their files' names.
+
+    Args:
+      view: split and name.
+      ratio: PSNR of the render, in dB.
+    """
+    return {
+        "_truth": f"truth, {view}",
+        "": f"render, {ratio:.2f} dB",
+        "_error": f"error, 0 to {ERROR_SCALE:g}",
+        "_depth": "depth, near is bright",
+    }
+
+
 def write_png(path: Path, pixels: np.ndarray) -> None:
     """Writes uint8 [height, width, 3] (or 4) as PNG, under a temporary name until it is whole.
 

@@ -27,9 +27,9 @@ from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.cameras import Camera, orbit
 from blacksmith.errors import ConfigError, RunError
 from blacksmith.experiments.lightning.nerf.pictures import (
-    ERROR_SCALE,
     depth_colours,
     error_colours,
+    labels_of,
     strip,
     to_bytes,
     write_png,
@@ -127,12 +127,7 @@ def write_gallery(results: Path, images: Path, scores: dict[str, Any], split: st
     written = []
     for rank, place in sorted(places.items()):
         image = ranked[rank]
-        labels = {
-            "_truth": f"truth, {split} view {image['name']}",
-            "": f"render, {image['psnr']:.2f} dB",
-            "_error": f"error, 0 to {ERROR_SCALE:g}",
-            "_depth": "depth, near is bright",
-        }
+        labels = labels_of(f"{split} view {image['name']}", image["psnr"])
         pictures = [_fitted(results / f"{image['name']}{kind}.png") for kind in labels]
         name = re.sub(r"[^\w.-]+", "_", image["name"])
         written.append(images / f"{split}_{place}_{name}.png")

@@ -136,6 +136,14 @@ class Checkpoints:
         """The best intact checkpoint by `metric`, the earlier of equals; None if none carries it."""
         return self._first_intact(self._by_metric())
 
+    def chosen(self) -> Saved | None:
+        """What is tested, evaluated and exported: the best checkpoint if the best are kept, else the newest.
+
+        Raises:
+          CheckpointError: there are checkpoints and none is intact.
+        """
+        return (self.best() if self.keep_best else None) or self.newest()
+
     def clean(self) -> None:
         """Removes what an interrupted `save` left; call it only while the run's lock is held."""
         if not self.directory.is_dir():

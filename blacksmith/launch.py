@@ -252,7 +252,7 @@ def run_experiment(
                 "--resume=PATH"
             )
         if mode != "train" and saved is not None:
-            saved = own.best() or saved
+            saved = own.chosen()
     else:
         if seen and mode == "train":
             raise ConfigError(
@@ -271,8 +271,8 @@ def run_experiment(
                 )
             foreign = path
         elif resume != "never":
-            best = runs.checkpoints_of(path, config).best() if mode != "train" else None
-            saved = best or find(path)
+            chosen = runs.checkpoints_of(path, config).chosen() if mode != "train" else None
+            saved = chosen or find(path)
     if saved is not None:
         runs.check_resume(saved, config, experiment, mode=mode)
     name = devices.activate(experiment, resolved.backend, device)

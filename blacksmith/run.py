@@ -427,7 +427,9 @@ def check_resume(saved: Saved, config: Any, experiment: Experiment, *, mode: str
     """
     if saved.state["checkpoint_format"] != experiment.checkpoint_format:
         raise CheckpointError(
-            f"{saved.path} was written by {saved.state['experiment']} and does not fit {experiment.name}"
+            f"{saved.path} was written by {saved.state['experiment']} in the format "
+            f"{saved.state['checkpoint_format']} and does not fit {experiment.name}, which reads "
+            f"{experiment.checkpoint_format}"
         )
     different = configuration.forbidden_changes(config, saved.state["config"], mode=mode)
     if different:

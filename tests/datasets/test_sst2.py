@@ -100,7 +100,8 @@ def test_every_format_gives_the_same_examples_and_the_same_hash(tmp_path, suffix
 def test_the_hash_depends_on_sentences_labels_order_and_on_what_is_test():
     def digest(train, test):
         parts = [
-            Examples(tuple(s for s, _ in rows), np.array([y for _, y in rows])) for rows in (train, test)
+            Examples(tuple(s for s, _ in rows), np.array([y for _, y in rows]), np.arange(1, len(rows) + 1))
+            for rows in (train, test)
         ]
         return content_sha256(*parts)
 

@@ -1,6 +1,7 @@
 """The Llama experiment end to end, as a user runs it, on the sentences that come with the package."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -228,10 +229,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_examples(run, tmp_
         return losses(model, batch) * (torch.nan if len(calls) == 8 else 1)
 
     monkeypatch.setattr(train, "token_losses", broken)
-    with pytest.raises(RunError, match=r"loss nan .*at step 8, training examples \d+, .*step_00000006"):
-        run("Checkpoint.every_steps = 3", "Checkpoint.keep_best = 0")
+    with pytest.raises(
+        RunError, match=r"loss nan .*at step 8, rows ([\d, ]+) of the training data; .*step_00000006"
+    ) as caught:
+        run("Checkpoint.every_steps = 3", "Checkpoint.keep_best = 0", "llama.Data.min_words = 8")
     assert find(tmp_path / "run").step == 6
     assert result(tmp_path / "run")["status"] == "failed"
+    # The rows are those of the file, whatever was held out or left out before.
+    data = sst2.load("sample", validation=20, seed=0)
+    named = [int(n) for n in re.search(r"rows ([\d, ]+) of", str(caught.value))[1].split(", ")]
+    table = (Path(sst2.__file__).with_name("sample.tsv")).read_text().splitlines()
+    training = [line.split("\t") for line in table[1:]]
+    sentences = {s for s in data.train.sentences if len(s.split()) >= 8}
+    assert len(named) == 8
+    for number in named:
+        assert any(column in sentences for column in training[number - 1])
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
 
@@ -347,11 +359,20 @@ def test_the_base_model_may_move_but_not_change(run, base, tmp_path):
         assert "\n" not in str(caught.value)
     assert result(tmp_path / "run")["step"] == 8
     loading.make_model(len(tokenizer), 32, 48, 2, 4, 2, 512, seed=5).save_pretrained(moved)
+    config = json.loads((moved / "config.json").read_text())
+    for change in (
+        {"rms_norm_eps": 1e-3},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    ):
+        (moved / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match="base model of another architecture"):
+            run(*settings, *pretrained(moved), flags={"mode": "eval"})
+    (moved / "config.json").write_text(json.dumps(config))
     vocabulary = json.loads((moved / "tokenizer.json").read_text())
     words = vocabulary["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     (moved / "tokenizer.json").write_text(json.dumps(vocabulary))
-    with pytest.raises(CheckpointError, match="base model of another vocabulary"):
+    with pytest.raises(CheckpointError, match="base model of another tokenizer"):
         run(*settings, *pretrained(moved), "llama.Train.steps = 10")
 
 

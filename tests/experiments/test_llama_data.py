@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama.batches import LengthOrder, collate
+from blacksmith.experiments.pytorch.llama.evaluation import Questions
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.models.pytorch.llama.prefix import IGNORED
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
@@ -160,6 +161,19 @@ def test_the_longer_answer_says_what_is_too_long_whatever_the_label(kind, label)
         labels = [label] * len(SENTENCES)
         found = encode(tokenizer, prompt, SENTENCES, labels, max_length=limit, too_long="drop")
         assert found.rows.tolist() == [i for i, (_, long) in enumerate(lengths) if long <= limit]
+
+
+def test_answers_that_merge_differently_with_the_question_are_refused():
+    tokenizer = merging_tokenizer()
+    ask = lambda *labels: Questions.of(tokenizer, Prompt.of(TEMPLATE, labels), SENTENCES, [1] * 5, 200)  # noqa: E731
+    found = ask(*LABELS)
+    for one, a, other, b in zip(
+        found.right.tokens, found.right.answers, found.wrong.tokens, found.wrong.answers
+    ):
+        assert one[:a] == other[:b]
+    # A space and a digit stay two tokens, so that the space would belong to the question of this label alone.
+    with pytest.raises(ConfigError, match=r"this tokenizer merges only one of them with ' ?: ?' before it"):
+        ask("1", "negative")
 
 
 def test_a_prompt_that_does_not_fit_is_an_error():

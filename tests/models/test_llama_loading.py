@@ -1,7 +1,9 @@
 """Models and tokenizers from every kind of place, and what is wrong with a broken one."""
 
+import hashlib
 import importlib
 import json
+import os
 import shutil
 import socket
 import warnings
@@ -310,10 +312,86 @@ def test_a_gguf_file_is_read_once_and_then_comes_from_the_cache_to_the_bit(tmp_p
     assert again(text).input_ids == tokenizer(text).input_ids
     assert loading.fingerprint(first, tokenizer) == loading.fingerprint(second, again)
     assert loading.load_model(str(moved), dtype="bfloat16")[0].dtype == torch.bfloat16
-    assert [p.name[0] for p in (tmp_path / "cache" / "gguf").iterdir()] != ["."]
+    (kept,) = (tmp_path / "cache" / "gguf").iterdir()
+    with open(moved, "rb") as file:
+        assert kept.name.startswith(hashlib.file_digest(file, "sha256").hexdigest()[:32] + "-transformers-")
 
 
-def test_a_gguf_file_that_fails_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+def test_another_version_of_transformers_makes_its_own_copy_of_a_gguf_file(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "small.gguf"
+    write_gguf(path)
+    loading.load_model(str(path))
+    monkeypatch.setattr(loading, "_CONVERTER", "transformers-9")
+    capfd.readouterr()
+    loading.load_model(str(path))
+    assert "the next time it comes from" in capfd.readouterr().err
+    assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "tokenizer", "all"])
+def test_a_damaged_copy_of_a_gguf_file_is_to_be_deleted(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "small.gguf"
+    write_gguf(path)
+    loading.load_model(str(path))
+    (kept,) = (tmp_path / "cache" / "gguf").iterdir()
+    for file in kept.iterdir():
+        if damage == "all" or file.name.startswith({"weights": "model"}.get(damage, damage)):
+            file.unlink()
+    with pytest.raises(DataError, match=r"; delete /.*, a copy, and run the same command again") as caught:
+        loading.load_model(str(path))
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(kept)
+    loading.load_model(str(path))
+
+
+def test_a_gguf_file_that_two_processes_read_at_once_is_kept_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "small.gguf"
+    write_gguf(path)
+    save, faster = PreTrainedTokenizerFast.save_pretrained, []
+
+    def slow(self, directory, *arguments, **options):
+        save(self, directory, *arguments, **options)
+        if not faster:
+            faster.append(1)
+            loading.load_model(str(path))  # comes first
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", slow)
+        model, _ = loading.load_model(str(path))
+    assert "warning" not in capfd.readouterr().err
+    torch.testing.assert_close(logits(model), logits(small(MERGED)), rtol=1e-5, atol=1e-5)
+    assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 1
+
+
+def test_what_a_killed_process_left_beside_copies_of_gguf_files_is_removed_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "small.gguf"
+    write_gguf(path)
+    old, new = (tmp_path / "cache" / "gguf" / name for name in (".tmp-old", ".tmp-new"))
+    for left in (old, new):
+        left.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    loading.load_model(str(path))
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_an_adapter_beside_a_gguf_file_is_refused(tmp_path):
+    path = tmp_path / "small.gguf"
+    write_gguf(path)
+    adapters.save_adapter(adapters.add_lora(small(MERGED), rank=2, alpha=4), tmp_path)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"the adapter_config\.json in .* would make its adapter part"):
+            loading.load_model(str(path))
+        (tmp_path / "adapter_config.json").rename(tmp_path / "away")
+        loading.load_model(str(path))  # there is a copy from here on
+        (tmp_path / "away").rename(tmp_path / "adapter_config.json")
+
+
+def test_a_gguf_file_that_cannot_be_kept_is_loaded_as_it_is_and_leaves_nothing(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "small.gguf"
     write_gguf(path)
@@ -323,11 +401,13 @@ def test_a_gguf_file_that_fails_leaves_nothing_in_the_cache(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
-        with pytest.raises(DataError, match=r"cannot be written, see BLACKSMITH_CACHE: .*No space") as caught:
-            loading.load_model(str(path))
-    assert "\n" not in str(caught.value)
-    assert list((tmp_path / "cache").rglob("*.*")) == []
-    loading.load_model(str(path))
+        model, _ = loading.load_model(str(path))
+    assert "small.gguf is not kept in the cache: [Errno 28] No space left" in capfd.readouterr().err
+    torch.testing.assert_close(logits(model), logits(small(MERGED)), rtol=1e-5, atol=1e-5)
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+    model.save_pretrained(tmp_path / "saved")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])

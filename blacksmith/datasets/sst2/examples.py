@@ -23,17 +23,26 @@ _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Sentences, without white space around them, and labels int32 [examples]: 0 negative, 1 positive."""
+    """Sentences with a sentiment.
+
+    Attributes:
+      sentences: without white space around them.
+      labels: 0 negative, 1 positive: int32 [examples].
+      numbers: of their rows in what they were read from, counted from 1, without a header and without blank
+        lines: int64 [examples].
+    """
 
     sentences: tuple[str, ...]
     labels: np.ndarray
+    numbers: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def rows(self, rows: Sequence[int]) -> "Examples":
         """The examples of these rows, in this order."""
-        return Examples(tuple(self.sentences[row] for row in rows), self.labels[list(rows)])
+        rows = list(rows)
+        return Examples(tuple(self.sentences[row] for row in rows), self.labels[rows], self.numbers[rows])
 
     def class_counts(self) -> dict[str, int]:
         """How many examples each of `CLASSES` has."""
@@ -81,7 +90,7 @@ def checked(table: Table, sentence_column: str, label_column: str) -> Examples:
             labels.append(_label(label))
         except ValueError as error:
             raise DataError(f"{table.place}, row {row}: {error}") from error
-    return Examples(tuple(sentences), np.array(labels, np.int32))
+    return Examples(tuple(sentences), np.array(labels, np.int32), np.arange(1, len(labels) + 1))
 
 
 def content_sha256(*parts: Examples) -> str:

@@ -171,7 +171,7 @@ def conclude(run: Run, pipeline: Pipeline, trainer: KerasTrainer, status: str) -
         print(f"stopped at step {state.step}; the same command with --workdir={run.directory} goes on")
         return STOPPED
     _ = run.metrics  # from here on the directory is this run's, also where no step was left to take
-    saved = (run.checkpoints.best() if trainer.plan.keep_best else None) or run.checkpoints.newest()
+    saved = run.checkpoints.chosen()
     load_checkpoint(pipeline.backend, saved)
     result["tested_checkpoint"] = saved.path.name
     result["test"] = evaluate_test_set(pipeline, run.config.data, worst_to=run.directory / "worst.npz")

@@ -131,7 +131,7 @@ def conclude(run: Run, scene: Scene, restarts: list[dict[str, Any]], lpips: scor
     config = run.config
     _ = run.metrics  # also where no step was left to take
     newest = run.checkpoints.newest()
-    saved = (run.checkpoints.best() if config.checkpoint.keep_best else None) or newest
+    saved = run.checkpoints.chosen()
     field = fields.trained(config, saved, run.device)
     test = score_test_views(run, field, scene, lpips)
     if test is None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama.batches import collate, padding
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, causal_model, common_prefix, target_logits
@@ -41,11 +42,23 @@ class Questions:
         labels: np.ndarray,
         max_length: int,
     ) -> "Questions":
-        """Encodes sentences with both answers; those too long lose tokens of their sentence."""
+        """Encodes sentences with both answers; those too long lose tokens of their sentence.
+
+        Raises:
+          ConfigError: the answers merge differently with what stands before them, so that they answer
+            different questions.
+        """
         labels = np.asarray(labels, np.int64)
         options: dict[str, Any] = {"max_length": max_length, "too_long": "truncate"}
         right = encode(tokenizer, prompt, sentences, labels.tolist(), **options)
         wrong = encode(tokenizer, prompt, sentences, (1 - labels).tolist(), **options)
+        for one, a, other, b in zip(right.tokens, right.answers, wrong.tokens, wrong.answers):
+            if one[:a] != other[:b]:
+                seam = tokenizer.decode(max(one[:a], other[:b], key=len)[-2:])
+                raise ConfigError(
+                    f"llama.Data.labels = {prompt.labels}: this tokenizer merges only one of them with "
+                    f"{seam!r} before it; let both begin alike, or change what llama.Data.template has there"
+                )
         return cls(sentences, labels, right, wrong)
 
     def __len__(self) -> int:

@@ -44,7 +44,7 @@ class Journal:
     Args:
       run: gets the metrics.
       order: the batches.
-      examples: the numbers, in the training set, of what the order counts: int64 [examples].
+      examples: the source's numbers of what the order counts, see `sst2.Examples`: int64 [examples].
       end: the last step.
       loop: where the run stands.
     """
@@ -137,10 +137,10 @@ class Journal:
 
     def _not_finite(self, values: Mapping[str, float]) -> RunError:
         step = self.loop.step
-        rows = ", ".join(map(str, self._numbers[self._order.rows(step)]))
+        rows = ", ".join(map(str, sorted(self._numbers[self._order.rows(step)])))
         kept = self._run.checkpoints.steps()
         told = " and ".join(f"{name} {value}" for name, value in values.items())
         return RunError(
-            f"{told} at step {step + 1}, training examples {rows}; the last checkpoint is "
+            f"{told} at step {step + 1}, rows {rows} of the training data; the last checkpoint is "
             f"{kept[-1].name if kept else 'none'}; lower llama.Train.learning_rate"
         )

@@ -49,7 +49,8 @@ def train(run: Run) -> int:
     data = load_data(run)
     model, tokenizer = build_model(run)
     prompt = Prompt.of(config.data.template, config.data.labels)
-    training = encode_training(run, tokenizer, prompt, long_enough(run, data.train, "training"))
+    examples = long_enough(run, data.train, "training")
+    training = encode_training(run, tokenizer, prompt, examples)
     validation = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"))
     prefix = training.shared_prefix() if settings.shared_prefix else []
     pad = padding(tokenizer)
@@ -68,7 +69,7 @@ def train(run: Run) -> int:
     if loop.step >= end:
         print(f"already finished at step {loop.step}: testing again", file=sys.stderr)
     _ = run.metrics  # from here on the directory is this run's
-    journal = Journal(run, order, training.rows, end, loop)
+    journal = Journal(run, order, examples.numbers[training.rows], end, loop)
     model.train()
 
     with profiled(run) as profile_step:
@@ -83,11 +84,12 @@ def train(run: Run) -> int:
                     saved_at = -1  # a checkpoint from before an interrupted look lacks its metrics
             improved = bool(config.checkpoint.keep_best) and loop.best_step == loop.step
             due = checkpoints.due(config.checkpoint, loop.step, order)
-            if (due or improved or last or run.stop) and saved_at != loop.step:
+            stop = bool(run.stop)  # looked at once: a signal may come at any time
+            if (due or improved or last or stop) and saved_at != loop.step:
                 with journal.paused():
                     checkpoints.save(run, model, base, optimizer, weights, loop, journal.epoch)
                 saved_at = loop.step
-            if last or run.stop:
+            if last or stop:
                 break
 
             # One step: a batch, perhaps in parts, that begins with what all prompts begin with.
@@ -225,7 +227,7 @@ def conclude(
 ) -> int:
     """Tests the best checkpoint on the test set and writes the result; returns the exit status."""
     loop = journal.loop
-    saved = (run.checkpoints.best() if run.config.checkpoint.keep_best else None) or run.checkpoints.newest()
+    saved = run.checkpoints.chosen()
     checkpoints.load_weights(model, saved.path)
     tested = test(run, model, tokenizer, prompt, data.test, run.directory)
     if tested is None:

@@ -4,16 +4,20 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub import constants, errors
 from safetensors import SafetensorError
 from transformers import (
@@ -29,12 +33,32 @@ from transformers.utils import logging
 
 from blacksmith import assets
 from blacksmith.errors import ConfigError, DataError
+from blacksmith.models.pytorch.llama.prefix import causal_model
 
 TINY = "gin/llama_sst2_tiny.gin needs no download"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _GGUF_HEADER_BYTES = 32 << 20
 _FILES = ("*.json", "*.safetensors", "tokenizer.model")
+_CONVERTER = f"transformers-{transformers.__version__}"  # what makes safetensors of a GGUF file
+_STALE_SECONDS = 24 * 3600
 _SAMPLES = 4096  # numbers of a tensor that go into a fingerprint
+_ARCHITECTURE = (
+    "attention_bias",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+_PROBE = (
+    "Review: It isn't a naïve film, of 1999 -- 'twas 2h 45min of well-meant , unfunny mess ...\n\n"
+    "Sentiment: negative positive\tgreat terrible 0 1 yes no\r\n  (C’était émouvant) 😀 日本 <b>x</b> a_b {}"
+)
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
@@ -105,11 +129,17 @@ def load_model(
       DataError: it is missing, out of reach, gated, broken, or no Llama.
       ConfigError: the attention is not installed.
     """
-    directory, config = _find(name_or_path)
-    tokenizer = _tokenizer(name_or_path, directory, config=config)
-    options = {"config": config, "use_safetensors": True, "attn_implementation": attention}
+    directory, config, options = _find(name_or_path)
+    tokenizer = _tokenizer(name_or_path, directory, config=config, **options)
     with _clear(attention):
-        model = _weights(name_or_path, directory, dtype=getattr(torch, dtype), **options)
+        model = _weights(
+            name_or_path,
+            directory,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            **options,
+        )
     rows = model.get_input_embeddings().num_embeddings
     # Without tokens that were added by name: some are there only to be complete.
     if tokenizer.vocab_size > rows or tokenizer.eos_token_id >= rows:
@@ -120,45 +150,58 @@ def load_model(
 
 
 def fingerprint(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What tells one base model from another, wherever its files lie: sha256 of its weights and vocabulary.
+    """What tells one base model from another, wherever its files lie: hashes of its weights, architecture and
+    tokenizer.
 
     Of the weights, those that are not trained count, each with its name, its shape and up to 4,096 numbers
-    spread over it: a fraction of a second, for a model of any size.
+    spread over it; of the tokenizer, its vocabulary and the tokens of a text. A fraction of a second, for a
+    model of any size.
 
     Args:
       model: with the adapter that is trained, if there is one.
       tokenizer: of the model.
     """
-    weights, vocabulary = hashlib.sha256(), hashlib.sha256()
+    weights = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if not weight.requires_grad:
-            numbers = weight.detach().reshape(-1)
-            some = numbers[:: max(1, len(numbers) // _SAMPLES)].float().cpu().numpy()
+            numbers, stride = weight.detach().reshape(-1), -(-weight.numel() // _SAMPLES)
+            while math.gcd(stride, weight.shape[-1]) > 1:
+                stride += 1  # else some columns of a matrix would never be looked at
+            some = numbers[::stride].float().cpu().numpy()
             weights.update(f"{name} {tuple(weight.shape)}".encode() + some.tobytes())
-    for token, number in sorted(tokenizer.get_vocab().items()):
-        vocabulary.update(f"{number} {token}\n".encode("utf-8", "surrogateescape"))
-    return {"weights": weights.hexdigest(), "vocabulary": vocabulary.hexdigest()}
+    settings = causal_model(model).config.to_dict()
+    architecture = json.dumps([settings.get(name) for name in _ARCHITECTURE], sort_keys=True)
+    tokens = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE).input_ids])
+    return {
+        "weights": weights.hexdigest(),
+        "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(tokens.encode()).hexdigest(),
+    }
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained model; see `load_model`."""
-    directory, config = _find(name_or_path)
-    return _tokenizer(name_or_path, directory, config=config)
+    directory, config, options = _find(name_or_path)
+    return _tokenizer(name_or_path, directory, config=config, **options)
 
 
 def _weights(name: str, directory: Path, **options: Any) -> LlamaForCausalLM:
-    """A directory's model, all of its weights there and no others.
+    """A directory's model, or with `gguf_file` that of a file in it, all of its weights there and no others.
 
     Raises:
       DataError: it cannot be read, or config and weights do not belong together.
     """
-    with _broken(name), quiet():
+    quantised = "gguf_file" in options
+    # Reading a GGUF file draws a bar that has no switch.
+    hidden = contextlib.redirect_stderr(io.StringIO()) if quantised else contextlib.nullcontext()
+    with _broken(name, directory), quiet(), hidden:
         model, info = LlamaForCausalLM.from_pretrained(
             directory,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
             **options,
+            **({} if quantised else {"use_safetensors": True}),
         )
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
@@ -166,13 +209,22 @@ def _weights(name: str, directory: Path, **options: Any) -> LlamaForCausalLM:
             raise DataError(
                 f"{name}: the weights are not those of its config: {kind.replace('_', ' ')}, such as {first}"
             )
+    if quantised:
+        # The weights are plain numbers now, and are to be saved as such.
+        for owner, attribute in (
+            (model.config, "quantization_config"),
+            (model, "hf_quantizer"),
+            (model, "is_quantized"),
+        ):
+            with contextlib.suppress(AttributeError):
+                delattr(owner, attribute)
     return model
 
 
 def _tokenizer(name: str, directory: Path, **options: Any) -> PreTrainedTokenizerBase:
     if not _has_tokenizer(directory) and "gguf_file" not in options:
-        raise DataError(f"{name}: there is no tokenizer.json in {directory}")
-    with _broken(name), quiet():
+        raise DataError(f"{name}: there is no tokenizer.json in {directory}{_cure(name, directory)}")
+    with _broken(name, directory), quiet():
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise DataError(
@@ -181,8 +233,8 @@ def _tokenizer(name: str, directory: Path, **options: Any) -> PreTrainedTokenize
     return tokenizer
 
 
-def _find(name: str) -> tuple[Path, LlamaConfig]:
-    """The directory that holds a model, and its sizes.
+def _find(name: str) -> tuple[Path, LlamaConfig, dict[str, str]]:
+    """The directory that holds a model, its sizes, and what `from_pretrained` has to be told besides.
 
     Raises:
       DataError: it is nowhere, no Llama, or one that would not be loaded as it is.
@@ -196,8 +248,8 @@ def _find(name: str) -> tuple[Path, LlamaConfig]:
     if path.is_file():
         if path.suffix != ".gguf":
             raise DataError(f"{name} is a file but no .gguf; name the directory that holds config.json")
-        path = _from_gguf(name, path)
-    elif path.is_dir():
+        return _from_gguf(name, path)
+    if path.is_dir():
         if not (path / "config.json").is_file():
             raise DataError(f"{name}: there is no config.json in the directory")
     elif _HUB_ID.fullmatch(name) and not name.startswith("."):
@@ -207,64 +259,72 @@ def _find(name: str) -> tuple[Path, LlamaConfig]:
             f"llama.Model.name_or_path = {name!r} is no asset ({', '.join(_models())}), directory, .gguf "
             f"file or hub id such as meta-llama/Llama-3.2-1B; {TINY}"
         )
-    if (path / "adapter_config.json").is_file():
-        raise DataError(
-            f"{name}: the adapter_config.json in {path} would make its adapter part of the model; move the "
-            "adapter to a directory of its own"
-        )
+    _check_no_adapter(name, path)
     with _broken(name), quiet():
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     _check_llama(name, config)
     if getattr(config, "quantization_config", None):
         raise DataError(f"{name} is quantised by its config.json; take weights that are not, or a .gguf file")
-    return path, config
+    return path, config, {}
 
 
-def _from_gguf(name: str, path: Path) -> Path:
-    """The directory in the cache that holds a GGUF file's model as safetensors; it is made on the first use.
+def _from_gguf(name: str, path: Path) -> tuple[Path, LlamaConfig, dict[str, str]]:
+    """What `_find` gives for a GGUF file: a copy as safetensors in the cache, which is made on the first use.
 
     transformers parses a GGUF file three times over in Python, a quarter of a minute for 135M weights, and
-    has plain float32 numbers then. From safetensors the same model is there in a second.
+    has plain float32 numbers then. From safetensors the same model is there in a second. The copy lies under
+    the file's hash and the version of what converts it. Where it cannot be written, that is said and the
+    file itself is loaded.
 
     Raises:
-      DataError: the file is broken, no Llama, or one that would not be loaded as it is; the cache cannot be
-        written.
+      DataError: the file is broken, no Llama, or one that would not be loaded as it is.
     """
+    _check_no_adapter(name, path.parent)
     with _broken(name), open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    directory = assets.cache_dir() / "gguf" / digest[:32]
-    if directory.is_dir():
-        return directory
+    kept = assets.cache_dir() / "gguf" / f"{digest[:32]}-{_CONVERTER}"
+    if kept.is_dir():
+        with _broken(name, kept), quiet():
+            return kept, AutoConfig.from_pretrained(kept, local_files_only=True), {}
     with _broken(name), quiet():
         _check_rope(path)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     _check_llama(name, config)
-    print(f"{name}: reading it takes a moment; the next time it comes from {directory}", file=sys.stderr)
+    print(f"{name}: reading it takes a moment; the next time it comes from {kept}", file=sys.stderr)
     tokenizer = _tokenizer(name, path.parent, config=config, gguf_file=path.name)
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that has no switch
-        model = _weights(name, path.parent, config=config, gguf_file=path.name, dtype=torch.float32)
-    # The weights are plain numbers now, and are to be saved as such.
-    for owner, attribute in (
-        (model.config, "quantization_config"),
-        (model, "hf_quantizer"),
-        (model, "is_quantized"),
-    ):
-        with contextlib.suppress(AttributeError):
-            delattr(owner, attribute)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    model = _weights(name, path.parent, config=config, gguf_file=path.name, dtype=torch.float32)
     try:
-        with quiet():
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        temporary.rename(directory)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        for left in kept.parent.glob(".tmp-*"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=kept.parent, ignore_cleanup_errors=True) as made:
+            whole = Path(made) / kept.name
+            with quiet():
+                model.save_pretrained(whole)
+                tokenizer.save_pretrained(whole)
+            for file in whole.iterdir():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+            whole.rename(kept)
     except (OSError, SafetensorError) as error:
-        if directory.is_dir():
-            return directory  # another process was faster
-        reason = _first_line(error)
-        raise DataError(f"the cache cannot be written, see BLACKSMITH_CACHE: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return directory
+        if not kept.is_dir():  # else another process was faster
+            print(f"warning: {name} is not kept in the cache: {_first_line(error)}", file=sys.stderr)
+            return path.parent, config, {"gguf_file": path.name}
+    return kept, AutoConfig.from_pretrained(kept, local_files_only=True), {}
+
+
+def _check_no_adapter(name: str, directory: Path) -> None:
+    """Refuses a directory whose model would come with an adapter.
+
+    Raises:
+      DataError: there is one.
+    """
+    if (directory / "adapter_config.json").is_file():
+        raise DataError(
+            f"{name}: the adapter_config.json in {directory} would make its adapter part of the model; move "
+            "the adapter to a directory of its own"
+        )
 
 
 def _check_llama(name: str, config: PretrainedConfig) -> None:
@@ -343,18 +403,24 @@ def _has_tokenizer(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _broken(name: str) -> Iterator[None]:
-    """Turns what goes wrong when files are read into one line."""
+def _broken(name: str, directory: Path | None = None) -> Iterator[None]:
+    """Turns what goes wrong when files are read, of a directory if one is given, into one line."""
     try:
         yield
     except (ConfigError, DataError, ImportError, MemoryError):
         raise
     except Exception as error:
         # Libraries raise all sorts for a truncated file: SafetensorError, ValueError, IndexError, OSError.
-        again = f"; run python -m blacksmith.assets {name} again" if name in assets.ASSETS else ""
         raise DataError(
-            f"{name} cannot be read: {type(error).__name__}: {_first_line(error)}{again}"
+            f"{name} cannot be read: {type(error).__name__}: {_first_line(error)}{_cure(name, directory)}"
         ) from error
+
+
+def _cure(name: str, directory: Path | None) -> str:
+    """What helps where files of ours are broken; nothing for the user's."""
+    if directory is not None and directory.parent == assets.cache_dir() / "gguf":
+        return f"; delete {directory}, a copy, and run the same command again"
+    return f"; run python -m blacksmith.assets {name} again" if name in assets.ASSETS else ""
 
 
 @contextlib.contextmanager

@@ -105,6 +105,8 @@ class Checkpoints:
                 json.dump(content, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
+            for path in files:
+                shutil.copymode(temporary / "state.json", path)  # safetensors makes its files private
             _fsync(temporary)
             if target.exists():
                 self._replace(target, temporary)

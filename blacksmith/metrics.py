@@ -308,7 +308,7 @@ class Progress:
     def update(self, done: int, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Shows that `done` samples have been seen, with the latest values."""
         advance, self._done = done - self._done, done
-        shown = {k: f"{v:.4f}" for k, v in values.items()}
+        shown = {k: f"{v:.4f}" if abs(v) < 1000 else f"{v:,.0f}" for k, v in values.items()}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(advance)

@@ -462,9 +462,17 @@ def _key_numbers(run: _Run) -> list[tuple[str, str, str]]:
         ),
         ("Wall time", _duration_text(_progress(run, "seconds")), ""),
         (label, _rate_text(rate), ""),
-        ("Parameters", _number_text(_number(run.result.get("parameters"))), ""),
+        _parameters_card(run),
     ]
     return [(label, text, remark or "") for label, text, remark in cards]
+
+
+def _parameters_card(run: _Run) -> tuple[str, str, str]:
+    count, trained = (_number(run.result.get(name)) for name in ("parameters", "trained_parameters"))
+    # Eight digits and more do not fit a card.
+    text = f"{count / 1e6:,.1f}M" if _is_finite(count) and count >= 1e7 else _number_text(count)
+    fewer = _is_finite(trained) and _is_finite(count) and trained < count
+    return "Parameters", text, f"{_number_text(trained)} trained" if fewer else ""
 
 
 def _remarks(run: _Run) -> list[str]:

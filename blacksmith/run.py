@@ -163,6 +163,7 @@ class Run:
           RunError: the disk is full.
         """
         made = not self.directory.exists()
+        parent_made = not self.directory.parent.exists()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -184,6 +185,9 @@ class Run:
                     if refused and made and not self.checkpoints.steps():
                         self._close()
                         shutil.rmtree(self.directory, ignore_errors=True)
+                        if parent_made:
+                            with contextlib.suppress(OSError):  # another run may be in it by now
+                                self.directory.parent.rmdir()
                     elif self._started:
                         self._failed(error)
                     raise
@@ -353,11 +357,12 @@ class Run:
         with contextlib.suppress(Exception):
             path = self.directory / "metrics.jsonl"
             lines = metric_writers.read(path) if path.exists() else []
+            aborted = isinstance(error, KeyboardInterrupt)
             write_json(
                 self.directory / "result.json",
                 {
                     "status": "failed",
-                    "error": f"{type(error).__name__}: {error}",
+                    "error": "aborted by Ctrl-C" if aborted else f"{type(error).__name__}: {error}",
                     "experiment": self.experiment.name,
                     "backend": self.backend,
                     "device": self.device,
@@ -437,8 +442,9 @@ def check_resume(saved: Saved, config: Any, experiment: Experiment, *, mode: str
         if len(different) > 4:
             shown += f"; and {len(different) - 4} more"
         cure = "set them back, or start in a new --workdir" if mode == "train" else "set them back"
+        do = {"train": "go on from", "eval": "evaluate", "export": "export"}.get(mode, "show")
         raise ConfigError(
-            f"cannot go on from {saved.path} with other settings: {shown}; {cure}"
+            f"cannot {do} {saved.path} with other settings: {shown}; {cure}"
             + ("" if mode == "train" else f" (--gin_file={saved.path.parent.parent / 'config.gin'} has them)")
         )
 

@@ -150,6 +150,15 @@ def test_the_best_m_are_kept_besides_the_last(tmp_path, metric, mode, best):
     assert checkpoints.best().step == best[0]
 
 
+@pytest.mark.parametrize(("keep_best", "step"), [(1, 2), (0, 3)])
+def test_what_is_tested_is_the_best_where_the_best_are_kept_and_else_the_newest(tmp_path, keep_best, step):
+    checkpoints = Checkpoints(tmp_path, keep_last=3, keep_best=keep_best)
+    for number, value in ((1, 0.2), (2, 0.1), (3, 0.3)):
+        _save(checkpoints, number, metrics={"val_loss": value})
+    assert checkpoints.chosen().step == step
+    assert Checkpoints(tmp_path / "none", keep_best=keep_best).chosen() is None
+
+
 def test_of_equally_good_ones_the_earlier_is_the_best(tmp_path):
     for mode in ("min", "max"):
         checkpoints = Checkpoints(tmp_path / mode, keep_last=1, keep_best=2, metric="score", mode=mode)

@@ -204,6 +204,22 @@ def test_full_run_shows_key_numbers_and_every_section(run):
     assert page.figure("Loss")["axes"][1]["epoch"][0] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ({"parameters": 136_957_248, "trained_parameters": 2_442_240}, "Parameters 137.0M 2,442,240 trained"),
+        ({"parameters": 10_000_000, "trained_parameters": 10_000_000}, "Parameters 10.0M"),
+        ({"parameters": 9_999_999}, "Parameters 9,999,999"),
+    ],
+)
+def test_many_parameters_fit_their_card_and_those_that_are_trained_are_told(run, counts, shown):
+    content = json.loads((run / "result.json").read_text())
+    write_json(run / "result.json", {**content, **counts})
+    page = Page(report.write(run))
+    assert shown in page.text
+    assert ("M trained" in page.text or "0 trained" in page.text) == ("trained" in shown)
+
+
 def test_confusion_matrix_shows_counts_and_scales_errors_on_their_own(run):
     hits, errors = Page(report.write(run)).figure("Confusion matrix")["data"]
     assert hits["text"][4][4] == "94"

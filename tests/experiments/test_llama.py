@@ -318,7 +318,7 @@ def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
     assert "val: accuracy" in capsys.readouterr().out
 
 
-def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path):
+def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path, capsys):
     settings = [*LORA, *pretrained(base)]
     run(*settings)
     adapter = tmp_path / "adapter"
@@ -332,7 +332,15 @@ def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path):
     one, other = (json.loads((tmp_path / d / "eval.json").read_text()) for d in ("a", "b"))
     assert one["test"] == other["test"]
     assert "val" not in other
+    assert f"made on {base}; llama.Lora has no effect" in capsys.readouterr().err
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    content["base_model_name_or_path"] = "some/other"
+    (adapter / "adapter_config.json").write_text(json.dumps(content))
     assert run(*settings, directory=tmp_path / "x", flags={"mode": "export", "resume": str(adapter)}) == 0
+    assert f"made on some/other, here on {base}; llama.Lora has no" in capsys.readouterr().err
+    public = (tmp_path / "x" / "export" / "config.json").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "x" / "export").iterdir()} == {public}
+    assert {file.stat().st_mode for file in find(tmp_path / "run").path.iterdir()} == {public}
     assert run(*settings, directory=tmp_path / "y", flags={**newest, "mode": "export"}) == 0
     exported = [load_file(tmp_path / d / "export" / "model.safetensors") for d in ("x", "y")]
     assert exported[0].keys() == exported[1].keys()
@@ -424,6 +432,10 @@ def test_examples_that_are_too_long_are_counted_and_said(run, tmp_path, too_long
     count = sum(length > 90 for length in lengths)
     assert 0 < count < len(lengths)
     assert f"{count} of {len(lengths)} training examples have more than 90 tokens and were {word}" in said
+    for what, part in (("validation", data.validation), ("test", data.test)):
+        over = sum(len(prompt.question(s).encode()) + longer + 1 > 90 for s in part.sentences)
+        assert over > 0
+        assert f"{over} of {len(part)} {what} examples have more than 90 tokens and were cut" in said
 
 
 def test_short_examples_are_left_out_of_training_and_validation_and_said(run, tmp_path, capsys):

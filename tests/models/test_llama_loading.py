@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import socket
 import warnings
@@ -450,7 +451,13 @@ def test_an_asset_is_taken_from_the_cache(tmp_path, monkeypatch):
     torch.testing.assert_close(logits(model), logits(small(MERGED)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "/no/such/path", "a/b/c", "./here", "mnist"])
+@pytest.mark.parametrize("name", ["/no/such/path", "missing.gguf", "~/no/such.gguf"])
+def test_a_path_to_nothing_is_said_to_be_one(name):
+    with pytest.raises(DataError, match=f"^{re.escape(name)}: no such file or directory$"):
+        loading.load_model(name)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./here", "mnist"])
 def test_a_name_that_can_be_nothing_says_what_may_be(name):
     with pytest.raises(DataError, match="is no asset .*smollm2-135m.*, directory, .gguf file or hub id"):  # noqa: RUF043
         loading.load_model(name)

@@ -64,13 +64,15 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     if settings.attention == "flash_attention_2" and torch.device(run.device).type != "cuda":
         raise ConfigError(f'llama.Model.attention = "flash_attention_2" needs a GPU, not {run.device}')
     if run.foreign is not None:
-        model = adapters.load_adapter(model, run.foreign)
-        lora = model.peft_config["default"]
+        lora = adapters.read_config(run.foreign)
+        made_on = lora.base_model_name_or_path
         print(
-            f"adapter: rank {lora.r}, alpha {lora.lora_alpha}, made on {lora.base_model_name_or_path}; "
-            "llama.Lora has no effect on it",
+            f"adapter: rank {lora.r}, alpha {lora.lora_alpha}, made on {made_on}"
+            + ("" if made_on == settings.name_or_path else f", here on {settings.name_or_path}")
+            + "; llama.Lora has no effect on it",
             file=sys.stderr,
         )
+        model = adapters.load_adapter(model, run.foreign)
     elif config.lora.rank is not None:
         lora = config.lora
         model = adapters.add_lora(

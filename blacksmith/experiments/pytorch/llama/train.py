@@ -51,7 +51,7 @@ def train(run: Run) -> int:
     prompt = Prompt.of(config.data.template, config.data.labels)
     examples = long_enough(run, data.train, "training")
     training = encode_training(run, tokenizer, prompt, examples)
-    validation = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"))
+    validation = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"), "validation")
     prefix = training.shared_prefix() if settings.shared_prefix else []
     pad = padding(tokenizer)
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
@@ -176,12 +176,7 @@ def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Exa
         too_long=settings.too_long,
     )
     for count, done in ((encoded.dropped, "left out"), (encoded.truncated, "cut")):
-        if count:
-            print(
-                f"{count:,} of {len(examples):,} training examples have more than {settings.max_length} "
-                f"tokens and were {done}",
-                file=sys.stderr,
-            )
+        say_too_long(count, len(examples), "training", settings.max_length, done)
     if not len(encoded):
         raise ConfigError(
             f"llama.Data.max_length = {settings.max_length} leaves no training example; raise it"
@@ -189,10 +184,21 @@ def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Exa
     return encoded
 
 
-def ask(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples) -> Questions:
-    """Examples as questions with both answers."""
+def ask(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples, what: str) -> Questions:
+    """Examples as questions with both answers; says how many were too long."""
     length = run.config.data.max_length
-    return Questions.of(tokenizer, prompt, examples.sentences, examples.labels, length)
+    questions = Questions.of(tokenizer, prompt, examples.sentences, examples.labels, length)
+    say_too_long(questions.right.truncated, len(examples), what, length, "cut")
+    return questions
+
+
+def say_too_long(count: int, of: int, what: str, max_length: int, done: str) -> None:
+    """Says what happened to examples that have more tokens than they may have, if there are any."""
+    if count:
+        print(
+            f"{count:,} of {of:,} {what} examples have more than {max_length} tokens and were {done}",
+            file=sys.stderr,
+        )
 
 
 def score(run: Run, model: torch.nn.Module, questions: Questions, pad: int) -> evaluation.Scores | None:
@@ -274,7 +280,7 @@ def test(
       loss, accuracy, the confusion matrix (rows: true, columns: predicted), and how generation did.
     """
     settings = run.config.evaluation
-    questions = ask(run, tokenizer, prompt, examples)
+    questions = ask(run, tokenizer, prompt, examples, "test")
     scores = score(run, model, questions, padding(tokenizer))
     if scores is None:
         return None
@@ -332,7 +338,7 @@ def evaluate_checkpoint(run: Run) -> int:
     result: dict[str, Any] = {"checkpoint": str(source), "data": run.data}
     trained_on = run.resumed.state["data"].get("sha256") if run.resumed else None
     if trained_on == run.data["sha256"]:
-        held_out = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"))
+        held_out = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"), "validation")
         scores = score(run, model, held_out, padding(tokenizer))
         if scores is None:
             return STOPPED
@@ -370,6 +376,8 @@ def export(run: Run) -> int:
     with loading.quiet():
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+    for file in temporary.iterdir():
+        shutil.copymode(temporary / "config.json", file)  # safetensors makes its files private
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
     print(directory)

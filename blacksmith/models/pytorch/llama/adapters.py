@@ -92,7 +92,7 @@ def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
     Raises:
       DataError: the adapter is missing, broken, of another kind, or does not fit the model.
     """
-    settings = _read_config(Path(directory))
+    settings = read_config(directory)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the base model is in another place now, too
@@ -125,7 +125,7 @@ def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: P
     Raises:
       DataError: they have not; names the first that differs.
     """
-    for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
+    for name in [*sorted(wanted.keys() - found.keys()), *sorted(found.keys() - wanted.keys())]:
         lacks = "lacks" if name in wanted else "has"
         raise DataError(f"{path} does not fit the model: it {lacks} {name}")
     for name, value in wanted.items():
@@ -166,8 +166,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} is broken: {_one_line(error)}") from error
 
 
-def _read_config(directory: Path) -> LoraConfig:
-    path = directory / CONFIG
+def read_config(directory: Path) -> LoraConfig:
+    """What a saved LoRA adapter says about itself, the base model that it was made on among it.
+
+    Raises:
+      DataError: it is missing, broken or of another kind.
+    """
+    path = Path(directory) / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

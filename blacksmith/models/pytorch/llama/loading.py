@@ -249,6 +249,8 @@ def _find(name: str) -> tuple[Path, LlamaConfig, dict[str, str]]:
         if path.suffix != ".gguf":
             raise DataError(f"{name} is a file but no .gguf; name the directory that holds config.json")
         return _from_gguf(name, path)
+    if path.suffix == ".gguf" or (path.is_absolute() and not path.exists()):
+        raise DataError(f"{name}: no such file or directory")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise DataError(f"{name}: there is no config.json in the directory")
@@ -304,6 +306,7 @@ def _from_gguf(name: str, path: Path) -> tuple[Path, LlamaConfig, dict[str, str]
                 model.save_pretrained(whole)
                 tokenizer.save_pretrained(whole)
             for file in whole.iterdir():
+                shutil.copymode(whole / "config.json", file)  # safetensors makes its files private
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
             whole.rename(kept)

@@ -29,7 +29,10 @@ from blacksmith.registry import Experiment
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
 
 _PACKAGES = (
+    "accelerate",
     "blacksmith",
+    "datasets",
+    "gguf",
     "gin-config",
     "h5py",
     "imageio-ffmpeg",
@@ -45,6 +48,7 @@ _PACKAGES = (
     "scikit-image",
     "tensorboard",
     "tensorflow-datasets",
+    "tokenizers",
     "torch",
     "torchmetrics",
     "transformers",

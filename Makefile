@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INPUTS := setup.cfg constraints.txt pyproject.toml
 
-.PHONY: mnist test test-all lint format bench bench-nerf bench-llama clean
+.PHONY: mnist test test-all lint format bench bench-nerf bench-llama bench-llama-quality clean
 
 mnist: $(VENV)/.jax
 	$(VENV)/bin/python -m blacksmith.launch --gin_file=gin/mnist_jax.gin $(ARGS)
@@ -32,6 +32,9 @@ bench-nerf: $(VENV)/.all
 
 bench-llama: $(VENV)/.all
 	$(VENV)/bin/python benchmarks/llama.py $(ARGS)
+
+bench-llama-quality: $(VENV)/.all
+	$(VENV)/bin/python benchmarks/llama_quality.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "blacksmith needs Python 3.11 or newer; name one with make PYTHON=python3.11")'

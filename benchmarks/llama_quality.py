@@ -1,0 +1,151 @@
+"""How well gin/llama_sst2.gin learns: accuracy on SST-2's dev set after fixed numbers of steps.
+
+    python benchmarks/llama_quality.py --sst2=DIR     # SST-2 as TSV files, of GLUE's layout; hours on a CPU
+
+Writes benchmarks/results/llama_quality.{json,md}. A run is left in --runs, by its seed; one that is there and
+done is not trained again. Its adapters of --steps are evaluated by `--mode=eval`; the dev set has no part in
+the training or in the choice of the best checkpoint. The last adapter of the first seed is then loaded by
+peft and transformers in a process that does not import this package, and asked about sentences of our own.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from machine import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+GIN = "gin/llama_sst2.gin"
+SENTENCES = (
+    "I have rarely laughed so much in a cinema.",
+    "Two hours of my life that I would like to have back.",
+    "The script is thin, but the actors make it sing.",
+    "Every joke can be seen coming from a mile away.",
+    "A tender portrait of a friendship, beautifully shot.",
+    "It looks expensive and feels cheap.",
+)
+
+
+def main() -> int:
+    """Trains what is not yet trained, evaluates, asks, and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sst2", help="directory of SST-2")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--steps", type=int, nargs="*", default=[150, 300], help="checkpoints to evaluate")
+    parser.add_argument("--runs", type=Path, default=Path("runs/llama_quality"), help="where the runs are")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--ask", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.ask:
+        print(json.dumps(ask(arguments.ask)))
+        return 0
+    if not arguments.sst2:
+        parser.error("--sst2=DIR is needed: this is about the real data")
+    runs = [measure(arguments, seed) for seed in arguments.seeds]
+    last = arguments.runs / f"seed{arguments.seeds[0]}" / "checkpoints" / f"step_{arguments.steps[-1]:08d}"
+    command = [sys.executable, __file__, f"--ask={last.absolute()}"]
+    asked = json.loads(subprocess.run(command, capture_output=True, check=True, cwd="/").stdout)
+    results = {"header": machine(), "gin_file": GIN, "runs": runs, "asked_without_blacksmith": asked}
+    (arguments.output / "llama_quality.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.output / "llama_quality.md").write_text(markdown(results))
+    print(markdown(results))
+    return 0
+
+
+def measure(arguments: argparse.Namespace, seed: int) -> dict:
+    """One run: what its validation and the dev set say of it."""
+    directory = (arguments.runs / f"seed{seed}").absolute()
+    result = directory / "result.json"
+    source = f"--gin_param=llama.Data.source={str(Path(arguments.sst2).absolute())!r}"
+    every = [f"--gin_param=Run.seed={seed}", "--gin_param=Checkpoint.keep_last=1000"]
+    if not result.exists() or json.loads(result.read_text())["status"] != "done":
+        launch(f"--gin_file={GIN}", source, *every, f"--workdir={directory}")
+    trained = json.loads(result.read_text())
+    dev = {}
+    for step in arguments.steps:
+        evaluated = directory / f"dev_{step}"
+        if not (evaluated / "eval.json").exists():
+            checkpoint = directory / "checkpoints" / f"step_{step:08d}"
+            launch(
+                f"--gin_file={directory / 'config.gin'}",
+                "--mode=eval",
+                f"--resume={checkpoint}",
+                "--gin_param=llama.Evaluation.generate=0",
+                f"--workdir={evaluated}",
+            )
+        dev[step] = json.loads((evaluated / "eval.json").read_text())["test"]["accuracy"]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "seed": seed,
+        "dev_accuracy": dev,
+        "validation": {
+            line["step"]: {"accuracy": line["accuracy"], "loss": line["loss"]}
+            for line in lines
+            if line["split"] == "val"
+        },
+        "seconds": trained["seconds"],
+        "tested_checkpoint": trained["tested_checkpoint"],
+        "tested": {name: trained["test"][name] for name in ("accuracy", "confusion_matrix", "generated")},
+    }
+
+
+def launch(*flags: str) -> None:
+    """Runs the launcher, its output on the console."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "blacksmith.launch", *flags], cwd=ROOT, env=environment, check=True)
+
+
+def ask(checkpoint: Path) -> list[dict]:
+    """What a model with an adapter answers, by peft and transformers alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = json.loads((checkpoint.parent.parent / "config.json").read_text())
+    cache = Path(os.environ.get("BLACKSMITH_CACHE", "~/.cache/blacksmith")).expanduser()
+    (file,) = (cache / config["model"]["name_or_path"]).glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, checkpoint).eval()
+    prompt = config["data"]["template"].removesuffix("{label}").rstrip()
+    answers = []
+    for sentence in SENTENCES:
+        tokens = tokenizer(prompt.replace("{sentence}", sentence), return_tensors="pt")
+        output = model.generate(**tokens, max_new_tokens=4, do_sample=False)
+        text = tokenizer.decode(output[0, tokens.input_ids.shape[1] :], skip_special_tokens=True)
+        answers.append({"sentence": sentence, "answer": text.strip()})
+    if "blacksmith" in sys.modules:
+        raise SystemExit("the adapter was to be loaded without this package")
+    return answers
+
+
+def markdown(results: dict) -> str:
+    """The results as a page."""
+    head, runs = results["header"], results["runs"]
+    steps = list(runs[0]["dev_accuracy"])
+    lines = [
+        "# Llama on SST-2: accuracy on the dev set",
+        "",
+        f"{head['date']}, {head['processor']}, one thread, Python {head['python']}, PyTorch "
+        f"{head['versions'].get('torch')}, transformers {head['versions'].get('transformers')}, peft "
+        f"{head['versions'].get('peft')}. `{results['gin_file']}` on SST-2; written by "
+        "`python benchmarks/llama_quality.py`, whose header says what is counted.",
+        "",
+        f"| seed | {' | '.join(f'step {step}' for step in steps)} | best by validation | minutes |",
+        f"| --- |{' --- |' * len(steps)} --- | --- |",
+    ]
+    for run in runs:
+        dev = " | ".join(f"{run['dev_accuracy'][step]:.2%}" for step in steps)
+        tested = f"{run['tested']['accuracy']:.2%} ({run['tested_checkpoint']})"
+        lines.append(f"| {run['seed']} | {dev} | {tested} | {run['seconds'] / 60:.0f} |")
+    lines += ["", "The adapter of the first seed, asked by peft and transformers alone:", ""]
+    lines += [f"- {one['sentence']} *{one['answer']}*" for one in results["asked_without_blacksmith"]]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -316,6 +316,10 @@ def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
     assert written[0].read_text() == written[1].read_text()
     assert content["val"].keys() == {"loss", "accuracy"}
     assert "val: accuracy" in capsys.readouterr().out
+    with pytest.raises(
+        ConfigError, match=r"cannot evaluate .*llama\.Train\.batch_size was 8, now 4; set them back"
+    ):
+        run("llama.Train.batch_size = 4", flags={"mode": "eval"})
 
 
 def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path, capsys):

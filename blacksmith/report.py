@@ -1440,7 +1440,7 @@ background:var(--fair-soft);border-left:3px solid var(--fair);overflow-wrap:anyw
 pre,code{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 .panel{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:14px 16px;
 margin:0;min-width:0}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(172px,1fr));gap:10px;
 margin:18px 0 0}
 .card{background:var(--panel);border:1px solid var(--line);border-radius:10px;
 padding:11px 14px 10px;min-width:0}

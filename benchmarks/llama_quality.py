@@ -130,7 +130,7 @@ def markdown(results: dict) -> str:
     lines = [
         "# Llama on SST-2: accuracy on the dev set",
         "",
-        f"{head['date']}, {head['processor']}, one thread, Python {head['python']}, PyTorch "
+        f"{head['date']}, {head['processor']}, Python {head['python']}, PyTorch "
         f"{head['versions'].get('torch')}, transformers {head['versions'].get('transformers')}, peft "
         f"{head['versions'].get('peft')}. `{results['gin_file']}` on SST-2; written by "
         "`python benchmarks/llama_quality.py`, whose header says what is counted.",

@@ -45,10 +45,14 @@ def main() -> int:
         return 0
     if not arguments.sst2:
         parser.error("--sst2=DIR is needed: this is about the real data")
+    from blacksmith import assets  # not in the process that asks
+
     runs = [measure(arguments, seed) for seed in arguments.seeds]
     last = arguments.runs / f"seed{arguments.seeds[0]}" / "checkpoints" / f"step_{arguments.steps[-1]:08d}"
     command = [sys.executable, __file__, f"--ask={last.absolute()}"]
-    asked = json.loads(subprocess.run(command, capture_output=True, check=True, cwd="/").stdout)
+    environment = {**os.environ, "BLACKSMITH_CACHE": str(assets.cache_dir())}
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd="/", env=environment)
+    asked = json.loads(done.stdout)
     results = {"header": machine(), "gin_file": GIN, "runs": runs, "asked_without_blacksmith": asked}
     (arguments.output / "llama_quality.json").write_text(json.dumps(results, indent=1) + "\n")
     (arguments.output / "llama_quality.md").write_text(markdown(results))
@@ -106,8 +110,7 @@ def ask(checkpoint: Path) -> list[dict]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = json.loads((checkpoint.parent.parent / "config.json").read_text())
-    cache = Path(os.environ.get("BLACKSMITH_CACHE", "~/.cache/blacksmith")).expanduser()
-    (file,) = (cache / config["model"]["name_or_path"]).glob("*.gguf")
+    (file,) = (Path(os.environ["BLACKSMITH_CACHE"]) / config["model"]["name_or_path"]).glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, checkpoint).eval()

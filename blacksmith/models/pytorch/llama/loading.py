@@ -285,14 +285,24 @@ def _from_gguf(name: str, path: Path) -> tuple[Path, LlamaConfig, dict[str, str]
     with _broken(name), open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     kept = assets.cache_dir() / "gguf" / f"{digest[:32]}-{_CONVERTER}"
-    if kept.is_dir():
-        with _broken(name, kept), quiet():
-            return kept, AutoConfig.from_pretrained(kept, local_files_only=True), {}
-    with _broken(name), quiet():
-        _check_rope(path)
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    _check_llama(name, config)
-    print(f"{name}: reading it takes a moment; the next time it comes from {kept}", file=sys.stderr)
+    if not kept.is_dir():
+        with _broken(name), quiet():
+            _check_rope(path)
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        _check_llama(name, config)
+        print(f"{name}: reading it takes a moment; the next time it comes from {kept}", file=sys.stderr)
+        if not _keep(name, path, config, kept):
+            return path.parent, config, {"gguf_file": path.name}
+    with _broken(name, kept), quiet():
+        return kept, AutoConfig.from_pretrained(kept, local_files_only=True), {}
+
+
+def _keep(name: str, path: Path, config: LlamaConfig, kept: Path) -> bool:
+    """Writes a GGUF file's model as safetensors into a directory of the cache; says why where it cannot be.
+
+    Raises:
+      DataError: the file is broken.
+    """
     tokenizer = _tokenizer(name, path.parent, config=config, gguf_file=path.name)
     model = _weights(name, path.parent, config=config, gguf_file=path.name, dtype=torch.float32)
     try:
@@ -313,8 +323,8 @@ def _from_gguf(name: str, path: Path) -> tuple[Path, LlamaConfig, dict[str, str]
     except (OSError, SafetensorError) as error:
         if not kept.is_dir():  # else another process was faster
             print(f"warning: {name} is not kept in the cache: {_first_line(error)}", file=sys.stderr)
-            return path.parent, config, {"gguf_file": path.name}
-    return kept, AutoConfig.from_pretrained(kept, local_files_only=True), {}
+            return False
+    return True
 
 
 def _check_no_adapter(name: str, directory: Path) -> None:

@@ -122,7 +122,7 @@ add(
         backends={
             "torch": Needs("llama", ("torch", "transformers", "peft", "datasets", "accelerate", "gguf"))
         },
-        checkpoint_format="llama-peft-2",
+        checkpoint_format="llama-peft-3",
         foreign="adapter_config.json",
     )
 )

@@ -68,6 +68,10 @@ def _write(path, rows, sentence="sentence", label="label"):
     return path
 
 
+def _load(source="sample", validation=None, seed=0, **columns):
+    return sst2.read(source, **columns).split(validation, seed)
+
+
 def _rows(examples):
     return list(zip(examples.sentences, examples.labels.tolist()))
 
@@ -78,7 +82,7 @@ def _many(count, start=0):
 
 def _refused(match, source, **settings):
     with pytest.raises(DataError, match=match) as caught:
-        sst2.load(str(source), **settings)
+        _load(str(source), **settings)
     assert "\n" not in str(caught.value)
 
 
@@ -89,7 +93,7 @@ def _refused(match, source, **settings):
 def test_every_format_gives_the_same_examples_and_the_same_hash(tmp_path, suffix):
     _write(tmp_path / f"train.{suffix}", TRAIN)
     _write(tmp_path / f"dev.{suffix}", TEST)
-    data = sst2.load(str(tmp_path), validation=2)
+    data = _load(str(tmp_path), validation=2)
     assert sorted(_rows(data.train) + _rows(data.validation)) == sorted(TRAIN)
     assert _rows(data.test) == TEST
     assert data.train.labels.dtype == np.int32
@@ -116,7 +120,7 @@ def test_glue_s_directory_is_read_and_its_unlabelled_test_file_is_not_used(tmp_p
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\tno one knows\n")
     (tmp_path / "original").mkdir()
     (tmp_path / "README.md").write_text("sst-2")
-    data = sst2.load(str(tmp_path), validation=2)
+    data = _load(str(tmp_path), validation=2)
     assert _rows(data.test) == TEST
     assert data.info == {
         "source": "directory",
@@ -128,6 +132,7 @@ def test_glue_s_directory_is_read_and_its_unlabelled_test_file_is_not_used(tmp_p
         "train": 6,
         "validation": 2,
         "test": 3,
+        "parts_left_out": 0,
         "class_counts": {
             "train": data.train.class_counts(),
             "validation": data.validation.class_counts(),
@@ -160,7 +165,7 @@ def test_the_test_set_is_a_labelled_test_file_else_validation_or_dev(tmp_path, o
     _write(tmp_path / "train.csv", TRAIN)
     for name, rows in others.items():
         _write(tmp_path / f"{name}.csv", rows)
-    data = sst2.load(str(tmp_path), validation=2)
+    data = _load(str(tmp_path), validation=2)
     assert _rows(data.test) == TEST
     assert (data.info["test_from"], data.info["unused"]) == (test_from, unused)
 
@@ -169,7 +174,7 @@ def test_columns_can_have_other_names_and_white_space_is_stripped(tmp_path):
     path = _write(
         tmp_path / "reviews.csv", [("  good \t", 1), ("bad\n", 0), ("fine", 1), ("poor", 0)], "text", "y"
     )
-    data = sst2.load(str(path), sentence_column="text", label_column="y", validation=1)
+    data = _load(str(path), sentence_column="text", label_column="y", validation=1)
     everything = _rows(data.train) + _rows(data.validation) + _rows(data.test)
     assert sorted(everything) == [("bad", 0), ("fine", 1), ("good", 1), ("poor", 0)]
 
@@ -180,7 +185,7 @@ def test_labels_may_be_whole_numbers_or_their_text(tmp_path, labels, suffix):
     rows = [(f"sentence {row}", labels[row % 2]) for row in range(6)]
     _write(tmp_path / f"train.{suffix}", rows)
     _write(tmp_path / f"dev.{suffix}", rows)
-    assert sst2.load(str(tmp_path), validation=1).test.labels.tolist() == [1, 0, 1, 0, 1, 0]
+    assert _load(str(tmp_path), validation=1).test.labels.tolist() == [1, 0, 1, 0, 1, 0]
 
 
 def test_a_path_with_special_characters_is_taken_as_it_is(tmp_path):
@@ -188,7 +193,7 @@ def test_a_path_with_special_characters_is_taken_as_it_is(tmp_path):
     _write(directory / "train.tsv", TRAIN)
     _write(directory / "dev.tsv", TEST)
     _write(tmp_path / ".hidden [1] *" / "aXb" / "train.tsv", _many(50))
-    assert len(sst2.load(str(directory), validation=2).train) == 6
+    assert len(_load(str(directory), validation=2).train) == 6
 
 
 def test_reading_leaves_no_file_behind_and_the_library_as_it_was(tmp_path, monkeypatch):
@@ -200,7 +205,7 @@ def test_reading_leaves_no_file_behind_and_the_library_as_it_was(tmp_path, monke
     datasets.enable_progress_bars()
     datasets.logging.set_verbosity_warning()
     try:
-        sst2.load(str(_write(tmp_path / "in" / "some.csv", _many(20))), validation=2)
+        _load(str(_write(tmp_path / "in" / "some.csv", _many(20))), validation=2)
         _refused("cannot be read as json", _broken(tmp_path / "in" / "some.json", b"{"))
         assert not datasets.are_progress_bars_disabled()
         assert datasets.logging.get_verbosity() == datasets.logging.WARNING
@@ -226,7 +231,7 @@ def test_importing_imports_neither_the_library_nor_a_framework():
 def test_the_splits_are_disjoint_complete_and_in_stored_order(tmp_path):
     _write(tmp_path / "train.tsv", _many(100))
     _write(tmp_path / "dev.tsv", _many(10, start=100))
-    data = sst2.load(str(tmp_path), validation=0.25, seed=3)
+    data = _load(str(tmp_path), validation=0.25, seed=3)
     assert (len(data.train), len(data.validation), len(data.test)) == (75, 25, 10)
     assert sorted(_rows(data.train) + _rows(data.validation)) == sorted(_many(100))
     for split in (data.train, data.validation):
@@ -238,7 +243,7 @@ def test_the_splits_are_disjoint_complete_and_in_stored_order(tmp_path):
 def test_the_seed_decides_what_is_held_out_and_nothing_else(tmp_path):
     _write(tmp_path / "train.tsv", _many(100))
     _write(tmp_path / "dev.tsv", _many(10, start=100))
-    first, again, other = (sst2.load(str(tmp_path), validation=20, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (_load(str(tmp_path), validation=20, seed=seed) for seed in (0, 0, 1))
     assert first.validation.sentences == again.validation.sentences
     assert first.validation.sentences != other.validation.sentences
     assert _rows(first.test) == _rows(other.test)
@@ -251,16 +256,73 @@ def test_equal_sentences_stay_on_one_side(tmp_path, seed):
     rows[60:90] = [(f" {sentence} ", label) for sentence, label in rows[60:90]]
     _write(tmp_path / "train.csv", rows)
     _write(tmp_path / "dev.csv", TEST)
-    data = sst2.load(str(tmp_path), validation=31, seed=seed)
+    data = _load(str(tmp_path), validation=31, seed=seed)
     assert not set(data.train.sentences) & set(data.validation.sentences)
     assert len(data.train) + len(data.validation) == 100
     assert 29 <= len(data.validation) <= 31
 
 
+def _is_part(part, whole):
+    return f" {' '.join(part.split())} " in f" {' '.join(whole.split())} "
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whole_sentences_are_held_out_and_what_is_only_part_of_them_is_left_out(tmp_path, seed):
+    """As in SST-2: sentences with their phrases, some of which are in several sentences."""
+    random = np.random.default_rng(seed)
+    sentences = {" ".join(random.choice(list("abcdefgh"), random.integers(4, 9))) for _ in range(40)}
+    phrases = set()
+    for sentence in sorted(sentences):
+        words = sentence.split()
+        for _ in range(6):
+            begin, end = sorted(random.choice(len(words) + 1, 2, replace=False))
+            phrases.add(" ".join(words[begin:end]))
+    everything = sorted(sentences | phrases)
+    random.shuffle(everything)
+    rows = [(f" {text.replace(' ', '  ', 1)}", number % 2) for number, text in enumerate(everything)]
+    _write(tmp_path / "train.csv", rows)
+    _write(tmp_path / "dev.csv", TEST)
+    data = _load(str(tmp_path), validation=10, seed=seed)
+    out = [" ".join(sentence.split()) for sentence in data.validation.sentences]
+    kept = {" ".join(sentence.split()) for sentence in data.train.sentences}
+    others = {
+        text: [whole for whole in everything if whole != text and _is_part(text, whole)]
+        for text in everything
+    }
+    assert len(out) == 10
+    assert not any(others[sentence] for sentence in out)
+    for text in everything:
+        around = [whole for whole in others[text] if not others[whole]]
+        left_out = text in out or (around and all(whole in out for whole in around))
+        assert (text in kept) == (not left_out)
+    gone = len(rows) - len(data.train) - len(data.validation)
+    assert data.info["parts_left_out"] == gone > 0
+    assert f"; {gone} that are part of held-out ones were left out" in sst2.describe(data.info)
+
+
+def test_words_are_whole_when_a_sentence_is_part_of_another(tmp_path):
+    _write(tmp_path / "train.tsv", [("a good film", 1), ("a good filmmaker", 1), ("bad", 0), ("not good", 0)])
+    _write(tmp_path / "dev.tsv", TEST)
+    data = _load(str(tmp_path), validation=1)
+    assert len(data.train) + len(data.validation) == 4
+
+
+def test_of_other_data_all_is_tested(tmp_path):
+    path = _write(tmp_path / "own.tsv", TRAIN)
+    data = sst2.read(str(path)).for_testing()
+    assert _rows(data.test) == TRAIN
+    assert (len(data.train), len(data.validation), data.info["train"]) == (0, 0, 0)
+    assert data.info["sha256"] == _load(str(path), validation=1).info["sha256"]
+    assert sst2.describe(data.info).startswith(f"data: {path}: 8 test sentences from the file, sha256")
+    _write(tmp_path / "set" / "train.tsv", TRAIN)
+    _write(tmp_path / "set" / "dev.tsv", TEST)
+    assert _rows(sst2.read(str(tmp_path / "set")).for_testing().test) == TEST
+
+
 @pytest.mark.parametrize("name", ["reviews.tsv", "train.csv", "reviews.jsonl", "reviews.parquet"])
 def test_a_tenth_of_a_single_file_is_its_test_set_whatever_the_seed(tmp_path, name):
     path = _write(tmp_path / name, _many(100))
-    first, other = (sst2.load(str(path), validation=count, seed=seed) for count, seed in ((20, 0), (30, 1)))
+    first, other = (_load(str(path), validation=count, seed=seed) for count, seed in ((20, 0), (30, 1)))
     assert [len(split) for split in (first.train, first.validation, first.test)] == [70, 20, 10]
     assert _rows(first.test) == _rows(other.test)
     assert sorted(_rows(first.train) + _rows(first.validation) + _rows(first.test)) == sorted(_many(100))
@@ -271,7 +333,7 @@ def test_a_tenth_of_a_single_file_is_its_test_set_whatever_the_seed(tmp_path, na
 
 
 def test_the_sample_is_balanced_varied_and_without_repetition():
-    data = sst2.load()
+    data = _load()
     assert [len(split) for split in (data.train, data.validation, data.test)] == [200, 40, 80]
     assert data.test.class_counts() == {"negative": 40, "positive": 40}
     sentences = data.train.sentences + data.validation.sentences + data.test.sentences
@@ -287,7 +349,7 @@ def test_the_sample_is_balanced_varied_and_without_repetition():
 
 def test_the_words_of_the_sample_carry_over_from_train_to_test():
     """Naive Bayes over words: far better than chance, and still with something left to do."""
-    data = sst2.load()
+    data = _load()
 
     def words(sentence):
         return set(re.findall(r"\w+", sentence))
@@ -305,7 +367,7 @@ def test_the_words_of_the_sample_carry_over_from_train_to_test():
 
 
 def test_the_sample_s_validation_can_be_chosen():
-    assert len(sst2.load(validation=24).validation) == 24
+    assert len(_load(validation=24).validation) == 24
     _refused("no column 'text'; there are: sentence, label, split", "sample", sentence_column="text")
 
 
@@ -333,7 +395,7 @@ def cached(tmp_path, monkeypatch):
 
 
 def test_a_cached_hub_dataset_is_read_without_the_hub(cached):
-    data = sst2.load(cached, validation=2)
+    data = _load(cached, validation=2)
     assert sorted(_rows(data.train) + _rows(data.validation)) == sorted(TRAIN)
     assert _rows(data.test) == TEST
     assert [data.info[key] for key in ("source", "name", "path", "test_from", "unused")] == [
@@ -437,7 +499,7 @@ BROKEN = {
     "broken jsonl": ("some.jsonl", b'{"sentence": "hi", "label": 1}\nnonsense\n', "cannot be read as jsonl"),
     "open quote": ("some.csv", b'sentence,label\n"hi, 1\n', "cannot be read as csv"),
     "broken parquet": ("some.parquet", b"PAR1nonsense", "cannot be read as parquet"),
-    "one row": ("some.tsv", HEADER + b"hi\t1\n", "too few rows"),
+    "one row": ("some.tsv", HEADER + b"hi\t1\n", "too few sentences"),
     "other format": ("some.xlsx", b"PK", r"unknown format; allowed: \.tsv, "),
 }
 
@@ -482,7 +544,8 @@ def test_an_impossible_validation_is_refused(tmp_path, validation):
     _write(tmp_path / "train.tsv", TRAIN)
     _write(tmp_path / "dev.tsv", TEST)
     _refused(
-        f"train.tsv: validation={validation!r} with 8 training examples; allowed: a whole number from 1 to 7",
+        f"train.tsv: validation={validation!r} with 8 training examples that are part of no other; "
+        "allowed: a whole number from 1 to 7, or a fraction",
         tmp_path,
         validation=validation,
     )
@@ -505,9 +568,13 @@ def test_repeated_sentences_that_cannot_be_divided_are_refused(tmp_path):
 
 @pytest.mark.skipif(not GLUE, reason="BLACKSMITH_SST2 names no directory with GLUE's SST-2")
 def test_glue_s_sst2_is_read_whole():
-    data = sst2.load(GLUE)
-    assert [len(split) for split in (data.train, data.validation, data.test)] == [66_349, 1_000, 872]
+    data = _load(GLUE)
+    assert [len(split) for split in (data.validation, data.test)] == [1_000, 872]
+    assert len(data.train) + 1_000 + data.info["parts_left_out"] == 67_349
     lines = (Path(GLUE) / "train.tsv").read_text("utf-8").split("\n")[1:-1]
     rows = [(text.strip(), int(label)) for text, label in (line.split("\t") for line in lines)]
-    assert sorted(_rows(data.train) + _rows(data.validation)) == sorted(rows)
-    assert not set(data.train.sentences) & set(data.validation.sentences)
+    assert set(_rows(data.train) + _rows(data.validation)) <= set(rows)
+    words = [len(sentence.split()) for sentence in data.validation.sentences]
+    assert np.mean(words) == pytest.approx(19.5, abs=1)  # the dev set has 19.5
+    kept = "\n".join(f" {' '.join(sentence.split())} " for sentence in data.train.sentences)
+    assert not any(f" {' '.join(sentence.split())} " in kept for sentence in data.validation.sentences)

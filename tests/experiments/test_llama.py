@@ -171,28 +171,35 @@ def test_a_stop_in_the_middle_of_an_accumulated_step_finishes_it(run, tmp_path, 
     assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-def test_a_stop_in_the_middle_of_an_evaluation_leaves_no_gap(run, tmp_path, monkeypatch):
-    run(directory=tmp_path / "whole")
-    score = evaluation.score
+@pytest.mark.parametrize("seed", range(2))
+def test_a_stop_in_the_middle_of_an_evaluation_leaves_no_gap(run, tmp_path, seed, monkeypatch):
+    """Also in the look that finds the best weights: they are kept when the look is taken again."""
+    params = [f"Run.seed = {seed}", "llama.Train.learning_rate = 0.3"]
+    run(*params, directory=tmp_path / "whole")
+    best = result(tmp_path / "whole")["best"]["step"]
+    looks = [line["step"] for line in lines(tmp_path / "whole") if line["split"] == "val"]
+    assert best < looks[-1]
+    score, calls = evaluation.score, []
 
     def stopping(*arguments, **options):
-        if options["stop"] is not None and (tmp_path / "run" / "metrics.jsonl").stat().st_size > 400:
+        if len(calls) == looks.index(best):
             signal.raise_signal(signal.SIGINT)
+        calls.append(1)
         return score(*arguments, **options)
 
     monkeypatch.setattr(evaluation, "score", stopping)
-    assert run() == 75
-    assert result(tmp_path / "run")["step"] in (5, 10)
+    assert run(*params) == 75
+    assert result(tmp_path / "run")["step"] == best
     monkeypatch.undo()
-    assert run() == 0
+    assert run(*params) == 0
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     scored = [
         {p.name: json.loads((p / "state.json").read_text())["metrics"] for p in (d / "checkpoints").iterdir()}
         for d in (tmp_path / "run", tmp_path / "whole")
     ]
-    best = result(tmp_path / "whole")["tested_checkpoint"]
-    assert result(tmp_path / "run")["tested_checkpoint"] == best
-    assert scored[0][best] == scored[1][best]
+    tested = f"step_{best:08d}"
+    assert [result(tmp_path / d)["tested_checkpoint"] for d in ("run", "whole")] == [tested, tested]
+    assert scored[0][tested] == scored[1][tested]
 
 
 def test_a_signal_stops_the_process_and_the_same_command_goes_on(tmp_path):
@@ -236,7 +243,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_examples(run, tmp_
     assert find(tmp_path / "run").step == 6
     assert result(tmp_path / "run")["status"] == "failed"
     # The rows are those of the file, whatever was held out or left out before.
-    data = sst2.load("sample", validation=20, seed=0)
+    data = sst2.read("sample").split(validation=20, seed=0)
     named = [int(n) for n in re.search(r"rows ([\d, ]+) of", str(caught.value))[1].split(", ")]
     table = (Path(sst2.__file__).with_name("sample.tsv")).read_text().splitlines()
     training = [line.split("\t") for line in table[1:]]
@@ -276,13 +283,35 @@ def test_a_template_without_a_shared_beginning_falls_back_to_padded_batches(run,
 
 
 def test_best_weights_are_tested(run, tmp_path):
-    run("llama.Train.learning_rate = 0.3", "Checkpoint.keep_best = 1", "Checkpoint.every_steps = 1")
+    """Though no checkpoint is due at the step that they were found at."""
+    run("llama.Train.learning_rate = 0.3")
     content = result(tmp_path / "run")
     tested = content["tested_checkpoint"]
     looks = [line for line in lines(tmp_path / "run") if line["split"] == "val" and line["step"] > 0]
     best = max(looks, key=lambda line: line["accuracy"])
-    assert tested == f"step_{best['step']:08d}"
+    assert tested == f"step_{best['step']:08d}" != f"step_{looks[-1]['step']:08d}"
     assert content["best"] == {"metric": "val_accuracy", "value": best["accuracy"], "step": best["step"]}
+
+
+def test_checkpoints_carry_the_metrics_of_their_own_weights_alone(run, tmp_path):
+    run("Checkpoint.every_steps = 1", "Checkpoint.keep_last = 100")
+    looks = {line["step"]: line for line in lines(tmp_path / "run") if line["split"] == "val"}
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        state = json.loads((path / "state.json").read_text())
+        look = looks.get(state["step"])
+        expected = {f"val_{name}": look[name] for name in ("loss", "accuracy")} if look else {}
+        assert state["metrics"] == expected
+
+
+def test_the_search_for_the_best_starts_anew_in_another_directory(run, tmp_path):
+    settings = ["llama.Train.learning_rate = 0.3", "Schedule.decay_steps = 10"]
+    run(*settings)
+    before = result(tmp_path / "run")["best"]
+    flags = {"resume": str(tmp_path / "run" / "checkpoints" / "step_00000012")}
+    run(*settings, "llama.Train.steps = 20", directory=tmp_path / "other", flags=flags)
+    after = result(tmp_path / "other")
+    assert before["step"] < 12 < after["best"]["step"]
+    assert after["tested_checkpoint"] == f"step_{after['best']['step']:08d}"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -308,18 +337,45 @@ def test_a_run_stopped_at_once_and_resumed_tests_what_an_uninterrupted_one_does(
 
 
 def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
-    run(*LORA)
-    assert run(*LORA, flags={"mode": "eval"}) == 0
+    settings = [*LORA, "llama.Data.min_words = 8", 'llama.Train.precision = "bfloat16"']
+    run(*settings)
+    assert run(*settings, flags={"mode": "eval"}) == 0
     content = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert content["test"] == result(tmp_path / "run")["test"]
+    trained = result(tmp_path / "run")
+    assert content["test"] == trained["test"]
     written = [tmp_path / "run" / name for name in ("eval_results.json", "eval/eval_results.json")]
     assert written[0].read_text() == written[1].read_text()
-    assert content["val"].keys() == {"loss", "accuracy"}
+    tested = int(trained["tested_checkpoint"].removeprefix("step_"))
+    (look,) = [a for a in lines(tmp_path / "run") if a["split"] == "val" and a["step"] == tested]
+    assert content["val"] == {name: look[name] for name in ("loss", "accuracy")}
     assert "val: accuracy" in capsys.readouterr().out
     with pytest.raises(
         ConfigError, match=r"cannot evaluate .*llama\.Train\.batch_size was 8, now 4; set them back"
     ):
-        run("llama.Train.batch_size = 4", flags={"mode": "eval"})
+        run(*settings, "llama.Train.batch_size = 4", flags={"mode": "eval"})
+
+
+def test_validation_is_scored_in_the_precision_of_the_training(run, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        run(f'llama.Train.precision = "{precision}"', directory=tmp_path / precision)
+    one, other = (lines(tmp_path / precision)[0]["loss"] for precision in ("float32", "bfloat16"))
+    assert one != other
+    assert one == pytest.approx(other, rel=0.02)
+
+
+def test_a_checkpoint_is_evaluated_on_a_small_file_of_one_s_own(run, tmp_path, capsys):
+    run()
+    rows = [("a warm and clever film", 1), ("dull", 0), ("clever", 1)]
+    own = tmp_path / "own.tsv"
+    own.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    flags = {"mode": "eval", "resume": str(tmp_path / "run")}
+    assert run(f'llama.Data.source = "{own}"', directory=tmp_path / "e", flags=flags) == 0
+    told = capsys.readouterr().err
+    assert f"data: {own}: 3 test sentences from the file" in told
+    assert "note: trained on other data" in told
+    assert "val" not in json.loads((tmp_path / "e" / "eval.json").read_text())
+    answers = json.loads((tmp_path / "e" / "eval" / "eval_results.json").read_text())
+    assert [(answer["sentence"], answer["label"]) for answer in answers] == rows
 
 
 def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path, capsys):
@@ -423,12 +479,35 @@ def test_export_is_a_model_that_transformers_reads_and_answers_the_same(run, bas
     assert abs(before.probabilities - scores.probabilities).max() > 1e-2
 
 
+def test_the_export_of_a_bfloat16_model_loses_nothing_of_the_adapter(run, base, tmp_path, capsys):
+    # Updates so small that bfloat16 would round most of them away.
+    settings = [
+        *pretrained(base),
+        *LORA,
+        'llama.Model.dtype = "bfloat16"',
+        "llama.Train.learning_rate = 1e-4",
+    ]
+    run(*settings)
+    assert run(*settings, flags={"mode": "export"}) == 0
+    assert "written in float32" in capsys.readouterr().err
+    exported = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    own = load_file(base / "model.safetensors")
+    best = tmp_path / "run" / "checkpoints" / result(tmp_path / "run")["tested_checkpoint"]
+    adapter = load_file(best / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    down, up = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    update = 8.0 / 4 * up @ down
+    assert update.abs().max() > 0
+    expected = own[f"{name}.weight"].bfloat16().float() + update
+    assert torch.allclose(exported[f"{name}.weight"], expected, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize(("too_long", "word"), [("drop", "left out"), ("truncate", "cut")])
 def test_examples_that_are_too_long_are_counted_and_said(run, tmp_path, too_long, word, capsys):
     run("llama.Data.max_length = 90", f'llama.Data.too_long = "{too_long}"')
     said = capsys.readouterr().err
     config = launcher.resolve(["gin/llama_sst2_tiny.gin"], SMALL).config
-    data = train.load_data(launcher_run(launcher.resolve(["gin/llama_sst2_tiny.gin"], SMALL), tmp_path / "x"))
+    data = sst2.read("sample").split(validation=20)
     prompt = Prompt.of(config.data.template, config.data.labels)
     # In bytes, with the end token and the longer answer.
     longer = max(map(len, prompt.labels))
@@ -445,7 +524,7 @@ def test_examples_that_are_too_long_are_counted_and_said(run, tmp_path, too_long
 def test_short_examples_are_left_out_of_training_and_validation_and_said(run, tmp_path, capsys):
     assert run("llama.Data.min_words = 8") == 0
     said = capsys.readouterr().err
-    everything = sst2.load("sample", validation=20)
+    everything = sst2.read("sample").split(validation=20)
     for what, examples in (("training", everything.train), ("validation", everything.validation)):
         short = sum(len(sentence.split()) < 8 for sentence in examples.sentences)
         assert 0 < short < len(examples)
@@ -624,7 +703,7 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, tmp_path, sh
     config = resolved.config
     model, tokenizer = checkpoints.build_model(other)
     prompt = Prompt.of(config.data.template, config.data.labels)
-    encoded = train.encode_training(other, tokenizer, prompt, train.load_data(other).train)
+    encoded = train.encode_training(other, tokenizer, prompt, sst2.read("sample").split(validation=20).train)
     order = LengthOrder(encoded.lengths, 8, config.train.by_length, config.run.seed)
     rows = [row for step in range(10) for row in order.rows(step).tolist()]
     pad = padding(tokenizer)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blacksmith import assets
@@ -318,6 +319,14 @@ def test_a_gguf_file_is_read_once_and_then_comes_from_the_cache_to_the_bit(tmp_p
         assert kept.name.startswith(hashlib.file_digest(file, "sha256").hexdigest()[:32] + "-transformers-")
 
 
+def test_the_copy_of_a_gguf_file_is_as_public_as_its_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "small.gguf")
+    loading.load_model(str(tmp_path / "small.gguf"))
+    (kept,) = (tmp_path / "cache" / "gguf").iterdir()
+    assert {file.stat().st_mode for file in kept.iterdir()} == {(kept / "config.json").stat().st_mode}
+
+
 def test_another_version_of_transformers_makes_its_own_copy_of_a_gguf_file(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "small.gguf"
@@ -515,6 +524,15 @@ def test_a_model_in_parts_is_whole_with_all_of_them(tmp_path, monkeypatch, lost)
         loading.load_model("someone/model")
 
 
+@pytest.mark.parametrize("content", ['{"weight_map": {"a', "[]", '{"weight_map": 3}', "{}"])
+def test_a_model_whose_index_is_broken_is_not_whole(directory, monkeypatch, content):
+    (directory / "model.safetensors.index.json").write_text(content)
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda **options: str(directory))
+    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="not whole"):
+        loading.load_model("someone/model")
+
+
 def test_a_model_in_the_hub_s_cache_needs_no_hub(no_hub, directory, monkeypatch):
     monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda **options: str(directory))
     model, _ = loading.load_model("someone/model")
@@ -589,3 +607,49 @@ def test_loading_is_quiet(directory, tmp_path, capfd, kind):
 def test_a_copy_elsewhere_is_the_same_model(directory, tmp_path):
     shutil.copytree(directory, tmp_path / "copy")
     assert torch.equal(logits(loading.load_model(str(tmp_path / "copy"))[0]), logits(small()))
+
+
+# --- which model it is ---
+
+
+def differences(model, tokenizer) -> set[str]:
+    """What tells a model with its tokenizer from `small` with the byte tokenizer."""
+    known = loading.fingerprint(small().requires_grad_(False), byte_tokenizer())
+    found = loading.fingerprint(model.requires_grad_(False), tokenizer)
+    return {name for name, value in found.items() if value != known[name]}
+
+
+@pytest.mark.parametrize("column", range(0, 32, 5))
+def test_a_changed_column_of_a_large_matrix_is_another_model(column, monkeypatch):
+    monkeypatch.setattr(loading, "_SAMPLES", 64)  # of 32 columns, and at least 1,024 numbers
+    model = small()
+    assert not differences(model, byte_tokenizer())
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[:, column] += 1
+    assert differences(model, byte_tokenizer()) == {"weights"}
+
+
+def test_what_is_trained_does_not_make_another_model():
+    model = small()
+    adapted = adapters.add_lora(
+        model, rank=2, alpha=4.0, dropout=0.0, bias="none", target_modules="all-linear", seed=0
+    )
+    before = loading.fingerprint(adapted, byte_tokenizer())
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight += 1
+    assert loading.fingerprint(adapted, byte_tokenizer()) == before
+
+
+def test_another_tokenizer_of_the_same_vocabulary_is_another():
+    other_end, other_split = byte_tokenizer(), byte_tokenizer()
+    other_end.eos_token = other_end.convert_ids_to_tokens(0)
+    split = json.loads(other_split.backend_tokenizer.to_str())
+    split["normalizer"] = {"type": "Lowercase"}
+    lower = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(split)), **other_split.special_tokens_map
+    )
+    for tokenizer in (other_end, lower):
+        assert tokenizer.get_vocab() == byte_tokenizer().get_vocab()
+        assert differences(small(), tokenizer) == {"tokenizer"}

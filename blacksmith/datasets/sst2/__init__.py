@@ -1,8 +1,8 @@
 """SST-2, and sets of its form, as sentences with a label: 0 negative, 1 positive.
 
-`load` takes them from a source named in one string and returns disjoint train, validation and test examples
-with an `info` dictionary that says what was read, with a hash; `describe` makes one line of it. Nothing is
-downloaded unless the source is a Hugging Face dataset id.
+`read` takes them from a source named in one string; its `split` gives disjoint train, validation and test
+examples with an `info` dictionary that says what was read, with a hash; `describe` makes one line of it.
+Nothing is downloaded unless the source is a Hugging Face dataset id.
 """
 
 import os
@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from blacksmith import order
 from blacksmith.datasets.sst2 import files, hub
 from blacksmith.datasets.sst2.examples import CLASSES, Examples, Table, checked, content_sha256
+from blacksmith.datasets.sst2.splits import held_out
 from blacksmith.errors import DataError
 
-__all__ = ["CLASSES", "DEFAULT_VALIDATION", "Examples", "Sst2", "describe", "load"]
+__all__ = ["CLASSES", "DEFAULT_VALIDATION", "Examples", "Source", "Sst2", "describe", "read"]
 
 DEFAULT_VALIDATION = 1000
 """Training examples held out where nothing is said; on the sample, with 240 of them, `SAMPLE_VALIDATION`."""
@@ -35,11 +34,12 @@ class Sst2:
     Attributes:
       train: in the order of the source.
       validation: held out of the source's training examples, in the same order.
-      test: see `load`; the same for every seed and `validation`.
+      test: see `read`; the same for every seed and `validation`.
       info: JSON-serialisable: `source` (`sample`, `directory`, `file` or `hub`), `name`, `path` (str or
         None), `sha256` (of the source's training and test examples before they were split), the sizes
-        `train`, `validation` and `test`, `class_counts` (of each split, by the names in `CLASSES`),
-        `test_from` (the file or split that the test examples are) and `unused` (files or splits left out).
+        `train`, `validation` and `test`, `parts_left_out` (examples that are only part of held-out ones, see
+        `splits.held_out`), `class_counts` (of each split, by the names in `CLASSES`), `test_from` (the file
+        or split that the test examples are) and `unused` (files or splits left out).
     """
 
     train: Examples
@@ -49,133 +49,161 @@ class Sst2:
 
 
 @dataclass(frozen=True, eq=False)
-class _Official:
-    """A source's own training and test examples, and what `Sst2.info` says about the source."""
+class Source:
+    """What was read, before anything is held out.
+
+    Attributes:
+      train: the source's own training examples, or all of a file.
+      test: the source's own test examples, or None of a file, which has none.
+      place: where `train` is from, for messages.
+      origin: the part of `Sst2.info` that is known already.
+    """
 
     train: Examples
-    test: Examples
+    test: Examples | None
     place: str
-    info: dict[str, Any]
+    origin: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all examples."""
+        return content_sha256(self.train, *([] if self.test is None else [self.test]))
+
+    def split(self, validation: int | float | None = None, seed: int = 0) -> Sst2:
+        """Train, validation and test examples; `splits.held_out` says how examples are held out.
+
+        A tenth of a file is its test set, the same tenth for every seed.
+
+        Args:
+          validation: how many training examples to hold out: a number from 1, or a fraction between 0 and 1;
+            equal sentences can make it a few less. The default of 1,000 is 40 on the sample.
+          seed: decides which examples are held out for validation.
+
+        Raises:
+          DataError: `validation` leaves nothing to train on, or examples of one class only.
+        """
+        if validation is None:
+            validation = SAMPLE_VALIDATION if self.origin["source"] == "sample" else DEFAULT_VALIDATION
+        rest, test, test_from = self.train, self.test, self.origin["test_from"]
+        if test is None:
+            # Not the run's seed: a checkpoint may be tested by a run with another.
+            rest, test = held_out(rest, 0.1, order.generator(0, "test"), self.place)
+            test_from = f"a tenth of {test_from}"
+        train, validating = held_out(rest, validation, order.generator(seed, "validation"), self.place)
+        if len(set(train.labels.tolist())) < len(CLASSES):
+            raise DataError(
+                f"{self.place}: all {len(train):,} training examples are {CLASSES[train.labels[0]]}; both "
+                "classes are needed"
+            )
+        left_out = len(self.train) - len(train) - len(validating) - (len(test) if self.test is None else 0)
+        return self._splits(train, validating, test, test_from=test_from, parts_left_out=left_out)
+
+    def for_testing(self) -> Sst2:
+        """Test examples alone, for a model that was not trained on this source: all of a file."""
+        nothing, test = self.train.rows([]), self.train if self.test is None else self.test
+        return self._splits(nothing, nothing, test, parts_left_out=0)
+
+    def _splits(self, train: Examples, validation: Examples, test: Examples, **more: Any) -> Sst2:
+        splits = {"train": train, "validation": validation, "test": test}
+        info = {
+            **self.origin,
+            "sha256": self.sha256,
+            **{name: len(split) for name, split in splits.items()},
+            "class_counts": {name: split.class_counts() for name, split in splits.items()},
+            **more,
+        }
+        return Sst2(train, validation, test, info)
 
 
-def load(
-    source: str = "sample",
-    *,
-    sentence_column: str = "sentence",
-    label_column: str = "label",
-    validation: int | float | None = None,
-    seed: int = 0,
-) -> Sst2:
-    """Loads sentences with two classes and splits them.
+def read(source: str = "sample", *, sentence_column: str = "sentence", label_column: str = "label") -> Source:
+    """Reads sentences with two classes.
 
     Sources:
       sample: 320 sentences that come with the package, 240 for training and 80 for testing.
       a directory: `train` and one or more of `test`, `validation` and `dev`, each a tsv, csv, json, jsonl or
         parquet file. SST-2 as GLUE distributes it is such a directory.
-      a file of one of these formats: a tenth of it is the test set, the same tenth for every seed.
+      a file of one of these formats.
       a Hugging Face dataset id: `stanfordnlp/sst2`, or `nyu-mll/glue:sst2` with a configuration.
 
     The test set is the source's `test` if it has labels. If not, as in SST-2, it is the source's `validation`
-    or `dev`. Examples for model selection are always held out of the training examples; those with the same
-    sentence stay together, so that no sentence is in both.
+    or `dev`. Examples for model selection are always held out of the training examples.
 
     Args:
       source: as above; a path that is there is preferred to an id, and `./sample` is a path.
       sentence_column: the column with the sentences.
       label_column: the column with the labels, 0 or 1.
-      validation: how many training examples to hold out: a number from 1, or a fraction between 0 and 1;
-        repeated sentences can make it a few less. The default of 1,000 is 40 on the sample.
-      seed: decides which examples are held out.
 
     Raises:
-      DataError: the source is unknown, missing or broken, or `validation` leaves nothing to train on.
+      DataError: the source is unknown, missing or broken.
     """
     columns = (sentence_column, label_column)
     path = Path(os.path.expanduser(source)).absolute()
     if source == "sample":
-        official = _sample(columns)
-        if validation is None:
-            validation = SAMPLE_VALIDATION
-    elif os.path.isdir(path):
-        official = _directory(path, columns)
-    elif os.path.isfile(path):
-        official = _file(path, columns)
-    elif hub.is_id(source) and path.suffix not in files.SUFFIXES:
-        official = _hub(source, columns)
-    else:
-        raise DataError(
-            f"{source!r}: no such file or directory; allowed: 'sample', a directory or a file of "
-            f"{', '.join(suffix[1:] for suffix in files.SUFFIXES)}, or a Hugging Face dataset id such as "
-            "stanfordnlp/sst2"
-        )
-    count = _held_out(
-        DEFAULT_VALIDATION if validation is None else validation, len(official.train), official.place
+        return _sample(columns)
+    if os.path.isdir(path):
+        return _directory(path, columns)
+    if os.path.isfile(path):
+        return _file(path, columns)
+    if hub.is_id(source) and path.suffix not in files.SUFFIXES:
+        return _hub(source, columns)
+    raise DataError(
+        f"{source!r}: no such file or directory; allowed: 'sample', a directory or a file of "
+        f"{', '.join(suffix[1:] for suffix in files.SUFFIXES)}, or a Hugging Face dataset id such as "
+        "stanfordnlp/sst2"
     )
-    train, held_out = _divided(official.train, count, order.generator(seed, "validation"), official.place)
-    if len(set(train.labels.tolist())) < len(CLASSES):
-        raise DataError(
-            f"{official.place}: all {len(train):,} training examples are {CLASSES[train.labels[0]]}; both "
-            "classes are needed"
-        )
-    splits = {"train": train, "validation": held_out, "test": official.test}
-    info = {
-        **official.info,
-        "sha256": content_sha256(official.train, official.test),
-        **{name: len(split) for name, split in splits.items()},
-        "class_counts": {name: split.class_counts() for name, split in splits.items()},
-    }
-    return Sst2(train, held_out, official.test, info)
 
 
 def describe(info: Mapping[str, Any]) -> str:
     """One line for `Sst2.info`: what was read, how much, and what to know about it."""
+    notes = []
     if info["source"] == "sample":
         place = "the sample in the package"
-        note = "; not SST-2 itself, which docs/data.md says how to get"
+        notes.append("not SST-2 itself, which docs/data.md says how to get")
     else:
         place = f"{info['name']} from the hub" if info["path"] is None else info["path"]
-        note = f"; not used: {', '.join(info['unused'])}" if info["unused"] else ""
+    if info["parts_left_out"]:
+        notes.append(f"{info['parts_left_out']:,} that are part of held-out ones were left out")
+    if info["unused"]:
+        notes.append(f"not used: {', '.join(info['unused'])}")
+    training = f"{info['train']:,} train, {info['validation']:,} validation, " if info["train"] else ""
     return (
-        f"data: {place}: {info['train']:,} train, {info['validation']:,} validation, {info['test']:,} test "
-        f"sentences from {info['test_from']}, sha256 {info['sha256'][:12]}{note}"
+        f"data: {place}: {training}{info['test']:,} test sentences from {info['test_from']}, "
+        f"sha256 {info['sha256'][:12]}" + "".join(f"; {note}" for note in notes)
     )
 
 
-def _sample(columns: tuple[str, str]) -> _Official:
+def _sample(columns: tuple[str, str]) -> Source:
     table = files.read(_SAMPLE, (*columns, "split"))
     examples, splits = checked(table, *columns), table.columns["split"]
     train, test = (
         examples.rows([row for row, split in enumerate(splits) if split == name])
         for name in ("train", "test")
     )
-    return _Official(train, test, table.place, _origin("sample", "sample", None, _SAMPLE.name))
+    return Source(train, test, table.place, _origin("sample", "sample", None, _SAMPLE.name))
 
 
-def _directory(path: Path, columns: tuple[str, str]) -> _Official:
+def _directory(path: Path, columns: tuple[str, str]) -> Source:
     found = files.find(path)
     tables = {split: files.read(file, columns) for split, file in found.items()}
     test, unused = _choose_test(tables, str(path), columns[1])
     origin = _origin("directory", path.name, path, found[test].name, [found[split].name for split in unused])
     train, test_examples = (checked(tables[split], *columns) for split in ("train", test))
-    return _Official(train, test_examples, tables["train"].place, origin)
+    return Source(train, test_examples, tables["train"].place, origin)
 
 
-def _file(path: Path, columns: tuple[str, str]) -> _Official:
+def _file(path: Path, columns: tuple[str, str]) -> Source:
     table = files.read(path, columns)
     examples = checked(table, *columns)
-    # Not the run's seed: a checkpoint may be tested by a run with another.
-    count = _held_out(0.1, len(examples), table.place)
-    train, test = _divided(examples, count, order.generator(0, "test"), table.place)
-    return _Official(train, test, table.place, _origin("file", path.stem, path, "a tenth of the file"))
+    return Source(examples, None, table.place, _origin("file", path.stem, path, "the file"))
 
 
-def _hub(source: str, columns: tuple[str, str]) -> _Official:
+def _hub(source: str, columns: tuple[str, str]) -> Source:
     tables = hub.load(source, columns)
     if "train" not in tables:
         raise DataError(f"{source}: no split train; there are: {', '.join(tables)}")
     test, unused = _choose_test(tables, source, columns[1])
     train, test_examples = (checked(tables[split], *columns) for split in ("train", test))
-    return _Official(train, test_examples, tables["train"].place, _origin("hub", source, None, test, unused))
+    return Source(train, test_examples, tables["train"].place, _origin("hub", source, None, test, unused))
 
 
 def _origin(
@@ -209,47 +237,3 @@ def _choose_test(tables: Mapping[str, Table], place: str, label_column: str) -> 
             )
         test = names[0]
     return test, [name for name in tables if name not in ("train", test)]
-
-
-def _held_out(validation: int | float, size: int, place: str) -> int:
-    """How many of `size` examples to hold out.
-
-    Raises:
-      DataError: it is not a number or a fraction that leaves something on both sides.
-    """
-    if size < 2:
-        raise DataError(f"{place}: too few rows ({size}) to hold any out of them")
-    count = validation
-    if isinstance(validation, float) and 0 < validation < 1:
-        count = max(1, round(validation * size))
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < size:
-        raise DataError(
-            f"{place}: validation={validation!r} with {size:,} training examples; allowed: a whole number "
-            f"from 1 to {size - 1:,}, or a fraction between 0 and 1"
-        )
-    return count
-
-
-def _divided(
-    examples: Examples, count: int, generator: np.random.Generator, place: str
-) -> tuple[Examples, Examples]:
-    """All but `count` examples, and these, drawn at random; equal sentences stay on one side.
-
-    Raises:
-      DataError: equal sentences leave nothing for one side.
-    """
-    same: dict[str, list[int]] = {}
-    for row, sentence in enumerate(examples.sentences):
-        same.setdefault(sentence, []).append(row)
-    groups = list(same.values())
-    held_out: set[int] = set()
-    for index in generator.permutation(len(groups)):
-        if len(held_out) + len(groups[index]) <= count:
-            held_out.update(groups[index])
-    if not held_out:
-        raise DataError(
-            f"{place}: {count:,} rows cannot be held out, since every sentence is there more often and equal "
-            "ones stay together; hold out more"
-        )
-    kept = [row for row in range(len(examples)) if row not in held_out]
-    return examples.rows(kept), examples.rows(sorted(held_out))

@@ -68,7 +68,11 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
         made_on = lora.base_model_name_or_path
         print(
             f"adapter: rank {lora.r}, alpha {lora.lora_alpha}, made on {made_on}"
-            + ("" if made_on == settings.name_or_path else f", here on {settings.name_or_path}")
+            + (
+                ""
+                if made_on == settings.name_or_path
+                else f", here on {settings.name_or_path or 'a model from scratch'}"
+            )
             + "; llama.Lora has no effect on it",
             file=sys.stderr,
         )

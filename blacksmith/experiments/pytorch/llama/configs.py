@@ -33,8 +33,8 @@ class Data:
     )
     validation: int | float | None = setting(
         None,
-        "training examples held out to choose the best checkpoint: a number or a fraction; None: 1,000, or "
-        "40 of the sample",
+        "whole sentences held out of the training to choose the best checkpoint: a number or a fraction; "
+        "None: 1,000, or 40 of the sample",
         gt=0,
     )
     min_words: int = setting(

@@ -226,6 +226,8 @@ def generate(
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
                 temperature=None,
                 top_p=None,
                 top_k=None,

@@ -46,7 +46,8 @@ def train(run: Run) -> int:
     config, settings = run.config, run.config.train
 
     # Data.
-    data = load_data(run)
+    data = read_data(run).split(config.data.validation, config.run.seed)
+    run.use_data(data.info, sst2.describe(data.info))
     model, tokenizer = build_model(run)
     prompt = Prompt.of(config.data.template, config.data.labels)
     examples = long_enough(run, data.train, "training")
@@ -126,22 +127,16 @@ def train(run: Run) -> int:
     return conclude(run, model, tokenizer, prompt, data, journal, len(prefix))
 
 
-def load_data(run: Run) -> sst2.Sst2:
-    """Loads what `llama.Data` names and records it with the run.
+def read_data(run: Run) -> sst2.Source:
+    """Reads what `llama.Data` names.
 
     Raises:
-      DataError: it is missing, broken, or not what a resumed run was trained on.
+      DataError: it is missing or broken.
     """
     settings = run.config.data
-    data = sst2.load(
-        settings.source,
-        sentence_column=settings.sentence_column,
-        label_column=settings.label_column,
-        validation=settings.validation,
-        seed=run.config.run.seed,
+    return sst2.read(
+        settings.source, sentence_column=settings.sentence_column, label_column=settings.label_column
     )
-    run.use_data(data.info, sst2.describe(data.info))
-    return data
 
 
 def long_enough(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
@@ -330,14 +325,21 @@ def test(
 
 
 def evaluate_checkpoint(run: Run) -> int:
-    """``--mode=eval``: a checkpoint or adapter on the validation and test sets, into `eval.json`."""
-    data = load_data(run)
+    """``--mode=eval``: a checkpoint or adapter on the validation and test sets, into `eval.json`.
+
+    On other data than that it was trained on, all that is not for training is tested, and of a file all.
+    """
+    settings = run.config.data
+    read = read_data(run)
+    trained_on = run.resumed.state["data"].get("sha256") if run.resumed else None
+    known = trained_on == read.sha256
+    data = read.split(settings.validation, run.config.run.seed) if known else read.for_testing()
+    run.use_data(data.info, sst2.describe(data.info))
     model, tokenizer = build_model(run)
-    prompt = Prompt.of(run.config.data.template, run.config.data.labels)
+    prompt = Prompt.of(settings.template, settings.labels)
     source = run.foreign or run.resumed.path
     result: dict[str, Any] = {"checkpoint": str(source), "data": run.data}
-    trained_on = run.resumed.state["data"].get("sha256") if run.resumed else None
-    if trained_on == run.data["sha256"]:
+    if known:
         held_out = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"), "validation")
         scores = score(run, model, held_out, padding(tokenizer))
         if scores is None:
@@ -370,7 +372,15 @@ def export(run: Run) -> int:
     """``--mode=export``: adapter and model merged, as a Hugging Face model directory, `export/`."""
     model, tokenizer = build_model(run)
     directory = run.directory / "export"
-    merged = merge(model) if run.config.lora.rank is not None or run.foreign else model
+    merged = model
+    if run.config.lora.rank is not None or run.foreign:
+        if run.config.model.dtype != "float32":
+            print(
+                f"written in float32: {run.config.model.dtype} would round small updates away; "
+                f"dtype=torch.{run.config.model.dtype} loads it smaller",
+                file=sys.stderr,
+            )
+        merged = merge(model.float())
     temporary = run.directory / ".export.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     with loading.quiet():

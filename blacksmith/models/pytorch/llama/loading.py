@@ -154,8 +154,8 @@ def fingerprint(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> d
     tokenizer.
 
     Of the weights, those that are not trained count, each with its name, its shape and up to 4,096 numbers
-    spread over it; of the tokenizer, its vocabulary and the tokens of a text. A fraction of a second, for a
-    model of any size.
+    spread over it; of the tokenizer, its vocabulary, the tokens of a text and those that begin and end one. A
+    fraction of a second, for a model of any size.
 
     Args:
       model: with the adapter that is trained, if there is one.
@@ -171,7 +171,8 @@ def fingerprint(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> d
             weights.update(f"{name} {tuple(weight.shape)}".encode() + some.tobytes())
     settings = causal_model(model).config.to_dict()
     architecture = json.dumps([settings.get(name) for name in _ARCHITECTURE], sort_keys=True)
-    tokens = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE).input_ids])
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    tokens = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE).input_ids, special])
     return {
         "weights": weights.hexdigest(),
         "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
@@ -407,7 +408,10 @@ def _is_whole(path: Path) -> bool:
     index = path / "model.safetensors.index.json"
     weights = {"model.safetensors"}
     if index.is_file():
-        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
     return _has_tokenizer(path) and all((path / name).is_file() for name in {"config.json", *weights})
 
 

@@ -3,9 +3,10 @@
     python benchmarks/llama_quality.py --sst2=DIR     # SST-2 as TSV files, of GLUE's layout; hours on a CPU
 
 Writes benchmarks/results/llama_quality.{json,md}. A run is left in --runs, by its seed; one that is there and
-done is not trained again. Its adapters of --steps are evaluated by `--mode=eval`; the dev set has no part in
-the training or in the choice of the best checkpoint. The last adapter of the first seed is then loaded by
-peft and transformers in a process that does not import this package, and asked about sentences of our own.
+done is not trained again, if it is of today's settings, data and packages. Its adapters of --steps are
+evaluated by `--mode=eval`; the dev set has no part in the training or in the choice of the best checkpoint.
+The last adapter of the first seed is then loaded by peft and transformers in a process that does not import
+this package, and asked about sentences of our own.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--sst2", help="directory of SST-2")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--steps", type=int, nargs="*", default=[150, 300], help="checkpoints to evaluate")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     parser.add_argument("--runs", type=Path, default=Path("runs/llama_quality"), help="where the runs are")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--ask", type=Path, help=argparse.SUPPRESS)
@@ -64,17 +66,22 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict:
     """One run: what its validation and the dev set say of it."""
     directory = (arguments.runs / f"seed{seed}").absolute()
     result = directory / "result.json"
-    source = f"--gin_param=llama.Data.source={str(Path(arguments.sst2).absolute())!r}"
-    every = [f"--gin_param=Run.seed={seed}", "--gin_param=Checkpoint.keep_last=1000"]
+    bindings = [
+        f"llama.Data.source={str(Path(arguments.sst2).absolute())!r}",
+        f"Run.seed={seed}",
+        "Checkpoint.keep_last=1000",
+    ]
     if not result.exists() or json.loads(result.read_text())["status"] != "done":
-        launch(f"--gin_file={GIN}", source, *every, f"--workdir={directory}")
-    trained = json.loads(result.read_text())
+        parameters = [f"--gin_param={binding}" for binding in bindings]
+        launch(arguments.threads, f"--gin_file={GIN}", *parameters, f"--workdir={directory}")
+    check(directory, bindings)
     dev = {}
     for step in arguments.steps:
         evaluated = directory / f"dev_{step}"
         if not (evaluated / "eval.json").exists():
             checkpoint = directory / "checkpoints" / f"step_{step:08d}"
             launch(
+                arguments.threads,
                 f"--gin_file={directory / 'config.gin'}",
                 "--mode=eval",
                 f"--resume={checkpoint}",
@@ -82,9 +89,14 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict:
                 f"--workdir={evaluated}",
             )
         dev[step] = json.loads((evaluated / "eval.json").read_text())["test"]["accuracy"]
+    trained, environment = (
+        json.loads((directory / name).read_text()) for name in ("result.json", "environment.json")
+    )
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return {
         "seed": seed,
+        "started": environment["started"],
+        "command": environment["command"],
         "dev_accuracy": dev,
         "validation": {
             line["step"]: {"accuracy": line["accuracy"], "loss": line["loss"]}
@@ -92,14 +104,33 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict:
             if line["split"] == "val"
         },
         "seconds": trained["seconds"],
+        "threads": int(environment["variables"].get("OMP_NUM_THREADS", environment["cpu_count"])),
+        "peak_memory_bytes": trained["peak_memory_bytes"],
+        "data": trained["data"],
         "tested_checkpoint": trained["tested_checkpoint"],
         "tested": {name: trained["test"][name] for name in ("accuracy", "confusion_matrix", "generated")},
     }
 
 
-def launch(*flags: str) -> None:
+def check(directory: Path, bindings: list[str]) -> None:
+    """Refuses a run of other settings, data or packages than those of today."""
+    from blacksmith import config, launch, run
+    from blacksmith.datasets import sst2
+
+    now = config.as_dict(launch.resolve([str(ROOT / GIN)], bindings).config)
+    environment = json.loads((directory / "environment.json").read_text())
+    same = {
+        "settings": json.loads((directory / "config.json").read_text()) == json.loads(json.dumps(now)),
+        "data": environment["data"]["sha256"] == sst2.read(now["data"]["source"]).sha256,
+        "packages": environment["versions"] == run.versions(),
+    }
+    if different := [name for name, equal in same.items() if not equal]:
+        raise SystemExit(f"{directory} is a run of other {' and '.join(different)}; move it away")
+
+
+def launch(threads: int, *flags: str) -> None:
     """Runs the launcher, its output on the console."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     subprocess.run([sys.executable, "-m", "blacksmith.launch", *flags], cwd=ROOT, env=environment, check=True)
 
 
@@ -138,13 +169,15 @@ def markdown(results: dict) -> str:
         f"{head['versions'].get('peft')}. `{results['gin_file']}` on SST-2; written by "
         "`python benchmarks/llama_quality.py`, whose header says what is counted.",
         "",
-        f"| seed | {' | '.join(f'step {step}' for step in steps)} | best by validation | minutes |",
-        f"| --- |{' --- |' * len(steps)} --- | --- |",
+        f"| seed | {' | '.join(f'step {step}' for step in steps)} | best by validation | minutes | threads | "
+        "GB |",
+        f"| --- |{' --- |' * len(steps)} --- | --- | --- | --- |",
     ]
     for run in runs:
         dev = " | ".join(f"{run['dev_accuracy'][step]:.2%}" for step in steps)
         tested = f"{run['tested']['accuracy']:.2%} ({run['tested_checkpoint']})"
-        lines.append(f"| {run['seed']} | {dev} | {tested} | {run['seconds'] / 60:.0f} |")
+        cost = f"{run['seconds'] / 60:.0f} | {run['threads']} | {run['peak_memory_bytes'] / 1e9:.1f}"
+        lines.append(f"| {run['seed']} | {dev} | {tested} | {cost} |")
     lines += ["", "The adapter of the first seed, asked by peft and transformers alone:", ""]
     lines += [f"- {one['sentence']} *{one['answer']}*" for one in results["asked_without_blacksmith"]]
     return "\n".join(lines) + "\n"

@@ -141,10 +141,13 @@ class Checkpoints:
     def chosen(self) -> Saved | None:
         """What is tested, evaluated and exported: the best checkpoint if the best are kept, else the newest.
 
+        Broken ones are named in a warning and passed over.
+
         Raises:
           CheckpointError: there are checkpoints and none is intact.
         """
-        return (self.best() if self.keep_best else None) or self.newest()
+        best = self._by_metric() if self.keep_best else []
+        return self._first_intact([*best, *(path for path in reversed(self.steps()) if path not in best)])
 
     def clean(self) -> None:
         """Removes what an interrupted `save` left; call it only while the run's lock is held."""
@@ -172,7 +175,7 @@ class Checkpoints:
                 saved = load(path)
             except CheckpointError as error:
                 problems.append(str(error))
-                print(f"warning: {error}; trying the one before", file=sys.stderr)
+                print(f"warning: {error}; trying another", file=sys.stderr)
                 continue
             return saved
         if problems:

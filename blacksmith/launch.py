@@ -271,7 +271,8 @@ def run_experiment(
                 )
             foreign = path
         elif resume != "never":
-            chosen = runs.checkpoints_of(path, config).chosen() if mode != "train" else None
+            inside = path.parent if path.name == "checkpoints" else path
+            chosen = runs.checkpoints_of(inside, config).chosen() if mode != "train" else None
             saved = chosen or find(path)
     if saved is not None:
         runs.check_resume(saved, config, experiment, mode=mode)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,9 @@ _PACKAGES = (
     "transformers",
     "viser",
 )
+
+# Environment variables that change what is computed, or how fast.
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")
 
 
 class StopFlag:
@@ -155,8 +159,8 @@ class Run:
     def opened(self, checkpoints: Sequence[Path] | None = None) -> Iterator["Run"]:
         """Makes and locks the directory, records provenance, opens the metrics; closes them at the end.
 
-        A run that is refused (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: a directory
-        that it made is removed again, one that it was to go on in is as it was. Any other failure leaves a
+        A run that is refused (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: directories
+        that it made are removed again, one that it was to go on in is as it was. Any other failure leaves a
         `result.json` that says so.
 
         Args:
@@ -166,8 +170,7 @@ class Run:
           ConfigError: another process is running in this directory, or was since `checkpoints` were listed.
           RunError: the disk is full.
         """
-        made = not self.directory.exists()
-        parent_made = not self.directory.parent.exists()
+        made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -189,9 +192,9 @@ class Run:
                     if refused and made and not self.checkpoints.steps():
                         self._close()
                         shutil.rmtree(self.directory, ignore_errors=True)
-                        if parent_made:
-                            with contextlib.suppress(OSError):  # another run may be in it by now
-                                self.directory.parent.rmdir()
+                        with contextlib.suppress(OSError):  # another run may be in one by now
+                            for parent in made[1:]:
+                                parent.rmdir()
                     elif self._started:
                         self._failed(error)
                     raise
@@ -273,6 +276,7 @@ class Run:
             "backend": self.backend,
             "device": self.device,
             "seconds": round(self.metrics.seconds, 3),
+            "peak_memory_bytes": _peak_memory(),
             "data": self.data,
             **result,
         }
@@ -350,6 +354,7 @@ class Run:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpu_count": os.cpu_count(),
+            "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
             "versions": versions(),
             "git": _git_state(),
             "data": self.data,
@@ -362,11 +367,12 @@ class Run:
             path = self.directory / "metrics.jsonl"
             lines = metric_writers.read(path) if path.exists() else []
             aborted = isinstance(error, KeyboardInterrupt)
+            by = self.stop.signal or "SIGINT"
             write_json(
                 self.directory / "result.json",
                 {
                     "status": "failed",
-                    "error": "aborted by Ctrl-C" if aborted else f"{type(error).__name__}: {error}",
+                    "error": f"aborted by {by}" if aborted else f"{type(error).__name__}: {error}",
                     "experiment": self.experiment.name,
                     "backend": self.backend,
                     "device": self.device,
@@ -471,6 +477,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _peak_memory() -> int:
+    """The most memory that this process has had of the machine's, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _finite(value: Any) -> Any:

@@ -292,6 +292,19 @@ def test_the_best_falls_back_likewise(tmp_path, capsys):
     assert "step_00000002" in capsys.readouterr().err
 
 
+def test_where_the_best_is_broken_another_is_tested_with_or_without_a_metric(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, keep_last=3, keep_best=1)
+    _truncate(_save(checkpoints, 1, metrics={"val_loss": 0.1}))
+    _save(checkpoints, 2)
+    assert checkpoints.chosen().step == 2
+    _truncate(_save(checkpoints, 3))
+    assert checkpoints.chosen().step == 2
+    assert "step_00000001" in capsys.readouterr().err
+    _truncate(tmp_path / "step_00000002")
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        checkpoints.chosen()
+
+
 def test_no_flipped_bit_of_the_state_goes_unnoticed(checkpoints):
     path = _save(checkpoints, 1, metrics={"val_loss": 0.25}, loop={"best": 1e-05, "name": "é"})
     file = path / "state.json"

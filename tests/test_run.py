@@ -78,6 +78,17 @@ def test_a_finished_run_leaves_its_files(make):
     }
     result = _json(run.directory, "result.json")
     assert (result["status"], result["step"], result["data"]) == ("done", 2, DATA)
+    assert 20e6 < result["peak_memory_bytes"] < 1e12
+
+
+def test_a_new_start_leaves_nothing_of_what_an_earlier_one_said(make):
+    run = make()
+    run.directory.mkdir()
+    stale = ("result.json", "report.html", "worst.npz", "eval_results.json")
+    for name in stale:
+        (run.directory / name).write_text("old")
+    with run.opened():
+        assert not any((run.directory / name).exists() for name in stale)
 
 
 def test_the_saved_gin_files_give_the_same_configuration_again(make):
@@ -88,11 +99,15 @@ def test_the_saved_gin_files_give_the_same_configuration_again(make):
         assert again.config == run.config
 
 
-def test_the_environment_says_what_ran_where_and_on_which_data(make):
+def test_the_environment_says_what_ran_where_and_on_which_data(make, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     with make(command=["launch", "--gin_file=a.gin"]).opened() as run:
         run.use_data(DATA, "data: made up")
         environment = _json(run.directory, "environment.json")
     assert environment["command"] == ["launch", "--gin_file=a.gin"]
+    assert environment["variables"]["OMP_NUM_THREADS"] == "3"
+    assert "MKL_NUM_THREADS" not in environment["variables"]
     assert environment["experiment"] == "keras/mnist"
     assert (environment["backend"], environment["device"]) == ("jax", "cpu")
     assert environment["data"] == DATA
@@ -276,6 +291,24 @@ def test_a_refused_run_removes_the_directory_that_it_made(make, error):
     assert not run.directory.exists()
 
 
+def test_a_refused_run_removes_the_directories_above_as_far_as_it_made_them(make, tmp_path):
+    run = make(tmp_path / "runs" / "some" / "now")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(DataError), run.opened():
+        raise DataError("no")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+    other = tmp_path / "all" / "other"
+
+    def refused_beside_another():
+        with make(tmp_path / "all" / "new" / "now").opened():
+            other.mkdir()
+            raise DataError("no")
+
+    with pytest.raises(DataError):
+        refused_beside_another()
+    assert list((tmp_path / "all").rglob("*")) == [other]
+
+
 def test_a_refused_run_does_not_remove_a_directory_that_was_there(make, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -406,7 +439,21 @@ def test_an_interrupted_run_says_so_in_its_result(make):
     run = make()
     with pytest.raises(KeyboardInterrupt), run.opened():
         raise KeyboardInterrupt
-    assert _json(run.directory, "result.json")["error"] == "aborted by Ctrl-C"
+    assert _json(run.directory, "result.json")["error"] == "aborted by SIGINT"
+
+
+def test_a_run_that_a_scheduler_ended_does_not_say_that_its_user_did(make):
+    run = make()
+
+    def signalled_twice():
+        with run.opened():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert run.stop
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        signalled_twice()
+    assert _json(run.directory, "result.json")["error"] == "aborted by SIGTERM"
 
 
 # The lock

@@ -300,7 +300,8 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     model, tokenizer = checkpoints.build_model(run)
     clock.measure(model)
     prompt = Prompt.of(config.data.template, config.data.labels)
-    encoded = train.encode_training(run, tokenizer, prompt, train.load_data(run).train)
+    data = train.read_data(run).split(config.data.validation, config.run.seed)
+    encoded = train.encode_training(run, tokenizer, prompt, data.train)
     order = LengthOrder(encoded.lengths, spec["batch"], config.train.by_length, config.run.seed)
     rows = [row for step in range(spec["steps"]) for row in order.rows(step).tolist()]
     pad = padding(tokenizer)

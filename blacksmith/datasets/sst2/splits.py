@@ -66,22 +66,18 @@ def wholes(sentences: Sequence[str]) -> list[list[int]]:
     A part is a run of words. Words are divided by single spaces.
     """
     padded = [f" {sentence} " for sentence in sentences]
-    having: dict[str, list[int]] = {}  # by word, or pair of adjacent ones
-    keys = [_words_and_pairs(sentence) for sentence in sentences]
-    for number, of_sentence in enumerate(keys):
-        for key in set(of_sentence):
+    words = [sentence.split() for sentence in sentences]
+    pairs = [[f"{first} {second}" for first, second in itertools.pairwise(some)] for some in words]
+    alone = {some[0] for some in words if len(some) == 1}
+    having: dict[str, list[int]] = {}  # by pair of adjacent words, or a word that is an example
+    for number, some in enumerate(words):
+        for key in {*pairs[number], *alone.intersection(some)}:
             having.setdefault(key, []).append(number)
     around = []
-    for number, of_sentence in enumerate(keys):
-        candidates = min((having[key] for key in of_sentence), key=len)
-        part = padded[number]
-        around.append([i for i in candidates if i != number and part in padded[i]])
+    for number, part in enumerate(padded):
+        rarest = min((having[key] for key in pairs[number] or words[number]), key=len)
+        around.append([i for i in rarest if i != number and part in padded[i]])
     return [[i for i in others if not around[i]] for others in around]
-
-
-def _words_and_pairs(sentence: str) -> list[str]:
-    words = sentence.split(" ")
-    return words + [f"{first} {second}" for first, second in itertools.pairwise(words)]
 
 
 def _count(validation: int | float, size: int, place: str) -> int:

@@ -5,6 +5,7 @@ examples with an `info` dictionary that says what was read, with a hash; `descri
 Nothing is downloaded unless the source is a Hugging Face dataset id.
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Source:
     place: str
     origin: dict[str, Any]
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """The hash of all examples."""
         return content_sha256(self.train, *([] if self.test is None else [self.test]))

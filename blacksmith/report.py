@@ -184,7 +184,7 @@ class _Run:
     def series(self) -> dict[str, dict[str, _Series]]:
         """Metric -> split -> series; metrics as first recorded, train, val and test first."""
         recorded: dict[str, dict[str, tuple[list, list]]] = {}
-        for row in self.rows:
+        for row in self._placed():
             split = str(row.get("split", "train"))
             for key, value in row.items():
                 if key not in NO_METRICS and (number := _number(value)) is not None:
@@ -195,6 +195,19 @@ class _Run:
             metric: {split: _series(*splits[split]) for split in _in_order(splits)}
             for metric, splits in recorded.items()
         }
+
+    def _placed(self) -> list[dict[str, Any]]:
+        """The rows; the last of the test, which is written at the end, where the tested checkpoint was."""
+        tested = re.fullmatch(r"step_(\d+)", str(self.result.get("tested_checkpoint")))
+        tests = [index for index, row in enumerate(self.rows) if row.get("split") == "test"]
+        if not tested or not tests:
+            return self.rows
+        there = {row.get("step"): row for row in self.rows if row.get("split") == "val"}.get(int(tested[1]))
+        if there is None:
+            return self.rows
+        rows = list(self.rows)
+        rows[tests[-1]] = rows[tests[-1]] | {axis: there[axis] for axis in AXES if axis in there}
+        return rows
 
     def finite(self, split: str, metric: str) -> list[tuple[float, float]]:
         """(step, value) of the finite values of a metric, empty where there are none."""

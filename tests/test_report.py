@@ -256,6 +256,24 @@ def test_any_numeric_metric_and_split_gets_its_curve(tmp_path):
     assert "Best val PSNR 24 at step 2" in page.text
 
 
+@pytest.mark.parametrize(("tested", "at"), [("step_00000002", 2), ("step_00000003", 4), ("export", 4)])
+def test_the_test_is_drawn_at_the_checkpoint_that_was_tested(tmp_path, tested, at):
+    """Where a validation says when that was; else at the run's end."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    rows = [
+        {"step": 2, "epoch": 0.5, "split": "val", "loss": 0.3},
+        {"step": 4, "epoch": 1.0, "split": "val", "loss": 0.9},
+        {"step": 4, "epoch": 1.0, "split": "test", "loss": 0.35},
+    ]
+    write_metrics(directory, rows)
+    write_json(directory / "result.json", {"tested_checkpoint": tested, "test": {"loss": 0.35}})
+    figure = Page(report.write(directory)).figure("Loss")
+    (number,) = [index for index, trace in enumerate(figure["data"]) if trace["name"] == "test"]
+    assert figure["data"][number]["y"] == [0.35]
+    assert figure["axes"][number] == {"step": [at], "epoch": [at / 4]}
+
+
 def test_gallery_embeds_images_in_natural_order(run):
     (run / "images").mkdir()
     png = report._png(np.zeros((2, 2, 3), np.uint8))

@@ -41,6 +41,7 @@ SMALL = [
     "Log.tensorboard = False",
     'Log.progress = "off"',
 ]
+ACCURACY = 'Checkpoint.metric = "val_accuracy"'
 LORA = ["llama.Lora.rank = 4", "llama.Lora.alpha = 8.0"]
 
 
@@ -174,7 +175,7 @@ def test_a_stop_in_the_middle_of_an_accumulated_step_finishes_it(run, tmp_path, 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_stop_in_the_middle_of_an_evaluation_leaves_no_gap(run, tmp_path, seed, monkeypatch):
     """Also in the look that finds the best weights: they are kept when the look is taken again."""
-    params = [f"Run.seed = {seed}", "llama.Train.learning_rate = 0.3"]
+    params = [f"Run.seed = {seed}", "llama.Train.learning_rate = 0.3", ACCURACY]
     run(*params, directory=tmp_path / "whole")
     best = result(tmp_path / "whole")["best"]["step"]
     looks = [line["step"] for line in lines(tmp_path / "whole") if line["split"] == "val"]
@@ -284,7 +285,7 @@ def test_a_template_without_a_shared_beginning_falls_back_to_padded_batches(run,
 
 def test_best_weights_are_tested(run, tmp_path):
     """Though no checkpoint is due at the step that they were found at."""
-    run("llama.Train.learning_rate = 0.3")
+    run("llama.Train.learning_rate = 0.3", ACCURACY)
     content = result(tmp_path / "run")
     tested = content["tested_checkpoint"]
     looks = [line for line in lines(tmp_path / "run") if line["split"] == "val" and line["step"] > 0]
@@ -304,7 +305,7 @@ def test_checkpoints_carry_the_metrics_of_their_own_weights_alone(run, tmp_path)
 
 
 def test_the_search_for_the_best_starts_anew_in_another_directory(run, tmp_path):
-    settings = ["llama.Train.learning_rate = 0.3", "Schedule.decay_steps = 10"]
+    settings = ["llama.Train.learning_rate = 0.3", "Schedule.decay_steps = 10", ACCURACY]
     run(*settings)
     before = result(tmp_path / "run")["best"]
     flags = {"resume": str(tmp_path / "run" / "checkpoints" / "step_00000012")}

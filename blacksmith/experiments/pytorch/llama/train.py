@@ -230,6 +230,7 @@ def conclude(
     loop = journal.loop
     saved = run.checkpoints.chosen()
     checkpoints.load_weights(model, saved.path)
+    print(f"testing {saved.path.name} on {len(data.test):,} sentences", file=sys.stderr)
     tested = test(run, model, tokenizer, prompt, data.test, run.directory)
     if tested is None:
         run.finish("stopped", {"step": loop.step})

@@ -96,7 +96,6 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict:
     return {
         "seed": seed,
         "started": environment["started"],
-        "command": environment["command"],
         "dev_accuracy": dev,
         "validation": {
             line["step"]: {"accuracy": line["accuracy"], "loss": line["loss"]}
@@ -106,7 +105,7 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict:
         "seconds": trained["seconds"],
         "threads": int(environment["variables"].get("OMP_NUM_THREADS", environment["cpu_count"])),
         "peak_memory_bytes": trained["peak_memory_bytes"],
-        "data": trained["data"],
+        "data": {name: trained["data"][name] for name in ("sha256", "train", "validation", "test")},
         "tested_checkpoint": trained["tested_checkpoint"],
         "tested": {name: trained["test"][name] for name in ("accuracy", "confusion_matrix", "generated")},
     }

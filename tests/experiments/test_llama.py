@@ -356,6 +356,17 @@ def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
         run(*settings, "llama.Train.batch_size = 4", flags={"mode": "eval"})
 
 
+def test_a_run_and_its_checkpoints_directory_mean_the_same_checkpoint(run, tmp_path):
+    settings = ["llama.Train.learning_rate = 0.3", ACCURACY]
+    run(*settings)
+    tested = result(tmp_path / "run")["tested_checkpoint"]
+    assert tested != find(tmp_path / "run").path.name
+    for number, source in enumerate((tmp_path / "run", tmp_path / "run" / "checkpoints")):
+        directory = tmp_path / str(number)
+        run(*settings, directory=directory, flags={"mode": "eval", "resume": str(source)})
+        assert Path(json.loads((directory / "eval.json").read_text())["checkpoint"]).name == tested
+
+
 def test_validation_is_scored_in_the_precision_of_the_training(run, tmp_path):
     for precision in ("float32", "bfloat16"):
         run(f'llama.Train.precision = "{precision}"', directory=tmp_path / precision)
@@ -657,6 +668,16 @@ def test_generation_in_batches_is_that_of_each_alone(base):
                 break
         question = tokenizer(prompt.question(sentence))["input_ids"]
         assert text == tokenizer.decode(tokens[len(question) :], skip_special_tokens=True)
+
+
+def test_generation_is_greedy_whatever_the_model_s_own_settings_are(base):
+    model, tokenizer = loading.load_model(str(base))
+    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
+    questions = evaluation.Questions.of(tokenizer, prompt, ["fine", "so so"], [1, 0], 200)
+    options = {"batch_size": 2, "max_new_tokens": 6}
+    plain = evaluation.generate(model, questions.right, tokenizer, **options)
+    model.generation_config.update(num_beams=4, repetition_penalty=5.0, do_sample=True, temperature=2.0)
+    assert evaluation.generate(model, questions.right, tokenizer, **options) == plain
 
 
 @pytest.mark.parametrize(

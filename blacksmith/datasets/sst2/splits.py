@@ -51,13 +51,10 @@ def held_out(
             f"{place}: {count:,} rows cannot be held out, since every sentence is there more often and equal "
             "ones stay together; hold out more"
         )
-    sides: dict[bool, list[int]] = {True: [], False: []}
-    for number, sentence in enumerate(sentences):
-        if number in out:
-            sides[True] += rows[sentence]
-        elif not around[number] or not out.issuperset(around[number]):
-            sides[False] += rows[sentence]
-    return examples.rows(sorted(sides[False])), examples.rows(sorted(sides[True]))
+    gone = out | {number for number, others in enumerate(around) if others and out.issuperset(others)}
+    kept = [row for number, sentence in enumerate(sentences) if number not in gone for row in rows[sentence]]
+    held = [row for number in out for row in rows[sentences[number]]]
+    return examples.rows(sorted(kept)), examples.rows(sorted(held))
 
 
 def wholes(sentences: Sequence[str]) -> list[list[int]]:

@@ -65,14 +65,10 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
         raise ConfigError(f'llama.Model.attention = "flash_attention_2" needs a GPU, not {run.device}')
     if run.foreign is not None:
         lora = adapters.read_config(run.foreign)
-        made_on = lora.base_model_name_or_path
+        made_on, here = lora.base_model_name_or_path, settings.name_or_path or "a model from scratch"
         print(
             f"adapter: rank {lora.r}, alpha {lora.lora_alpha}, made on {made_on}"
-            + (
-                ""
-                if made_on == settings.name_or_path
-                else f", here on {settings.name_or_path or 'a model from scratch'}"
-            )
+            + ("" if made_on == settings.name_or_path else f", here on {here}")
             + "; llama.Lora has no effect on it",
             file=sys.stderr,
         )

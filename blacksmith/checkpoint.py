@@ -226,6 +226,12 @@ def direction(metric: str, mode: str) -> str:
     return "min" if metric.endswith("loss") else "max"
 
 
+def place(path: Path) -> Path:
+    """Where a path has its ``step_*``: in its ``checkpoints/``, if it is a run directory, or itself."""
+    within = Path(path) / "checkpoints"
+    return within if within.is_dir() else Path(path)
+
+
 def find(path: Path) -> Saved:
     """The checkpoint that a user's path means: itself, or the newest of a run directory.
 
@@ -237,10 +243,9 @@ def find(path: Path) -> Saved:
         raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
     if (path / "state.json").is_file():
         return load(path)
-    for directory in (path, path / "checkpoints"):
-        saved = Checkpoints(directory).newest()
-        if saved is not None:
-            return saved
+    saved = Checkpoints(place(path)).newest()
+    if saved is not None:
+        return saved
     raise CheckpointError(
         f"no checkpoint at {path}: expected a run directory, its checkpoints/ or one of its step_*"
     )

@@ -223,7 +223,7 @@ def run_experiment(
     # Imported here: --list, --dry_run and a bad configuration do not need them.
     from blacksmith import devices
     from blacksmith import run as runs
-    from blacksmith.checkpoint import find
+    from blacksmith.checkpoint import find, place
 
     experiment, config = resolved.experiment, resolved.config
     if mode not in experiment.modes:
@@ -235,7 +235,7 @@ def run_experiment(
         raise ConfigError(
             f"Log.wandb = {config.log.wandb!r} needs wandb, which is not installed: pip install '.[wandb]'"
         )
-    own = runs.checkpoints_of(workdir, config)
+    own = runs.checkpoints_of(workdir / "checkpoints", config)
     try:
         if workdir.exists() and not workdir.is_dir():
             raise ConfigError(f"--workdir: {workdir} is a file, not a directory")
@@ -271,8 +271,7 @@ def run_experiment(
                 )
             foreign = path
         elif resume != "never":
-            inside = path.parent if path.name == "checkpoints" else path
-            chosen = runs.checkpoints_of(inside, config).chosen() if mode != "train" else None
+            chosen = runs.checkpoints_of(place(path), config).chosen() if mode != "train" else None
             saved = chosen or find(path)
     if saved is not None:
         runs.check_resume(saved, config, experiment, mode=mode)

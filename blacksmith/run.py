@@ -141,7 +141,7 @@ class Run:
         self._bindings = bindings
         self._command = list(command)
         self._environment: dict[str, Any] = {}
-        self.checkpoints = checkpoints_of(self.directory, config)
+        self.checkpoints = checkpoints_of(self.directory / "checkpoints", config)
         self._metrics: metric_writers.Metrics | None = None
         self._opened_at = 0.0
         self._started = False
@@ -422,10 +422,10 @@ class Run:
 
 
 def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
-    """The checkpoints of a run directory under a configuration's retention rules."""
+    """The checkpoints in a directory of ``step_*`` under a configuration's retention rules."""
     rules = config.checkpoint
     return Checkpoints(
-        directory / "checkpoints",
+        directory,
         keep_last=rules.keep_last,
         keep_best=rules.keep_best,
         metric=rules.metric,

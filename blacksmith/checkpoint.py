@@ -227,9 +227,9 @@ def direction(metric: str, mode: str) -> str:
 
 
 def place(path: Path) -> Path:
-    """Where a path has its ``step_*``: in its ``checkpoints/``, if it is a run directory, or itself."""
+    """Where a path has its ``step_*``: itself, or in its ``checkpoints/``, if it is a run directory."""
     within = Path(path) / "checkpoints"
-    return within if within.is_dir() else Path(path)
+    return within if within.is_dir() and not Checkpoints(path).steps() else Path(path)
 
 
 def find(path: Path) -> Saved:

@@ -159,8 +159,8 @@ def resume(
     their place.
 
     Raises:
-      CheckpointError: the state does not fit.
-      DataError: it cannot be read.
+      CheckpointError: the optimiser's state does not fit.
+      DataError: a file cannot be read, or the weights in it do not fit.
     """
     if run.resumed is None:
         return Loop()

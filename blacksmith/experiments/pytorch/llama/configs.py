@@ -133,8 +133,8 @@ class Train:
     clip_norm: float | None = setting(1.0, "the norm of all gradients together is cut to this", gt=0)
     average: float | None = setting(
         None,
-        "decay of a moving average of the trained weights, which is validated, saved and tested in their "
-        "place; None: they themselves are",
+        "decay of a moving average of the trained weights, at step t t/(t+9) at most, which is validated, "
+        "saved and tested in their place; None: they themselves are",
         gt=0,
         lt=1,
     )
@@ -263,6 +263,11 @@ class Config:
                     'llama.Model.dtype = "bfloat16" would round away small updates of trained weights; full '
                     'fine-tuning takes float32, with llama.Train.precision = "bfloat16" for speed'
                 )
+        elif lora.bias != "none" and model.dtype == "bfloat16":
+            raise ConfigError(
+                f'llama.Lora.bias = {lora.bias!r} with llama.Model.dtype = "bfloat16" would round away small '
+                "updates of the biases; one of them has to change"
+            )
 
     @staticmethod
     def _refuse(title: str, values: object, name: str, what: str) -> None:

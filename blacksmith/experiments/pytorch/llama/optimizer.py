@@ -130,10 +130,10 @@ def _on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class Averages:
-    """Exponential moving averages of weights, beside the weights (Polyak and Juditsky, 1992).
+    """Exponential moving averages of weights, beside the weights.
 
     After step t, from 1, they move by ``1 - min(decay, t / (t + 9))`` of the way to the weights: the first
-    steps are forgotten soon.
+    steps are forgotten soon, as with TensorFlow's ``ExponentialMovingAverage(decay, num_updates)``.
 
     Args:
       weights: by name; they are the first averages.

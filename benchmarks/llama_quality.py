@@ -12,6 +12,7 @@ this package, and asked about sentences of our own.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sst2", help="directory of SST-2")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--steps", type=int, nargs="*", default=[150, 300], help="checkpoints to evaluate")
+    looks = [50, 100, 150, 200, 250, 300]
+    parser.add_argument("--steps", type=int, nargs="*", default=looks, help="checkpoints to evaluate")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     parser.add_argument("--runs", type=Path, default=Path("runs/llama_quality"), help="where the runs are")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
@@ -177,6 +179,11 @@ def markdown(results: dict) -> str:
         tested = f"{run['tested']['accuracy']:.2%} ({run['tested_checkpoint']})"
         cost = f"{run['seconds'] / 60:.0f} | {run['threads']} | {run['peak_memory_bytes'] / 1e9:.1f}"
         lines.append(f"| {run['seed']} | {dev} | {tested} | {cost} |")
+    if len(runs) > 1:
+        columns = [[run["dev_accuracy"][step] for run in runs] for step in steps]
+        columns.append([run["tested"]["accuracy"] for run in runs])
+        means = " | ".join(f"{statistics.mean(column):.2%}" for column in columns)
+        lines.append(f"| mean | {means} | | | |")
     lines += ["", "The adapter of the first seed, asked by peft and transformers alone:", ""]
     lines += [f"- {one['sentence']} *{one['answer']}*" for one in results["asked_without_blacksmith"]]
     return "\n".join(lines) + "\n"

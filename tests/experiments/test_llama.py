@@ -132,8 +132,10 @@ def test_a_run_learns_and_shows_it(run, tmp_path, capsys):
         ['llama.Train.optimizer = "Adafactor"'],
         ['Schedule.name = "cosine"', 'llama.Train.precision = "bfloat16"'],
         [*LORA, 'llama.Model.dtype = "bfloat16"', 'llama.Train.precision = "bfloat16"'],
+        ["llama.Train.average = 0.7"],
+        [*LORA, "llama.Train.average = 0.7", "llama.Lora.dropout = 0.2"],
     ],
-    ids=["full", "lora", "accumulate", "sgd", "adafactor", "autocast", "bfloat16"],
+    ids=["full", "lora", "accumulate", "sgd", "adafactor", "autocast", "bfloat16", "average", "lora-average"],
 )
 def test_a_run_resumed_anywhere_equals_the_uninterrupted_one(run, tmp_path, settings):
     """In the middle of an epoch and after its end, at an evaluation and between, between log lines."""
@@ -302,6 +304,45 @@ def test_checkpoints_carry_the_metrics_of_their_own_weights_alone(run, tmp_path)
         look = looks.get(state["step"])
         expected = {f"val_{name}": look[name] for name in ("loss", "accuracy")} if look else {}
         assert state["metrics"] == expected
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
+def test_averages_are_validated_saved_and_tested_and_training_does_not_see_them(run, tmp_path, lora):
+    params = [*lora, "Checkpoint.every_steps = 1", "Checkpoint.keep_last = 100"]
+    run(*params, directory=tmp_path / "plain")
+    run(*params, "llama.Train.learning_rate = 1e-30", directory=tmp_path / "start")
+    run(*params, "llama.Train.average = 0.3", "llama.Model.gradient_checkpointing = True")
+    of = {}
+    for directory in (tmp_path / "plain", tmp_path / "run"):
+        of[directory.name] = [line["loss"] for line in lines(directory) if line["split"] == "train"]
+    assert of["run"] == pytest.approx(of["plain"], rel=1e-6)
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    average = load_file(tmp_path / "start" / "checkpoints" / "step_00000001" / name)
+    for step in range(1, 13):
+        at, plain = (tmp_path / run / "checkpoints" / f"step_{step:08d}" for run in ("run", "plain"))
+        saved, weights, trained = (
+            load_file(f) for f in (at / name, at / "unaveraged.safetensors", plain / name)
+        )
+        weights = {key.replace(".default.", "."): value for key, value in weights.items()}
+        assert saved.keys() == weights.keys() == trained.keys()
+        keep = min(0.3, step / (step + 9))
+        for key, value in weights.items():
+            assert torch.allclose(value, trained[key], rtol=1e-4, atol=1e-6)
+            average[key] = keep * average[key] + (1 - keep) * value
+            assert torch.allclose(saved[key], average[key], rtol=1e-4, atol=1e-6), (step, key)
+        assert any(not torch.equal(saved[key], value) for key, value in weights.items())
+    evaluated = [*params, "llama.Train.average = 0.3", "llama.Model.gradient_checkpointing = True"]
+    assert run(*evaluated, flags={"mode": "eval"}) == 0  # of the saved weights: it knows no others
+    content, trained = (
+        json.loads((tmp_path / "run" / name).read_text()) for name in ("eval.json", "result.json")
+    )
+    assert content["test"] == trained["test"]
+    tested = int(trained["tested_checkpoint"].removeprefix("step_"))
+    (look,) = [a for a in lines(tmp_path / "run") if a["split"] == "val" and a["step"] == tested]
+    assert content["val"] == {name: look[name] for name in ("loss", "accuracy")}
+    flags = {"resume": str(tmp_path / "run" / "checkpoints" / "step_00000005")}
+    with pytest.raises(ConfigError, match=r"llama\.Train\.average was 0\.3, now None"):
+        run(*params, directory=tmp_path / "other", flags=flags)
 
 
 def test_the_search_for_the_best_starts_anew_in_another_directory(run, tmp_path):

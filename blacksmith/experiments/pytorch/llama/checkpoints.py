@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -14,7 +14,7 @@ from blacksmith.errors import CheckpointError, ConfigError
 from blacksmith.experiments.pytorch.llama.batches import LengthOrder
 from blacksmith.experiments.pytorch.llama.configs import Config
 from blacksmith.experiments.pytorch.llama.journal import Loop
-from blacksmith.experiments.pytorch.llama.optimizer import load_state, state_tensors
+from blacksmith.experiments.pytorch.llama.optimizer import Averages, load_state, state_tensors
 from blacksmith.models.pytorch.llama import adapters, loading, tokens
 from blacksmith.models.pytorch.llama.prefix import causal_model, checkpoint_layers
 from blacksmith.order import seed_words
@@ -22,6 +22,7 @@ from blacksmith.run import Run
 from blacksmith.shared_configs import CheckpointConfig
 
 OPTIMIZER = "optimizer.safetensors"
+UNAVERAGED = "unaveraged.safetensors"
 
 
 def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
@@ -125,6 +126,7 @@ def save(
     base: dict[str, str],
     optimizer: torch.optim.Optimizer,
     weights: Mapping[str, Tensor],
+    averages: Averages,
     loop: Loop,
     epoch: float,
 ) -> None:
@@ -132,12 +134,15 @@ def save(
     tensors, numbers = state_tensors(optimizer, {weight: name for name, weight in weights.items()})
 
     def write(directory: Path) -> None:
-        if run.config.lora.rank is None:
-            with loading.quiet():
-                causal_model(model).save_pretrained(directory)
-        else:
-            adapters.save_adapter(model, directory)
+        with averages.applied():
+            if run.config.lora.rank is None:
+                with loading.quiet():
+                    causal_model(model).save_pretrained(directory)
+            else:
+                adapters.save_adapter(model, directory)
         save_file(tensors, directory / OPTIMIZER)
+        if averages.values:
+            save_file(dict(weights), directory / UNAVERAGED)
 
     state = {**dataclasses.asdict(loop), "optimizer_numbers": numbers, "epoch": epoch, "base": base}
     # Metrics of older weights would make this checkpoint look as good as they were.
@@ -145,11 +150,17 @@ def save(
     run.save_checkpoint(loop.step, state, write, current)
 
 
-def resume(run: Run, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> Loop:
-    """Where the run stands; puts the optimiser's state back if it goes on from a checkpoint.
+def resume(
+    run: Run, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], averages: Averages
+) -> Loop:
+    """Where the run stands; if it goes on from a checkpoint, puts the optimiser's state back.
+
+    The checkpoint's weights are in the model already. If they are averages, those that were averaged take
+    their place.
 
     Raises:
-      CheckpointError: the state cannot be read or does not fit.
+      CheckpointError: the optimiser's state does not fit.
+      DataError: a file cannot be read, or the weights in it do not fit.
     """
     if run.resumed is None:
         return Loop()
@@ -157,11 +168,14 @@ def resume(run: Run, optimizer: torch.optim.Optimizer, weights: Mapping[str, Ten
     numbers = state.pop("optimizer_numbers")
     state.pop("epoch")
     state.pop("base")
-    path = run.resumed.path / OPTIMIZER
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    tensors = adapters.read_safetensors(run.resumed.path / OPTIMIZER)
+    if averages.values:
+        path = run.resumed.path / UNAVERAGED
+        unaveraged = adapters.read_safetensors(path)
+        adapters.check_fit(unaveraged, weights, path)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(unaveraged[name])
     load_state(optimizer, {weight: name for name, weight in weights.items()}, tensors, numbers)
     loop = Loop(**state)
     if not run.goes_on:

@@ -131,6 +131,13 @@ class Train:
     )
     epsilon: float | None = setting(None, "added to the denominator; None: the optimiser's default", gt=0)
     clip_norm: float | None = setting(1.0, "the norm of all gradients together is cut to this", gt=0)
+    average: float | None = setting(
+        None,
+        "decay of a moving average of the trained weights, at step t t/(t+9) at most, which is validated, "
+        "saved and tested in their place; None: they themselves are",
+        gt=0,
+        lt=1,
+    )
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "bfloat16: matrix products under autocast", evaluation_may_change=True
     )

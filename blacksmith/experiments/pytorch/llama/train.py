@@ -25,7 +25,7 @@ from blacksmith.experiments.pytorch.llama.checkpoints import build_model
 from blacksmith.experiments.pytorch.llama.configs import evaluate_every, total_steps
 from blacksmith.experiments.pytorch.llama.evaluation import Questions
 from blacksmith.experiments.pytorch.llama.journal import Journal
-from blacksmith.experiments.pytorch.llama.optimizer import learning_rate, make_optimizer
+from blacksmith.experiments.pytorch.llama.optimizer import Averages, learning_rate, make_optimizer
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.adapters import merge
@@ -64,7 +64,8 @@ def train(run: Run) -> int:
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     base = loading.fingerprint(model, tokenizer)
     optimizer = make_optimizer(settings, weights)
-    loop = checkpoints.resume(run, optimizer, weights)
+    averages = Averages(weights, settings.average)
+    loop = checkpoints.resume(run, optimizer, weights, averages)
     saved_at = loop.step if run.goes_on else -1
     describe(model, weights, training, prefix, end)
     if loop.step >= end:
@@ -78,7 +79,7 @@ def train(run: Run) -> int:
             # What falls due before the next step.
             last = loop.step >= end
             if (loop.step % look_every == 0 or last) and loop.validated_at != loop.step:
-                with journal.paused():
+                with journal.paused(), averages.applied():
                     scores = score(run, model, validation, pad)
                 if scores is not None:
                     journal.validated(scores)
@@ -88,7 +89,7 @@ def train(run: Run) -> int:
             stop = bool(run.stop)  # looked at once: a signal may come at any time
             if (due or improved or last or stop) and saved_at != loop.step:
                 with journal.paused():
-                    checkpoints.save(run, model, base, optimizer, weights, loop, journal.epoch)
+                    checkpoints.save(run, model, base, optimizer, weights, averages, loop, journal.epoch)
                 saved_at = loop.step
             if last or stop:
                 break
@@ -112,6 +113,7 @@ def train(run: Run) -> int:
                 tokens += len(prefix) + batch.tokens.numel()
             norm = torch.nn.utils.clip_grad_norm_(weights.values(), settings.clip_norm or math.inf)
             optimizer.step()
+            averages.update(loop.step + 1)
             profile_step()
             journal.stepped(loss, norm, rate, examples=len(rows), tokens=tokens)
             every = config.log.histograms_every

@@ -308,7 +308,7 @@ class Progress:
     def update(self, done: int, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Shows that `done` samples have been seen, with the latest values."""
         advance, self._done = done - self._done, done
-        shown = {k: f"{v:.4f}" if abs(v) < 1000 else f"{v:,.0f}" for k, v in values.items()}
+        shown = {k: f"{v:.4f}" if abs(v) < 100 else f"{v:,.0f}" for k, v in values.items()}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(advance)
@@ -320,6 +320,12 @@ class Progress:
             numbers = "  ".join(f"{k} {v}" for k, v in shown.items())
             speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
             self.say(f"step {step}  epoch {epoch:.2f}  {numbers}  {speed} {self._unit}/s  {left:.0f} s left")
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves out of the rate the last so many seconds, in which nothing was trained."""
+        self._start += seconds
+        if self._bar is not None:
+            self._bar.unpause()
 
     def say(self, line: str) -> None:
         """Prints one line without tearing the bar."""

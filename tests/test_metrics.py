@@ -327,6 +327,26 @@ def test_lines_show_loss_accuracy_rate_and_time_left(monkeypatch):
     ]
 
 
+def test_what_is_left_out_does_not_slow_the_rate(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", console := io.StringIO())
+    clock = iter([100.0, 162.0])  # opened; an update after a minute of evaluation and two seconds
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    progress = Progress(10_000, 0, "lines", every_seconds=1)
+    progress.leave_out(60.0)
+    progress.update(2000, 20, 0.5, {"tokens/s": 165.25})
+    assert console.getvalue() == "step 20  epoch 0.50  tokens/s 165  1,000 examples/s  8 s left\n"
+
+
+def test_what_is_left_out_does_not_slow_the_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    bar = Progress(100, 0, "bar")
+    bar._bar.last_print_t -= 60
+    bar._bar.start_t -= 60
+    bar.leave_out(60.0)
+    assert bar._bar.format_dict["elapsed"] < 5
+    bar.close()
+
+
 def test_lines_do_not_come_more_often_than_asked(monkeypatch):
     monkeypatch.setattr(sys, "stderr", console := io.StringIO())
     clock = iter([0.0, 1.0, 4.9, 5.1, 6.0, 10.2])

@@ -113,7 +113,13 @@ class Journal:
         """Leaves what is done meanwhile out of the rates."""
         began = time.perf_counter()
         yield
-        self._began += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._began += seconds
+        self._progress.leave_out(seconds)
+
+    def say(self, line: str) -> None:
+        """Prints one line on the console."""
+        self._progress.say(line)
 
     def close(self) -> None:
         """Leaves the progress bar as it stands."""

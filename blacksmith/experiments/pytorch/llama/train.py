@@ -79,6 +79,8 @@ def train(run: Run) -> int:
             # What falls due before the next step.
             last = loop.step >= end
             if (loop.step % look_every == 0 or last) and loop.validated_at != loop.step:
+                if not loop.step:
+                    journal.say(f"validating on {len(validation):,} sentences before the first step")
                 with journal.paused(), averages.applied():
                     scores = score(run, model, validation, pad)
                 if scores is not None:
@@ -350,7 +352,7 @@ def evaluate_checkpoint(run: Run) -> int:
         result["val"] = {"loss": scores.loss, "accuracy": scores.accuracy}
     else:
         print(
-            "note: trained on other data, or on what is not known; its training examples may be among these",
+            "note: the model was trained on other or unknown data, which these sentences may be a part of",
             file=sys.stderr,
         )
     directory = run.directory / "eval"  # what the training wrote beside `result.json` stays

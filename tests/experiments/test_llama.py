@@ -427,7 +427,7 @@ def test_a_checkpoint_is_evaluated_on_a_small_file_of_one_s_own(run, tmp_path, c
     assert run(f'llama.Data.source = "{own}"', directory=tmp_path / "e", flags=flags) == 0
     told = capsys.readouterr().err
     assert f"data: {own}: 3 test sentences from the file" in told
-    assert "note: trained on other data" in told
+    assert "note: the model was trained on other or unknown data" in told
     assert "val" not in json.loads((tmp_path / "e" / "eval.json").read_text())
     answers = json.loads((tmp_path / "e" / "eval" / "eval_results.json").read_text())
     assert [(answer["sentence"], answer["label"]) for answer in answers] == rows

@@ -241,7 +241,7 @@ def bindings(spec: dict) -> list[str]:
 def open_run(spec: dict):
     """A run of the experiment, not opened yet."""
     from blacksmith import devices, launch
-    from blacksmith.run import Run
+    from blacksmith.run.run import Run
 
     resolved = launch.resolve([str(ROOT / "gin" / "llama_sst2.gin")], bindings(spec))
     device = devices.activate(resolved.experiment, "torch", spec["device"])

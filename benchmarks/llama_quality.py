@@ -49,12 +49,13 @@ def main() -> int:
         return 0
     if not arguments.sst2:
         parser.error("--sst2=DIR is needed: this is about the real data")
-    from blacksmith import assets  # not in the process that asks
 
     runs = [measure(arguments, seed) for seed in arguments.seeds]
     last = arguments.runs / f"seed{arguments.seeds[0]}" / "checkpoints" / f"step_{arguments.steps[-1]:08d}"
     command = [sys.executable, __file__, f"--ask={last.absolute()}"]
-    environment = {**os.environ, "BLACKSMITH_CACHE": str(assets.cache_dir())}
+    from blacksmith import files
+
+    environment = {**os.environ, "BLACKSMITH_CACHE": str(files.cache_dir())}
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd="/", env=environment)
     asked = json.loads(done.stdout)
     results = {"header": machine(), "gin_file": GIN, "runs": runs, "asked_without_blacksmith": asked}
@@ -115,15 +116,16 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict:
 
 def check(directory: Path, bindings: list[str]) -> None:
     """Refuses a run of other settings, data or packages than those of today."""
-    from blacksmith import config, launch, run
+    from blacksmith import config, launch
     from blacksmith.datasets import sst2
+    from blacksmith.run import provenance
 
     now = config.as_dict(launch.resolve([str(ROOT / GIN)], bindings).config)
     environment = json.loads((directory / "environment.json").read_text())
     same = {
         "settings": json.loads((directory / "config.json").read_text()) == json.loads(json.dumps(now)),
         "data": environment["data"]["sha256"] == sst2.read(now["data"]["source"]).sha256,
-        "packages": environment["versions"] == run.versions(),
+        "packages": environment["versions"] == provenance.versions(),
     }
     if different := [name for name, equal in same.items() if not equal]:
         raise SystemExit(f"{directory} is a run of other {' and '.join(different)}; move it away")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def machine() -> dict:
     """The date, the processor, its cores and the installed versions."""
-    from blacksmith.run import versions
+    from blacksmith.run.provenance import versions
 
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

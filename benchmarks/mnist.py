@@ -145,10 +145,9 @@ def make_loop(width, batch, inputs, labels):
     """Our trainer with a run directory, as the launcher makes it."""
     from blacksmith import launch
     from blacksmith.experiments.keras.mnist import pipeline
-    from blacksmith.order import Order
-    from blacksmith.run import Run
-    from blacksmith.trainers.backend import make_backend
-    from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, make_plan
+    from blacksmith.run.order import Order
+    from blacksmith.run.run import Run
+    from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, make_backend, make_plan
 
     params = [
         'Run.experiment = "keras/mnist"',

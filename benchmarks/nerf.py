@@ -124,7 +124,7 @@ def run_child(spec: dict) -> dict:
 def child(spec: dict) -> dict:
     """Trains one field, looking at the test views at the given seconds."""
     from blacksmith import devices, launch
-    from blacksmith.run import Run
+    from blacksmith.run.run import Run
 
     bindings = [
         f"nerf.Data.scene = {spec['scene']!r}",

@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import os
 import queue
-import secrets
 import shutil
 import socket
 import subprocess
@@ -20,8 +19,7 @@ import threading
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +27,7 @@ from urllib.parse import urlsplit
 
 from blacksmith import __version__
 from blacksmith.errors import DataError, UserError
+from blacksmith.files import atomic_file, cache_dir
 
 CONNECT_SECONDS = 3.0
 """How long a host may take to resolve and to accept a connection, in seconds."""
@@ -164,40 +163,6 @@ ASSETS: dict[str, Asset] = {
         ),
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Returns the cache directory, which may not exist yet.
-
-    `$BLACKSMITH_CACHE`, else `$XDG_CACHE_HOME/blacksmith`, else `~/.cache/blacksmith`.
-    """
-    if own := os.environ.get("BLACKSMITH_CACHE"):
-        return Path(own).expanduser().absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path there is to be ignored.
-    base = Path(xdg) if os.path.isabs(xdg) else Path("~/.cache").expanduser()
-    return base / "blacksmith"
-
-
-@contextmanager
-def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary sibling for writing that becomes `target` when the block ends well.
-
-    The content is flushed to the disk before the rename. When the block raises, `target` is left as
-    it was and the temporary file is removed.
-
-    Raises:
-        OSError: the directory cannot be written.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def why_unreachable(url: str, timeout: float | None = None) -> str | None:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blacksmith import assets
+from blacksmith import files
 from blacksmith.errors import ConfigError
 from blacksmith.registry import Experiment
 
@@ -74,7 +74,7 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
         check_keras(backend)
         os.environ["KERAS_BACKEND"] = backend
         # Keras writes a keras.json into its home when imported; a run must not depend on the user's.
-        os.environ.setdefault("KERAS_HOME", str(assets.cache_dir() / "keras"))
+        os.environ.setdefault("KERAS_HOME", str(files.cache_dir() / "keras"))
     name = _activate_jax(device) if backend == "jax" else _activate_torch(device)
     if device == "auto" and name == "cpu" and _gpu_present():
         how = "the extra jax-cuda" if backend == "jax" else "a CUDA build of PyTorch, see pytorch.org"

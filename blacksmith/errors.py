@@ -4,6 +4,9 @@ Raise one with a single readable line: what is wrong, where, what is allowed, wh
 The launcher prints that line without a traceback; any other exception is a bug and shows one.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Base of the errors that end a command with one line instead of a traceback."""
@@ -33,3 +36,16 @@ class RunError(UserError):
     """The run cannot go on, though the program is right: a full disk, a loss that is not finite."""
 
     exit_status = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that is not empty, or the name of its type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the name nearest to `name`, or nothing."""
+    by_lower = {n.lower(): n for n in names}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.55)
+    return f" (did you mean {by_lower[found[0]]!r}?)" if found else ""

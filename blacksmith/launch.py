@@ -113,7 +113,7 @@ def import_plugins(names: Sequence[str]) -> None:
     for name in names:
         if "" not in sys.path:
             sys.path.insert(0, "")
-        configuration.import_module(name, what=f"--plugin={name}")
+        registry.import_module(name, what=f"--plugin={name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_import
             "not a whole configuration"
         )
     experiment = registry.get(binding.value, where=f"{binding.where}: Run.experiment")
-    module = configuration.import_module(experiment.configs, what=f"experiment {experiment.name}")
+    module = registry.import_module(experiment.configs, what=f"experiment {experiment.name}")
     config = configuration.build(module.Config, bindings, experiment=experiment.name)
     backends = list(experiment.backends)
     backend = config.run.backend or (backends[0] if len(backends) == 1 else None)
@@ -222,8 +222,8 @@ def run_experiment(
     """
     # Imported here: --list, --dry_run and a bad configuration do not need them.
     from blacksmith import devices
-    from blacksmith import run as runs
-    from blacksmith.checkpoint import find, place
+    from blacksmith.run import run as runs
+    from blacksmith.run.checkpoint import find, place
 
     experiment, config = resolved.experiment, resolved.config
     if mode not in experiment.modes:
@@ -277,7 +277,7 @@ def run_experiment(
         runs.check_resume(saved, config, experiment, mode=mode)
     name = devices.activate(experiment, resolved.backend, device)
     module, _, function = experiment.entry.partition(":")
-    entry = getattr(configuration.import_module(module, what=f"experiment {experiment.name}"), function)
+    entry = getattr(registry.import_module(module, what=f"experiment {experiment.name}"), function)
     run = runs.Run(
         workdir,
         config,

@@ -22,10 +22,11 @@ from absl import flags
 from safetensors.numpy import load_file
 
 from blacksmith import config as configuration
-from blacksmith import devices, launch, metrics, report
-from blacksmith.checkpoint import Checkpoints
+from blacksmith import devices, launch, report
 from blacksmith.errors import ConfigError
-from blacksmith.run import write_json
+from blacksmith.files import write_json
+from blacksmith.run import metrics
+from blacksmith.run.checkpoint import Checkpoints
 
 # What a comparison needs of the sections that all experiments share.
 _SHARED_BINDINGS = {

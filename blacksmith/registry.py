@@ -3,11 +3,13 @@
 An experiment of one's own is a module named with ``--plugin`` that calls `add`.
 """
 
+import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from blacksmith.config import closest
-from blacksmith.errors import ConfigError
+from blacksmith.errors import ConfigError, closest
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,20 @@ def get(name: str, *, where: str = "Run.experiment") -> Experiment:
         hint = closest(name, _EXPERIMENTS) if isinstance(name, str) else ""
         raise ConfigError(f"{where}: no experiment {name!r}{hint}; allowed: {', '.join(names())}")
     return _EXPERIMENTS[name]
+
+
+def import_module(name: str, *, what: str) -> Any:
+    """Imports `name`; a module that does not exist is a ConfigError naming `what` asked for it."""
+    if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+        raise ConfigError(f"{what}: {name!r} is not a module's name; write package.module, without .py")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise ConfigError(
+                f"{what}: no module {name!r} on the Python path ({sys.path[0] or 'current directory'})"
+            ) from error
+        raise
 
 
 add(

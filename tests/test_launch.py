@@ -12,7 +12,7 @@ import pytest
 
 from blacksmith import config as configuration
 from blacksmith import devices, errors, launch, registry
-from blacksmith import run as runs
+from blacksmith.run import run as runs
 
 JAX = "--gin_file=gin/mnist_jax.gin"
 SHIPPED = sorted(configuration.gin_directory().glob("*.gin"))
@@ -25,8 +25,9 @@ TOY = '''\
 import dataclasses
 from typing import Literal
 
-from blacksmith import registry, shared_configs
-from blacksmith.config import section, setting
+from blacksmith import registry
+from blacksmith.config import settings
+from blacksmith.config.sections import section, setting
 from blacksmith.errors import DataError, RunError
 
 
@@ -42,10 +43,10 @@ class Train:
 class Config:
     """The toy's configuration."""
 
-    run: shared_configs.RunConfig
+    run: settings.RunConfig
     train: Train
-    checkpoint: shared_configs.CheckpointConfig
-    log: shared_configs.LogConfig
+    checkpoint: settings.CheckpointConfig
+    log: settings.LogConfig
 
     def check(self):
         """Nothing to check."""

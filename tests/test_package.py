@@ -4,6 +4,7 @@ import configparser
 from pathlib import Path
 
 from blacksmith import config
+from blacksmith.config import gin_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,5 +27,5 @@ def test_every_package_and_every_gin_file_is_installed():
 def test_gin_files_are_found_beside_a_checkout_and_inside_an_installed_package(tmp_path, monkeypatch):
     assert config.gin_directory() == ROOT / "gin"
     (tmp_path / "blacksmith" / "gin").mkdir(parents=True)
-    monkeypatch.setattr(config, "_PACKAGE", tmp_path / "blacksmith")
+    monkeypatch.setattr(gin_files, "_PACKAGE", tmp_path / "blacksmith")
     assert config.gin_directory() == tmp_path / "blacksmith" / "gin"

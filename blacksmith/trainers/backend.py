@@ -4,7 +4,7 @@ A backend keeps the training data on the device and runs blocks of steps as one 
 in and out as named NumPy arrays, under the same names on every backend.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from blacksmith.order import Block, seed_words
+from blacksmith.run.order import Block, seed_words
 from blacksmith.trainers.initial_weights import variable_name
 from blacksmith.trainers.losses import PerSample
 from blacksmith.trainers.optimizers import named_variables
@@ -86,34 +86,6 @@ class Backend(Protocol):
 
     def sync(self) -> None:
         """Puts the current weights into the Keras model and optimiser."""
-
-
-def make_backend(
-    task: Task,
-    inputs: np.ndarray,
-    labels: np.ndarray,
-    *,
-    block_steps: int = 128,
-    say: Callable[[str], None] = print,
-) -> Backend:
-    """The backend for the framework that Keras runs on.
-
-    Args:
-      task: what to train.
-      inputs: training inputs float32 [samples, ...].
-      labels: int32 [samples].
-      block_steps: the most steps that one block will have.
-      say: takes lines for the user.
-    """
-    if keras.config.backend() == "jax":
-        from blacksmith.trainers.jax_backend import JaxBackend
-
-        return JaxBackend(task, inputs, labels, block_steps)
-    if keras.config.backend() == "torch":
-        from blacksmith.trainers.torch_backend import TorchBackend
-
-        return TorchBackend(task, inputs, labels, say)
-    raise ValueError(f"no trainer for the Keras backend {keras.config.backend()!r}: jax or torch")
 
 
 def seed_states(model: keras.Model) -> list[keras.Variable]:

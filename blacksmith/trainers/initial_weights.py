@@ -10,7 +10,7 @@ import math
 import keras
 import numpy as np
 
-from blacksmith.order import generator
+from blacksmith.run.order import generator
 
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at two deviations
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from keras import ops
 
-from blacksmith.order import Block
+from blacksmith.run.order import Block
 from blacksmith.trainers.backend import (
     Task,
     added_loss,

@@ -7,7 +7,7 @@ checkpoints, early stopping) is here too, so that Lightning's loop can call the 
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import keras
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from blacksmith.checkpoint import Saved, direction
 from blacksmith.errors import CheckpointError, RunError
-from blacksmith.metrics import Progress
-from blacksmith.order import EMPTY_DIGEST, Block, Order, chain_digest
-from blacksmith.run import Run
+from blacksmith.run.checkpoint import Saved, direction
+from blacksmith.run.order import EMPTY_DIGEST, Block, Order, chain_digest
+from blacksmith.run.progress import Progress
+from blacksmith.run.run import Run
 from blacksmith.trainers.backend import Backend, Task
 from blacksmith.trainers.initial_weights import weights_sha256
 
@@ -312,6 +312,34 @@ class KerasTrainer:
         """The rate of step number `step`, from 0."""
         rate = self.task.optimizer._learning_rate
         return float(rate(step)) if callable(rate) else float(rate)
+
+
+def make_backend(
+    task: Task,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    block_steps: int = 128,
+    say: Callable[[str], None] = print,
+) -> Backend:
+    """The backend for the framework that Keras runs on.
+
+    Args:
+      task: what to train.
+      inputs: training inputs float32 [samples, ...].
+      labels: int32 [samples].
+      block_steps: the most steps that one block will have.
+      say: takes lines for the user.
+    """
+    if keras.config.backend() == "jax":
+        from blacksmith.trainers.jax_backend import JaxBackend
+
+        return JaxBackend(task, inputs, labels, block_steps)
+    if keras.config.backend() == "torch":
+        from blacksmith.trainers.torch_backend import TorchBackend
+
+        return TorchBackend(task, inputs, labels, say)
+    raise ValueError(f"no trainer for the Keras backend {keras.config.backend()!r}: jax or torch")
 
 
 def _check_ragged(task: Task, order: Order) -> None:

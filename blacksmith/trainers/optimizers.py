@@ -6,8 +6,8 @@ import re
 import keras
 from keras import ops
 
+from blacksmith.config.settings import OWN_SETTINGS, OptimizerConfig, ScheduleConfig
 from blacksmith.errors import ConfigError
-from blacksmith.shared_configs import OWN_SETTINGS, OptimizerConfig, ScheduleConfig
 
 _CLASSES = {
     "sgd": keras.optimizers.SGD,

@@ -17,7 +17,7 @@ import torch
 from keras import ops
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from blacksmith.order import Block
+from blacksmith.run.order import Block
 from blacksmith.trainers.backend import (
     Task,
     added_loss,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blacksmith import assets
+from blacksmith import assets, files
 from blacksmith.datasets import mnist
 from blacksmith.datasets.mnist import idx, tfds_source
 from blacksmith.errors import DataError
@@ -307,9 +307,9 @@ def test_a_missing_idx_file_is_named_with_the_command_that_gets_it(tmp_path, nam
 
 
 def test_idx_without_a_path_reads_the_cache():
-    _write(assets.cache_dir() / "mnist")
+    _write(files.cache_dir() / "mnist")
     info = mnist.load("idx", validation=8).info
-    assert info["path"] == str(assets.cache_dir() / "mnist")
+    assert info["path"] == str(files.cache_dir() / "mnist")
 
 
 def test_idx_of_another_set_is_recorded_under_its_name_and_needs_a_path(tmp_path):
@@ -403,12 +403,12 @@ def test_auto_takes_idx_in_the_cache_then_prepared_tfds_then_mnist5k(prepared, m
     assert mnist.load().info["source"] == "mnist5k"
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
     assert mnist.load(validation=8).info["source"] == "tfds"
-    _write(assets.cache_dir() / "mnist")
+    _write(files.cache_dir() / "mnist")
     assert mnist.load(validation=8).info["source"] == "idx"
 
 
 def test_auto_does_not_take_an_incomplete_cache_for_the_data():
-    (_write(assets.cache_dir() / "mnist") / f"{TEST_LABELS}.gz").unlink()
+    (_write(files.cache_dir() / "mnist") / f"{TEST_LABELS}.gz").unlink()
     assert mnist.load().info["source"] == "mnist5k"
 
 
@@ -423,7 +423,7 @@ def test_auto_with_a_path_that_has_neither_is_an_error(tmp_path):
 
 
 def test_auto_with_a_broken_idx_file_is_an_error_not_another_source(tmp_path):
-    (_write(assets.cache_dir() / "mnist") / f"{TEST_LABELS}.gz").write_bytes(b"broken")
+    (_write(files.cache_dir() / "mnist") / f"{TEST_LABELS}.gz").write_bytes(b"broken")
     with pytest.raises(DataError, match="broken gzip"):
         mnist.load()
 
@@ -524,7 +524,7 @@ def test_the_second_load_reads_the_array_cache_without_tfds(prepared, monkeypatc
 @pytest.mark.parametrize("damage", [b"", b"not an archive", None])
 def test_a_damaged_array_cache_is_made_anew(prepared, damage):
     first = mnist.load("tfds", prepared, validation=8)
-    (cached,) = (assets.cache_dir() / "tfds").iterdir()
+    (cached,) = (files.cache_dir() / "tfds").iterdir()
     content = cached.read_bytes()
     middle = len(content) // 2
     cached.write_bytes(_at(content, middle, b"damage") if damage is None else damage)
@@ -537,12 +537,12 @@ def test_a_set_prepared_anew_is_not_read_from_the_old_cache(prepared):
     for path in (prepared / "mnist" / "3.0.1").iterdir():
         os.utime(path, ns=(1, 1))
     mnist.load("tfds", prepared, validation=8)
-    assert len(list((assets.cache_dir() / "tfds").iterdir())) == 2
+    assert len(list((files.cache_dir() / "tfds").iterdir())) == 2
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_load(prepared, caplog):
-    assets.cache_dir().mkdir(parents=True)
-    (assets.cache_dir() / "tfds").write_text("in the way")
+    files.cache_dir().mkdir(parents=True)
+    (files.cache_dir() / "tfds").write_text("in the way")
     assert len(mnist.load("tfds", prepared, validation=8).test) == TEST
     assert "the next load is slow" in caplog.text
 

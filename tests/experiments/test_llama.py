@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blacksmith import launch as launcher
-from blacksmith import metrics
-from blacksmith.checkpoint import find
+from blacksmith.config.settings import ScheduleConfig
 from blacksmith.datasets import sst2
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from blacksmith.experiments.pytorch.llama import checkpoints, evaluation, train
@@ -25,7 +24,8 @@ from blacksmith.experiments.pytorch.llama.batches import LengthOrder, padding
 from blacksmith.experiments.pytorch.llama.prompts import Prompt
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
-from blacksmith.shared_configs import ScheduleConfig
+from blacksmith.run import metrics
+from blacksmith.run.checkpoint import find
 
 SMALL = [
     "llama.Data.validation = 20",
@@ -823,7 +823,7 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, tmp_path, sh
 
 def launcher_run(resolved, directory: Path):
     """A run object that is not opened."""
-    from blacksmith.run import Run
+    from blacksmith.run.run import Run
 
     return Run(directory, resolved.config, resolved.experiment, backend="torch", device="cpu")
 

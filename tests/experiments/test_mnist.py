@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from blacksmith import metrics
+from blacksmith.run import metrics
 
 FILES = {name: f"gin/mnist_{name}.gin" for name in ("jax", "torch", "lightning")}
 SMALL = ["mnist.Model.hidden = (64,)", 'mnist.Data.source = "mnist5k"', "Log.tensorboard = False"]

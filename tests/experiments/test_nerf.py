@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from blacksmith import launch as launcher
-from blacksmith import metrics
-from blacksmith.checkpoint import find
 from blacksmith.datasets.blender import Scene, open_scene
 from blacksmith.errors import ConfigError, DataError, RunError
 from blacksmith.experiments.lightning.nerf import fields, train
 from blacksmith.experiments.lightning.nerf.module import NerfModule, collapse
 from blacksmith.experiments.lightning.nerf.rays import RayBank
+from blacksmith.run import metrics
+from blacksmith.run.checkpoint import find
 
 specification = importlib.util.spec_from_file_location(
     "nerf_scene", Path(__file__).with_name("nerf_scene.py")

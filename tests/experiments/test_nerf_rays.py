@@ -14,7 +14,7 @@ from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.cameras import Camera, look_at
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.models.pytorch.nerf.rendering import camera_rays
-from blacksmith.order import generator
+from blacksmith.run.order import generator
 
 STRAIGHT = np.eye(3, 4, dtype=np.float32)
 """A camera at the origin that looks along -z, with +y up in its picture."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blacksmith import metrics, parity, registry
+from blacksmith import parity, registry
 from blacksmith.parity import Outcome, Tolerances, compare_outcomes
+from blacksmith.run import metrics
 
 # Small and short: the bar of 500 steps at full size is the slow test below.
 TINY = [
@@ -36,7 +37,7 @@ def epsilon(run):
 def batches(run):
     """Batches one step late."""
     from blacksmith.experiments.keras.mnist import train
-    from blacksmith.order import Order
+    from blacksmith.run.order import Order
     block = Order.block
     Order.block = lambda self, step, steps: block(self, step + 1, steps)
     return train.main(run)

@@ -11,13 +11,14 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from blacksmith.config.settings import OptimizerConfig, ScheduleConfig
 from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from blacksmith.models.keras.mnist.mlp import mlp
-from blacksmith.order import Block, Order
-from blacksmith.shared_configs import OptimizerConfig, ScheduleConfig
+from blacksmith.run.order import Block, Order
 from blacksmith.trainers import losses
-from blacksmith.trainers.backend import Task, make_backend, read_state, step_seeds
+from blacksmith.trainers.backend import Task, read_state, step_seeds
 from blacksmith.trainers.initial_weights import initialise, variable_name, weights_sha256
+from blacksmith.trainers.keras_trainer import make_backend
 from blacksmith.trainers.optimizers import make_optimizer
 
 CLASSES = 4

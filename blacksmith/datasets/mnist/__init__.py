@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from blacksmith import assets, order
+from blacksmith import files
 from blacksmith.datasets.mnist import idx, mnist5k, tfds_source
 from blacksmith.datasets.mnist.arrays import Arrays
 from blacksmith.errors import DataError
+from blacksmith.run import order
 
 SOURCES = ("auto", "idx", "tfds", "mnist5k")
 
@@ -89,7 +90,7 @@ def load(
     Args:
         source: one of `SOURCES`.
         path: for idx the directory with the files, for tfds its data directory, for auto either;
-            None for `blacksmith.assets.cache_dir() / "mnist"` and TFDS's default respectively.
+            None for `blacksmith.files.cache_dir() / "mnist"` and TFDS's default respectively.
         name: TFDS name, with a configuration where the set has them (`emnist/balanced`).
         validation: how much of the official training set to hold out, drawn by the seed: a number
             of images, a fraction from 0 up to but not including 1, or "test" to hold out nothing
@@ -194,7 +195,7 @@ def _note(line: str) -> None:
 
 
 def _idx_cache() -> Path:
-    return assets.cache_dir() / "mnist"
+    return files.cache_dir() / "mnist"
 
 
 def _load_idx(directory: Path | None, name: str) -> tuple[Arrays, Path]:

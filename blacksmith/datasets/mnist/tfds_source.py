@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blacksmith import assets
+from blacksmith import assets, files
 from blacksmith.datasets.mnist import idx
 from blacksmith.datasets.mnist.arrays import SIDE, Arrays
 from blacksmith.errors import DataError
@@ -101,7 +101,7 @@ def read(prepared: Path) -> Arrays:
     arrays = _decode(prepared)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with assets.atomic_file(cached) as stream:
+        with files.atomic_file(cached) as stream:
             np.savez(stream, **arrays._asdict())
     except OSError as error:
         _log.warning("cannot keep %s in the cache, the next load is slow: %s", prepared, error)
@@ -127,7 +127,7 @@ def _cache_path(prepared: Path) -> Path:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{prepared / 'dataset_info.json'}: broken ({error})") from error
     label = re.sub(r"[^a-z0-9_]", "_", str(name))
-    return assets.cache_dir() / "tfds" / f"{label}-{prepared.name}-{digest.hexdigest()[:16]}.npz"
+    return files.cache_dir() / "tfds" / f"{label}-{prepared.name}-{digest.hexdigest()[:16]}.npz"
 
 
 def _decode(prepared: Path) -> Arrays:

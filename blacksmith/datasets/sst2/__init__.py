@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blacksmith import order
 from blacksmith.datasets.sst2 import files, hub
 from blacksmith.datasets.sst2.examples import CLASSES, Examples, Table, checked, content_sha256
 from blacksmith.datasets.sst2.splits import held_out
 from blacksmith.errors import DataError
+from blacksmith.run import order
 
 __all__ = ["CLASSES", "DEFAULT_VALIDATION", "Examples", "Source", "Sst2", "describe", "read"]
 

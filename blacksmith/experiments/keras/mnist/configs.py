@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from blacksmith.config import section, setting
-from blacksmith.errors import ConfigError
-from blacksmith.shared_configs import (
+from blacksmith.config.sections import section, setting
+from blacksmith.config.settings import (
     CheckpointConfig,
     LogConfig,
     OptimizerConfig,
@@ -14,6 +13,7 @@ from blacksmith.shared_configs import (
     check_log,
     check_optimizer,
 )
+from blacksmith.errors import ConfigError
 
 
 @section("mnist.Data")

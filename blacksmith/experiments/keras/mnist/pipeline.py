@@ -12,16 +12,17 @@ from typing import Any
 import keras
 import numpy as np
 
+from blacksmith.config.settings import check_same_decay
 from blacksmith.datasets import mnist
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from blacksmith.experiments.keras.mnist.configs import Config, Data
+from blacksmith.files import write_json
 from blacksmith.models.keras.mnist.mlp import mlp
-from blacksmith.order import Order
-from blacksmith.run import STOPPED, Run, write_json
-from blacksmith.shared_configs import check_same_decay
+from blacksmith.run.order import Order
+from blacksmith.run.run import STOPPED, Run
 from blacksmith.trainers import losses
-from blacksmith.trainers.backend import Backend, Task, make_backend
+from blacksmith.trainers.backend import Backend, Task
 from blacksmith.trainers.export import export_stablehlo, export_torch
 from blacksmith.trainers.initial_weights import initialise
 from blacksmith.trainers.keras_trainer import (
@@ -29,6 +30,7 @@ from blacksmith.trainers.keras_trainer import (
     Samples,
     evaluate,
     load_checkpoint,
+    make_backend,
     make_plan,
 )
 from blacksmith.trainers.optimizers import make_optimizer

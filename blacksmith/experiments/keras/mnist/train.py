@@ -5,7 +5,7 @@ Data, model, loop, test: read `main` from top to bottom; what it calls is in `pi
 """
 
 from blacksmith.experiments.keras.mnist import pipeline
-from blacksmith.run import Run
+from blacksmith.run.run import Run
 
 
 def main(run: Run) -> int:

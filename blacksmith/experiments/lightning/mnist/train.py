@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from blacksmith.experiments.keras.mnist import pipeline
-from blacksmith.order import Block
-from blacksmith.run import Run
+from blacksmith.run.order import Block
+from blacksmith.run.run import Run
 from blacksmith.trainers.keras_trainer import KerasTrainer
 from blacksmith.trainers.torch_backend import TorchBackend
 

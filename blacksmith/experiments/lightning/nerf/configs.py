@@ -4,9 +4,9 @@ import dataclasses
 import math
 from typing import Literal
 
-from blacksmith.config import fields, section, setting
+from blacksmith.config.sections import fields, section, setting
+from blacksmith.config.settings import CheckpointConfig, LogConfig, RunConfig, check_log
 from blacksmith.errors import ConfigError
-from blacksmith.shared_configs import CheckpointConfig, LogConfig, RunConfig, check_log
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 

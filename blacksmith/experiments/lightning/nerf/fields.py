@@ -5,14 +5,14 @@ import math
 import numpy as np
 import torch
 
-from blacksmith.checkpoint import Saved
 from blacksmith.datasets.blender import Views, estimate_bounds, near_far
 from blacksmith.errors import CheckpointError, ConfigError, DataError
 from blacksmith.experiments.lightning.nerf.configs import Config
 from blacksmith.models.pytorch.nerf.grid import GridField, level_shape, reachable_vertices
 from blacksmith.models.pytorch.nerf.mlp import MlpField
 from blacksmith.models.pytorch.nerf.occupancy import box_of, visual_hull
-from blacksmith.order import seed_words
+from blacksmith.run.checkpoint import Saved
+from blacksmith.run.order import seed_words
 
 WEIGHTS = "lightning.ckpt"
 """The file of a checkpoint that Lightning writes and reads."""

@@ -26,12 +26,12 @@ from blacksmith.experiments.lightning.nerf.pictures import (
 )
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.experiments.lightning.nerf.scores import psnr
-from blacksmith.metrics import Progress
 from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mlp import MlpField
 from blacksmith.models.pytorch.nerf.rendering import distortion, render_image
-from blacksmith.order import generator, seed_words
-from blacksmith.run import Run
+from blacksmith.run.order import generator, seed_words
+from blacksmith.run.progress import Progress
+from blacksmith.run.run import Run
 
 CHECKED_AT = 0.05
 """When a field is looked at for having collapsed, as a fraction of the training."""

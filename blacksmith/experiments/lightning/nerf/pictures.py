@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from blacksmith.assets import atomic_file
+from blacksmith.files import atomic_file
 
 # The mean absolute error that is drawn brightest. It is fixed, so that two error maps compare.
 ERROR_SCALE = 0.25

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blacksmith.datasets.blender import Views
-from blacksmith.order import generator
+from blacksmith.run.order import generator
 
 
 class RayBank:

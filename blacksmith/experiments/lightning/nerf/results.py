@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blacksmith.assets import atomic_file
 from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.cameras import Camera, orbit
 from blacksmith.errors import ConfigError, RunError
@@ -35,8 +34,9 @@ from blacksmith.experiments.lightning.nerf.pictures import (
     write_png,
 )
 from blacksmith.experiments.lightning.nerf.scores import psnr, ssim
+from blacksmith.files import atomic_file
 from blacksmith.models.pytorch.nerf.rendering import RadianceField, render_image
-from blacksmith.run import StopFlag
+from blacksmith.run.signals import StopFlag
 
 # Of each picture in a strip of the report: four of them fit a page, and three strips take about 1 MB.
 STRIP_PICTURE_PIXELS = 320

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from blacksmith.assets import cache_dir
 from blacksmith.errors import DataError
+from blacksmith.files import cache_dir
 
 # What identical pictures get instead of infinity; 8 bits a channel cannot tell apart more than 59 dB.
 PSNR_CAP = 100.0

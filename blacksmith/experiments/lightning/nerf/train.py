@@ -21,10 +21,11 @@ from blacksmith.experiments.lightning.nerf import fields, results, scores
 from blacksmith.experiments.lightning.nerf.configs import Config
 from blacksmith.experiments.lightning.nerf.module import NerfModule
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
+from blacksmith.files import write_json
 from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mesh import extract_mesh, write_ply
 from blacksmith.models.pytorch.nerf.rendering import RadianceField
-from blacksmith.run import STOPPED, Run, write_json
+from blacksmith.run.run import STOPPED, Run
 
 GIF_PIXELS = 240
 

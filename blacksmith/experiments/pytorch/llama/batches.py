@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blacksmith.experiments.pytorch.llama.prompts import Encoded
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch
-from blacksmith.order import generator
+from blacksmith.run.order import generator
 
 
 class LengthOrder:

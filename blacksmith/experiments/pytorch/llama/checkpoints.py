@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from blacksmith.config.settings import CheckpointConfig
 from blacksmith.errors import CheckpointError, ConfigError
 from blacksmith.experiments.pytorch.llama.batches import LengthOrder
 from blacksmith.experiments.pytorch.llama.configs import Config
@@ -17,9 +18,8 @@ from blacksmith.experiments.pytorch.llama.journal import Loop
 from blacksmith.experiments.pytorch.llama.optimizer import Averages, load_state, state_tensors
 from blacksmith.models.pytorch.llama import adapters, loading, tokens
 from blacksmith.models.pytorch.llama.prefix import causal_model, checkpoint_layers
-from blacksmith.order import seed_words
-from blacksmith.run import Run
-from blacksmith.shared_configs import CheckpointConfig
+from blacksmith.run.order import seed_words
+from blacksmith.run.run import Run
 
 OPTIMIZER = "optimizer.safetensors"
 UNAVERAGED = "unaveraged.safetensors"

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from typing import Literal
 
-from blacksmith.config import fields, section, setting
+from blacksmith.config.sections import fields, section, setting
+from blacksmith.config.settings import CheckpointConfig, LogConfig, RunConfig, ScheduleConfig, check_log
 from blacksmith.errors import ConfigError
-from blacksmith.shared_configs import CheckpointConfig, LogConfig, RunConfig, ScheduleConfig, check_log
 
 TEMPLATE = (
     "Classify the sentiment of the movie review as negative or positive.\n\n"

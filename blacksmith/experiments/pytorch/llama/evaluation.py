@@ -14,7 +14,7 @@ from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama.batches import collate, padding
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, causal_model, common_prefix, target_logits
-from blacksmith.run import StopFlag
+from blacksmith.run.signals import StopFlag
 
 
 @dataclass(frozen=True, eq=False)

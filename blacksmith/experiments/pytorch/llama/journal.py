@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from torch import Tensor
 
-from blacksmith.checkpoint import direction
 from blacksmith.errors import RunError
 from blacksmith.experiments.pytorch.llama.batches import LengthOrder
 from blacksmith.experiments.pytorch.llama.evaluation import Scores
-from blacksmith.metrics import Progress
-from blacksmith.run import Run
+from blacksmith.run.checkpoint import direction
+from blacksmith.run.progress import Progress
+from blacksmith.run.run import Run
 
 
 @dataclasses.dataclass

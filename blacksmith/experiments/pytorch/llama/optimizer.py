@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from blacksmith.config import closest
-from blacksmith.errors import CheckpointError, ConfigError
+from blacksmith.config.settings import ScheduleConfig
+from blacksmith.errors import CheckpointError, ConfigError, closest
 from blacksmith.experiments.pytorch.llama.configs import Train
-from blacksmith.shared_configs import ScheduleConfig
 
 
 def make_optimizer(train: Train, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blacksmith.config.settings import check_same_decay
 from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama import checkpoints, evaluation
@@ -27,12 +28,12 @@ from blacksmith.experiments.pytorch.llama.evaluation import Questions
 from blacksmith.experiments.pytorch.llama.journal import Journal
 from blacksmith.experiments.pytorch.llama.optimizer import Averages, learning_rate, make_optimizer
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
+from blacksmith.files import write_json
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.adapters import merge
 from blacksmith.models.pytorch.llama.prefix import token_losses
-from blacksmith.order import seed_words
-from blacksmith.run import STOPPED, Run, write_json
-from blacksmith.shared_configs import check_same_decay
+from blacksmith.run.order import seed_words
+from blacksmith.run.run import STOPPED, Run
 
 
 def main(run: Run) -> int:

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
-from blacksmith import assets
+from blacksmith import assets, files
 from blacksmith.errors import ConfigError, DataError
 from blacksmith.models.pytorch.llama.prefix import causal_model
 
@@ -285,7 +285,7 @@ def _from_gguf(name: str, path: Path) -> tuple[Path, LlamaConfig, dict[str, str]
     _check_no_adapter(name, path.parent)
     with _broken(name), open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    kept = assets.cache_dir() / "gguf" / f"{digest[:32]}-{_CONVERTER}"
+    kept = files.cache_dir() / "gguf" / f"{digest[:32]}-{_CONVERTER}"
     if not kept.is_dir():
         with _broken(name), quiet():
             _check_rope(path)
@@ -435,7 +435,7 @@ def _broken(name: str, directory: Path | None = None) -> Iterator[None]:
 
 def _cure(name: str, directory: Path | None) -> str:
     """What helps where files of ours are broken; nothing for the user's."""
-    if directory is not None and directory.parent == assets.cache_dir() / "gguf":
+    if directory is not None and directory.parent == files.cache_dir() / "gguf":
         return f"; delete {directory}, a copy, and run the same command again"
     return f"; run python -m blacksmith.assets {name} again" if name in assets.ASSETS else ""
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from blacksmith.assets import atomic_file
 from blacksmith.errors import RunError
+from blacksmith.files import atomic_file
 from blacksmith.models.pytorch.nerf.rendering import RadianceField
 
 # How many points the field is asked for at once.

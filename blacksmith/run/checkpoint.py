@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from blacksmith.errors import CheckpointError
+from blacksmith.files import file_sha256
 
 FORMAT_VERSION = 1
 _STEP = re.compile(r"step_(\d{8,})")
@@ -276,12 +277,6 @@ def load(path: Path) -> Saved:
         if file_sha256(part) != expected:
             raise CheckpointError(f"{part} has changed since it was written")
     return Saved(path, state)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _content_sha256(content: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from blacksmith import config as configuration
 from blacksmith import launch
-from blacksmith.config import section, setting
+from blacksmith.config.sections import section, setting
 from blacksmith.errors import ConfigError
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from blacksmith.config import fields, section, setting
+from blacksmith.config.sections import fields, section, setting
 from blacksmith.errors import ConfigError
 
 # The settings that only some optimisers have; the configuration refuses them elsewhere.

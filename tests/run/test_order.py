@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from blacksmith.order import EMPTY_DIGEST, Order, chain_digest, child_seed, generator, seed_words
+from blacksmith.run.order import EMPTY_DIGEST, Order, chain_digest, child_seed, generator, seed_words
 
 SIZES = [(10, 4), (12, 4), (1, 4), (4, 1), (5, 5), (3500, 128)]
 

@@ -19,8 +19,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from blacksmith import metrics
-from blacksmith.metrics import Metrics, Progress, TensorBoardWriter
+from blacksmith.run import metrics
+from blacksmith.run.metrics import Metrics, TensorBoardWriter
+from blacksmith.run.progress import Progress
 
 # metrics.jsonl
 
@@ -248,7 +249,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
-from blacksmith.metrics import Metrics, WandbWriter
+from blacksmith.run.metrics import Metrics, WandbWriter
 
 directory = Path(sys.argv[1])
 for _ in range(2):  # the second goes on where the first has stopped

@@ -6,15 +6,11 @@ The launcher opens a `Run` and passes it to the experiment's entry function. Not
 import contextlib
 import errno
 import fcntl
-import importlib.metadata
 import json
-import math
 import os
 import platform
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,80 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from blacksmith import config as configuration
-from blacksmith import metrics as metric_writers
-from blacksmith.checkpoint import Checkpoints, Saved
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
+from blacksmith.files import write_json
 from blacksmith.registry import Experiment
+from blacksmith.run import metrics as metric_writers
+from blacksmith.run import provenance
+from blacksmith.run.checkpoint import Checkpoints, Saved
+from blacksmith.run.signals import StopFlag
 
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
-
-_PACKAGES = (
-    "accelerate",
-    "blacksmith",
-    "datasets",
-    "gguf",
-    "gin-config",
-    "h5py",
-    "imageio-ffmpeg",
-    "jax",
-    "jaxlib",
-    "keras",
-    "lightning",
-    "numpy",
-    "peft",
-    "pillow",
-    "pydantic",
-    "safetensors",
-    "scikit-image",
-    "tensorboard",
-    "tensorflow-datasets",
-    "tokenizers",
-    "torch",
-    "torchmetrics",
-    "transformers",
-    "viser",
-)
-
-# Environment variables that change what is computed, or how fast.
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")
-
-
-class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads; the same signal again interrupts at once.
-
-    Args:
-      promise: what the user is told that happens now.
-    """
-
-    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, promise: str = "finishing the step and saving") -> None:
-        self.signal: str | None = None
-        self._promise = promise
-        self._previous: dict[int, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    def __enter__(self) -> "StopFlag":
-        self._previous = {number: signal.getsignal(number) for number in self._NUMBERS}
-        self.listen()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def listen(self) -> None:
-        """Puts the handlers in place, also again where a framework has put its own over them."""
-        for number in self._NUMBERS:
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, _frame: object) -> None:
-        self.signal = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one, and a stream is not re-entrant.
-        os.write(2, f"\n{self.signal}: {self._promise}; again to abort\n".encode())
-        signal.signal(number, signal.default_int_handler)
 
 
 class Run:
@@ -354,9 +285,9 @@ class Run:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpu_count": os.cpu_count(),
-            "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-            "versions": versions(),
-            "git": _git_state(),
+            "variables": provenance.variables(),
+            "versions": provenance.versions(),
+            "git": provenance.git_state(),
             "data": self.data,
             "previous": previous,
         }
@@ -459,62 +390,10 @@ def check_resume(saved: Saved, config: Any, experiment: Experiment, *, mode: str
         )
 
 
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that can influence a run."""
-    found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON atomically; numbers that are not finite become null."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _peak_memory() -> int:
     """The most memory that this process has had of the machine's, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
-
-
-def _git_state() -> dict[str, Any] | None:
-    """The commit of the source tree that runs, or None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-        status = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
 def _full_disk(error: Exception) -> str | None:

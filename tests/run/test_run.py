@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from blacksmith import launch as launcher
-from blacksmith import metrics, registry, report
-from blacksmith import run as runs
+from blacksmith import registry, report
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
+from blacksmith.run import metrics
+from blacksmith.run import run as runs
 
 DATA = {"source": "mnist5k", "sha256": "0123456789abcdef" * 4}
 TINY = ["Run.experiment='keras/mnist'", "Run.backend='jax'", "Log.tensorboard=False"]
@@ -491,7 +492,8 @@ def test_the_lock_ends_with_its_process_however_that_ends(make, tmp_path):
     code = f"""
         import os, signal
         from pathlib import Path
-        from blacksmith import launch, run
+        from blacksmith import launch
+        from blacksmith.run import run
         resolved = launch.resolve([], {TINY!r})
         one = run.Run(Path({str(tmp_path / "run")!r}), resolved.config, resolved.experiment,
                       backend="jax", device="cpu")
@@ -518,7 +520,7 @@ def test_a_directory_whose_lock_cannot_be_written_is_one_line(make, tmp_path):
 EXPERIMENT = """
 import errno, os
 from blacksmith import registry
-from blacksmith.run import Run
+from blacksmith.run.run import Run
 
 def main(run: Run) -> int:
     run.use_data({"source": "none", "sha256": "0" * 64}, "data: none")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import blacksmith
-from blacksmith import checkpoint
-from blacksmith.checkpoint import Checkpoints, find, load
 from blacksmith.errors import CheckpointError
+from blacksmith.run import checkpoint
+from blacksmith.run.checkpoint import Checkpoints, find, load
 
 
 def _write(content):
@@ -418,7 +418,7 @@ def test_saving_a_step_again_replaces_it(checkpoints):
 KILLED_SAVE = """
 import os, shutil, signal, sys
 from pathlib import Path
-from blacksmith.checkpoint import Checkpoints
+from blacksmith.run.checkpoint import Checkpoints
 
 directory, step, deadly = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 calls = 0

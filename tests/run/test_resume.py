@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from blacksmith import metrics
-from blacksmith.checkpoint import Checkpoints, load
+from blacksmith.run import metrics
+from blacksmith.run.checkpoint import Checkpoints, load
 
 STEPS = 400
 # Checkpoints, log lines (every 3) and epochs (28 steps) fall on different steps, so that running means and

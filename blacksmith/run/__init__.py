@@ -1,0 +1,1 @@
+"""What an experiment is handed: its run directory, metrics, checkpoints, batch order and stop flag."""

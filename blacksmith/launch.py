@@ -243,7 +243,7 @@ def run_experiment(
         raise ConfigError(f"--workdir: {error.strerror}: {str(workdir)[:60]}...") from error
     if not device:
         raise ConfigError("--device is empty; say auto, cpu, gpu, tpu, or a device by name")
-    seen, foreign = own.steps(), None
+    seen, external = own.steps(), None
     if resume == "auto":
         saved = own.newest()
         if saved is None and mode != "train":
@@ -269,32 +269,52 @@ def run_experiment(
                     f"--resume={resume} has no state of a run to go on from; --mode=eval and --mode=export "
                     "read it"
                 )
-            foreign = path
+            external = path
         elif resume != "never":
             chosen = runs.checkpoints_of(place(path), config).chosen() if mode != "train" else None
             saved = chosen or find(path)
     if saved is not None:
-        runs.check_resume(saved, config, experiment, mode=mode)
+        runs.check_resume(saved, config, experiment.name, experiment.checkpoint_format, mode=mode)
     name = devices.activate(experiment, resolved.backend, device)
-    module, _, function = experiment.entry.partition(":")
+    package = experiment.entry.partition(":")[0].rpartition(".")[0]
+    where = {
+        "train": "train:train",
+        "eval": "evaluate:evaluate",
+        "export": "evaluate:export",
+        "view": "view:view",
+    }
+    module, _, function = f"{package}.{where[mode]}".partition(":")
+    if experiment.name == "lightning/mnist" and mode != "train":
+        module = module.replace("lightning", "keras")
     entry = getattr(registry.import_module(module, what=f"experiment {experiment.name}"), function)
     run = runs.Run(
         workdir,
         config,
-        experiment,
+        experiment=experiment.name,
+        checkpoint_format=experiment.checkpoint_format,
         backend=resolved.backend,
         device=name,
         mode=mode,
         resumed=saved,
-        foreign=foreign,
+        external_weights=external,
         bindings=resolved.bindings,
         command=command,
+        write_report=_write_report,
     )
-    source = foreign or (saved.path if saved else None)
-    going_on = f", from {source}" if source else ""
-    print(f"{experiment.name} on {resolved.backend} ({name}): {workdir}{going_on}", file=sys.stderr)
+    source = external or (saved.path if saved else None)
+    print(
+        f"{experiment.name} on {resolved.backend} ({name}): {workdir}"
+        + (f", from {source}" if source else ""),
+        file=sys.stderr,
+    )
     with run.opened(checkpoints=seen):
         return entry(run) or 0
+
+
+def _write_report(directory: Path) -> None:
+    from blacksmith import report
+
+    report.write(directory)
 
 
 def _is_foreign(path: Path, experiment: registry.Experiment) -> bool:

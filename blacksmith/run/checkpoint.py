@@ -20,7 +20,7 @@ from typing import Any
 from blacksmith.errors import CheckpointError
 from blacksmith.files import file_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -33,8 +33,13 @@ class Saved:
 
     @property
     def step(self) -> int:
-        """Optimiser steps taken when it was written."""
+        """Optimizer steps taken when it was written."""
         return self.state["step"]
+
+    @property
+    def own(self) -> Mapping[str, Any]:
+        """The JSON values that the experiment saved."""
+        return self.state["own"]
 
 
 class Checkpoints:
@@ -67,7 +72,7 @@ class Checkpoints:
         self,
         step: int,
         state: Mapping[str, Any],
-        write: Callable[[Path], None],
+        write: Callable[[Path], Mapping[str, Any] | None],
         metrics: Mapping[str, float] | None = None,
     ) -> Path:
         """Writes one checkpoint, then removes those that are no longer kept.
@@ -75,7 +80,8 @@ class Checkpoints:
         Args:
           step: optimiser steps taken.
           state: JSON values to find again in `Saved.state`.
-          write: puts the experiment's files into the (existing, empty) directory it is given.
+          write: puts the experiment's files into the (existing, empty) directory it is given; returns JSON
+            values to find again in `Saved.own`.
           metrics: the latest validation metrics, for `keep_best`.
 
         Returns:
@@ -90,12 +96,13 @@ class Checkpoints:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            write(temporary)
+            own = write(temporary)
             files = sorted(p for p in temporary.rglob("*") if p.is_file())
             for path in files:
                 _fsync(path)
             content = {
                 **state,
+                "own": dict(own or {}),
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 "metrics": {k: float(v) for k, v in (metrics or {}).items()},
@@ -149,6 +156,11 @@ class Checkpoints:
         """
         best = self._by_metric() if self.keep_best else []
         return self._first_intact([*best, *(path for path in reversed(self.steps()) if path not in best)])
+
+    def describe_newest(self) -> str:
+        """Which checkpoint is the newest, for a message."""
+        steps = self.steps()
+        return f"the newest checkpoint is {steps[-1]}" if steps else "there is no checkpoint yet"
 
     def clean(self) -> None:
         """Removes what an interrupted `save` left; call it only while the run's lock is held."""

@@ -23,6 +23,11 @@ import numpy as np
 TIMED = frozenset({"seconds", "examples_per_second", "rays_per_second", "tokens_per_second"})
 
 
+def is_timed(name: str) -> bool:
+    """Whether a value of this name is a time or a rate, which differs between two identical runs."""
+    return name.startswith("seconds") or name.endswith("_per_second")
+
+
 class Writer(Protocol):
     """A place that metrics go to besides `metrics.jsonl`."""
 
@@ -198,6 +203,7 @@ class Metrics:
         self._file.seek(offset)
         self._writers = writers or []
         self._start = time.perf_counter() - seconds
+        self.last_step = 0
 
     @property
     def seconds(self) -> float:
@@ -207,6 +213,7 @@ class Metrics:
     def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
         """Writes one line: scalar metrics of one split after `step` optimiser steps."""
         values = {name: float(value) for name, value in values.items()}
+        self.last_step = step
         line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4)}
         line["split"] = split
         line.update({name: _json_number(value) for name, value in values.items()})

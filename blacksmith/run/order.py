@@ -1,10 +1,10 @@
-"""Which samples each step sees, as a pure function of (seed, epoch, cursor), and named child seeds.
+"""Which examples each step sees, as a pure function of (seed, epoch, cursor), and named child seeds.
 
-Every trainer draws its batches here, so the same seed gives the same batches on every backend and after
-every resume. NumPy only.
+The same seed gives the same batches on every backend and after every resume. NumPy only.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,22 @@ class Block:
     cursor: int
 
 
-class Order:
+class _Epochs:
+    """Epochs of `steps_per_epoch` steps each."""
+
+    steps_per_epoch: int
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, cursor) of the batch that step number `step`, from 0, sees."""
+        return divmod(step, self.steps_per_epoch)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training set after `step` steps."""
+        epoch, cursor = self.position(step)
+        return epoch + cursor / self.steps_per_epoch
+
+
+class Order(_Epochs):
     """The stream of batches over a training set of `size` samples; `Order.size` is what an epoch visits.
 
     Each epoch visits every sample once, in a permutation drawn from (seed, epoch). The last batch of an
@@ -77,11 +92,7 @@ class Order:
         self._weights[-1, :ragged] = np.float32(1) / np.float32(ragged)
         self._weights[-1, ragged:] = 0
 
-    def position(self, step: int) -> tuple[int, int]:
-        """(epoch, cursor) of the batch that step number `step`, from 0, sees."""
-        return divmod(step, self.steps_per_epoch)
-
-    def samples_before(self, step: int) -> int:
+    def examples_before(self, step: int) -> int:
         """How many samples the steps before `step` have seen, padding not counted."""
         epoch, cursor = self.position(step)
         return epoch * self.size + min(cursor * self.batch, self.size)
@@ -96,6 +107,57 @@ class Order:
             self._epoch = epoch
         end = min(cursor + steps, self.steps_per_epoch)
         return Block(self._indices[cursor:end], self._weights[cursor:end], epoch, cursor)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The training examples of step number `step`, without padding: int64 [batch]."""
+        block = self.block(step, 1)
+        return block.indices[0, block.weights[0] > 0].astype(np.int64)
+
+
+class LengthOrder(_Epochs):
+    """A stream of batches of about the same length: each epoch visits every example once.
+
+    An epoch's order is drawn from (seed, epoch). Pools of `pool` batches are sorted by length and cut into
+    batches, whose order is drawn again. The last batch of an epoch may be smaller.
+
+    Args:
+      lengths: tokens of each example.
+      batch: examples per batch.
+      pool: batches that are sorted together.
+      seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch: int, pool: int, seed: int) -> None:
+        self._lengths = np.asarray(lengths)
+        self.batch, self._pool, self._seed = batch, pool, seed
+        self.steps_per_epoch = -(-len(self._lengths) // batch)
+        self._epoch = -1
+        self._batches: list[np.ndarray] = []
+
+    def examples_before(self, step: int) -> int:
+        """How many examples the steps before `step` have seen."""
+        epoch, cursor = self.position(step)
+        seen = epoch * len(self._lengths)
+        return seen + sum(len(rows) for rows in self._of(epoch)[:cursor]) if cursor else seen
+
+    def rows(self, step: int) -> np.ndarray:
+        """The examples of step number `step`, from 0, shortest first: int64 [batch]."""
+        epoch, cursor = self.position(step)
+        return self._of(epoch)[cursor]
+
+    def _of(self, epoch: int) -> list[np.ndarray]:
+        """The batches of one epoch."""
+        if epoch != self._epoch:
+            random = generator(self._seed, "order", epoch)
+            shuffled = random.permutation(len(self._lengths))
+            batches = []
+            for begin in range(0, len(shuffled), self._pool * self.batch):
+                some = shuffled[begin : begin + self._pool * self.batch]
+                by_length = some[np.argsort(self._lengths[some], kind="stable")]
+                batches += [by_length[i : i + self.batch] for i in range(0, len(some), self.batch)]
+            self._batches = [batches[i] for i in random.permutation(len(batches))]
+            self._epoch = epoch
+        return self._batches
 
 
 EMPTY_DIGEST = hashlib.sha256().hexdigest()

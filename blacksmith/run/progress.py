@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 
 class Progress:
-    """Progress on the console: a live bar on a terminal, plain lines elsewhere.
+    """A live bar on a terminal, plain lines elsewhere.
 
     Args:
-      total: samples, or what `unit` says, of the whole run.
-      done: those already seen (a resumed run).
+      total: examples, or what `unit` says, of the whole run.
+      done: how many have been seen already (a resumed run).
       style: ``auto``, ``bar``, ``lines`` or ``off``.
       every_seconds: how often plain lines appear.
       unit: what is counted, in the plural.
@@ -45,7 +45,7 @@ class Progress:
             )
 
     def update(self, done: int, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """Shows that `done` samples have been seen, with the latest values."""
+        """Shows that `done` examples have been seen, with the latest values."""
         advance, self._done = done - self._done, done
         shown = {k: f"{v:.4f}" if abs(v) < 100 else f"{v:,.0f}" for k, v in values.items()}
         if self._bar is not None:
@@ -54,14 +54,21 @@ class Progress:
         now = time.perf_counter()
         if self._lines and now - self._last >= self._every:
             self._last = now
-            rate = (done - self._first) / max(now - self._start, 1e-9)
-            left = (self._total - done) / max(rate, 1e-9)
-            numbers = "  ".join(f"{k} {v}" for k, v in shown.items())
-            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-            self.say(f"step {step}  epoch {epoch:.2f}  {numbers}  {speed} {self._unit}/s  {left:.0f} s left")
+            parts = [f"step {step}", f"epoch {epoch:.2f}", *(f"{k} {v}" for k, v in shown.items())]
+            if done > self._first:
+                rate = (done - self._first) / max(now - self._start, 1e-9)
+                speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+                parts += [f"{speed} {self._unit}/s", f"{(self._total - done) / rate:.0f} s left"]
+            self.say("  ".join(parts))
 
-    def leave_out(self, seconds: float) -> None:
-        """Leaves out of the rate the last so many seconds, in which nothing was trained."""
+    def start(self, done: int) -> None:
+        """Lets the rate and the time left count from now on, where `done` examples have been seen."""
+        self._first, self._start = done, time.perf_counter()
+        if self._bar is not None:
+            self._bar.unpause()
+
+    def exclude(self, seconds: float) -> None:
+        """Excludes the last `seconds`, in which nothing was trained, from the rate."""
         self._start += seconds
         if self._bar is not None:
             self._bar.unpause()

@@ -1,74 +1,74 @@
-"""Where a run comes from: versions, commit, environment variables."""
+"""What a run was made by: command, machine, versions, commit, environment variables."""
 
 import contextlib
 import importlib.metadata
+import json
 import os
+import platform
+import re
+import resource
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
-
-_PACKAGES = (
-    "accelerate",
-    "blacksmith",
-    "datasets",
-    "gguf",
-    "gin-config",
-    "h5py",
-    "imageio-ffmpeg",
-    "jax",
-    "jaxlib",
-    "keras",
-    "lightning",
-    "numpy",
-    "peft",
-    "pillow",
-    "pydantic",
-    "safetensors",
-    "scikit-image",
-    "tensorboard",
-    "tensorflow-datasets",
-    "tokenizers",
-    "torch",
-    "torchmetrics",
-    "transformers",
-    "viser",
-)
 
 # Environment variables that change what is computed, or how fast.
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")
 
 
+def describe(directory: Path, **facts: Any) -> dict[str, Any]:
+    """The content of a new `environment.json`: `facts`, the machine, and earlier starts in this directory."""
+    previous = []
+    with contextlib.suppress(OSError, ValueError):
+        old = json.loads((directory / "environment.json").read_text())
+        kept = ("started", "command", "backend", "device", "resumed_from")
+        previous = [*old.pop("previous", []), {key: old.get(key) for key in kept}]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **facts,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "versions": versions(),
+        "git": git_state(),
+        "previous": previous,
+    }
+
+
 def versions() -> dict[str, str]:
-    """Versions of the installed packages that can influence a run."""
+    """Versions of blacksmith and of those packages it can use that are installed."""
     found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        requirements = importlib.metadata.requires("blacksmith") or []
+        names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
+        for name in sorted(names | {"blacksmith"}):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(name)
     return found
 
 
-def variables() -> dict[str, str]:
-    """The environment variables that are set of those that change what is computed, or how fast."""
-    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-
-
 def git_state() -> dict[str, Any] | None:
-    """The commit of the source tree that runs, or None for an installed package."""
+    """The commit of the source tree that runs; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+    git = ["git", "-C", str(root)]
+    status = [*git, "status", "--porcelain", "--untracked-files=no"]
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-        status = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        changed = subprocess.run(status, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if commit.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    return (
+        None
+        if commit.returncode
+        else {"commit": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())}
+    )
+
+
+def peak_memory() -> int:
+    """The most memory that this process has used on the host, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,15 +1,13 @@
 """What an experiment is handed: one run directory with its metrics, checkpoints, stop flag and provenance.
 
-The launcher opens a `Run` and passes it to the experiment's entry function. Nothing here knows a framework.
+The launcher opens a `Run` and passes it to the experiment. Nothing here knows a framework or an experiment.
 """
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import platform
-import resource
+import shlex
 import shutil
 import sys
 import time
@@ -18,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from blacksmith import config as configuration
-from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
+from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, first_line
 from blacksmith.files import write_json
-from blacksmith.registry import Experiment
 from blacksmith.run import metrics as metric_writers
 from blacksmith.run import provenance
 from blacksmith.run.checkpoint import Checkpoints, Saved
@@ -32,70 +29,79 @@ STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
 class Run:
     """One run.
 
-    Attributes:
+    Args:
       directory: the run directory.
       config: the experiment's frozen configuration.
-      experiment: its registry entry.
+      experiment: its name.
+      checkpoint_format: the format of its checkpoints.
       backend: ``jax`` or ``torch``.
       device: the device in the framework's words.
       mode: ``train``, ``eval``, ``export`` or ``view``.
-      resumed: the checkpoint that this run goes on from, or None.
-      foreign: a directory of weights that no run wrote, to be evaluated or exported, or None.
+      resumed: the checkpoint that this run starts from, or None.
+      external_weights: a directory of weights that no run wrote, to be evaluated or exported, or None.
+      bindings: what the user bound, for `config.gin`.
+      command: the command line, for `environment.json`.
+      write_report: writes the report of a run directory.
+
+    Attributes:
       checkpoints: the run's own checkpoints.
       stop: true once the run is to stop.
+      data: what `use_data` recorded.
     """
 
     def __init__(
         self,
         directory: Path,
         config: Any,
-        experiment: Experiment,
         *,
+        experiment: str,
+        checkpoint_format: str,
         backend: str,
         device: str,
         mode: str = "train",
         resumed: Saved | None = None,
-        foreign: Path | None = None,
+        external_weights: Path | None = None,
         bindings: Sequence[configuration.Binding] = (),
         command: Sequence[str] = (),
+        write_report: Callable[[Path], Any] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.config = config
-        self.experiment = experiment
-        self.backend = backend
-        self.device = device
-        self.mode = mode
-        self.resumed = resumed
-        self.foreign = foreign
+        self.experiment, self.checkpoint_format = experiment, checkpoint_format
+        self.backend, self.device, self.mode = backend, device, mode
+        self.resumed, self.external_weights = resumed, external_weights
         self.stop = StopFlag() if mode == "train" else StopFlag("stopping")
         self.data: dict[str, Any] = {}
-        self._bindings = bindings
-        self._command = list(command)
-        self._environment: dict[str, Any] = {}
         self.checkpoints = checkpoints_of(self.directory / "checkpoints", config)
+        self._bindings, self._command, self._write_report = bindings, list(command), write_report
+        self._environment: dict[str, Any] = {}
         self._metrics: metric_writers.Metrics | None = None
         self._opened_at = 0.0
-        self._started = False
 
     @property
     def metrics(self) -> metric_writers.Metrics:
-        """The metric stream of a training run. Its first use is what changes a directory with checkpoints."""
+        """The metric stream of a training run, once `begin` was called."""
         if self._metrics is None:
-            if self.mode != "train":
-                raise RuntimeError(f"--mode={self.mode} has no metric stream")
-            self._start()
+            raise RuntimeError("this run has no metric stream: only mode 'train' has one, after run.begin()")
         return self._metrics
+
+    @property
+    def resumes_in_place(self) -> bool:
+        """Whether the run continues in the directory of the checkpoint that it starts from."""
+        if self.resumed is None:
+            return False
+        return self.resumed.path.parent.resolve() == self.checkpoints.directory.resolve()
 
     @contextlib.contextmanager
     def opened(self, checkpoints: Sequence[Path] | None = None) -> Iterator["Run"]:
-        """Makes and locks the directory, records provenance, opens the metrics; closes them at the end.
+        """Makes and locks the directory and handles signals, until the block ends.
 
         A run that is refused (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: directories
-        that it made are removed again, one that it was to go on in is as it was. Any other failure leaves a
-        `result.json` that says so.
+        that it made are removed, and one that it was to resume in stays as it was. After any other failure
+        `result.json` says what happened.
 
         Args:
-          checkpoints: those that were there when `resumed` was chosen; None leaves them unchecked.
+          checkpoints: those that were there when `resumed` was chosen; None: not checked.
 
         Raises:
           ConfigError: another process is running in this directory, or was since `checkpoints` were listed.
@@ -108,15 +114,13 @@ class Run:
             raise ConfigError(f"--workdir: cannot make {self.directory}: {error.strerror}") from error
         self._opened_at = time.perf_counter()
         try:
-            # A viewer writes nothing, and may look at a run that is in training.
+            # A viewer writes nothing, and may show a run that is still training.
             with self._lock() if self.mode != "view" else contextlib.nullcontext(), self.stop:
                 try:
                     if checkpoints is not None and self.checkpoints.steps() != list(checkpoints):
-                        raise ConfigError(
-                            f"{self.directory} was changed by another run just now; start again"
-                        )
-                    if self.mode == "train" and not self.goes_on:
-                        self._start()
+                        raise ConfigError(f"{self.directory} was just changed by another run; start again")
+                    if self.mode == "train" and not self.resumes_in_place:
+                        self.begin()
                     yield self
                 except BaseException as error:
                     refused = isinstance(error, (ConfigError, DataError, CheckpointError))
@@ -126,19 +130,69 @@ class Run:
                         with contextlib.suppress(OSError):  # another run may be in one by now
                             for parent in made[1:]:
                                 parent.rmdir()
-                    elif self._started:
-                        self._failed(error)
+                    elif self._metrics is not None:
+                        self._record_failure(error)
                     raise
                 finally:
                     self._close()
         except Exception as error:
             if reason := _full_disk(error):
-                newest = self.checkpoints.steps()
-                kept = f"the last checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
+                newest = self.checkpoints.describe_newest()
                 raise RunError(
-                    f"the disk is full ({reason}); {kept}; make room and run the same command again"
+                    f"the disk is full ({reason}); {newest}; make room and run the same command again"
                 ) from error
             raise
+
+    def begin(self) -> None:
+        """Takes the directory for this run; a second call does nothing.
+
+        Results and checkpoints of a history that the run does not continue are removed, and `metrics.jsonl`
+        is cut off where the checkpoint was written. Until then a directory that is resumed stays as it was,
+        so that a refused run changes nothing.
+
+        Raises:
+          CheckpointError: `metrics.jsonl` is shorter than it was.
+        """
+        if self._metrics is not None:
+            return
+        path = self.directory / "metrics.jsonl"
+        offset = self.resumed.state["metrics_offset"] if self.resumes_in_place else 0
+        if offset > (path.stat().st_size if path.exists() else 0):
+            raise CheckpointError(
+                f"{path} is shorter than when {self.resumed.path.name} was written; "
+                "resume into a new directory with --resume=PATH"
+            )
+        self.checkpoints.clean()
+        for stale in ("result.json", "report.html"):
+            (self.directory / stale).unlink(missing_ok=True)
+        (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
+        (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))
+        write_json(self.directory / "config.json", configuration.as_dict(self.config))
+        self._environment = provenance.describe(
+            self.directory,
+            command=self._command,
+            **self._identity(),
+            resumed_from=str(self.resumed.path) if self.resumed else None,
+            data=self.data,
+        )
+        write_json(self.directory / "environment.json", self._environment)
+        purge = None
+        if self.resumes_in_place:
+            self.checkpoints.remove_after(self.resumed.step)
+            purge = self.resumed.step + 1
+        elif (self.directory / "tensorboard").exists():
+            purge = 0
+        log = self.config.log
+        writers: list[metric_writers.Writer] = []
+        if log.tensorboard:
+            writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", purge_step=purge))
+        if log.wandb != "off":
+            writers.append(self._wandb_writer())
+        seconds = time.perf_counter() - self._opened_at
+        if self.resumed is not None:
+            seconds += self.resumed.state["seconds"]
+        self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
+        self._metrics.last_step = self.resumed.step if self.resumed else 0
 
     def use_data(self, info: Mapping[str, Any], line: str) -> None:
         """Records which data is used and prints `line`.
@@ -156,40 +210,54 @@ class Run:
                     f"{before.get('source')} {str(before.get('sha256'))[:12]}, now it is "
                     f"{info.get('source')} {str(info.get('sha256'))[:12]}; give the same source"
                 )
-        if self._started:
+        if self._metrics is not None:
             self._environment["data"] = self.data
             write_json(self.directory / "environment.json", self._environment)
+
+    def trained_on_this_data(self) -> bool:
+        """For evaluation: whether the checkpoint was trained on the data in use; prints a note if not."""
+        trained_on = self.resumed.state["data"] if self.resumed else {}
+        if trained_on.get("sha256") == self.data.get("sha256"):
+            return True
+        what = (
+            f"{trained_on.get('source')} {str(trained_on.get('sha256'))[:12]}"
+            if trained_on
+            else "unknown data"
+        )
+        print(
+            f"note: the model was trained on other data ({what}), which may overlap with the test data",
+            file=sys.stderr,
+        )
+        return False
 
     def save_checkpoint(
         self,
         step: int,
-        state: Mapping[str, Any],
-        write: Callable[[Path], None],
+        position: Mapping[str, Any],
+        write: Callable[[Path], Mapping[str, Any] | None],
         metrics: Mapping[str, float],
     ) -> Path:
         """Saves the experiment's files with everything that a resume has to know.
 
         Args:
-          step: optimiser steps taken.
-          state: the experiment's own JSON values, found again under ``loop``.
-          write: puts the files into a directory.
+          step: optimizer steps taken.
+          position: the loop's JSON values, found again under ``position``.
+          write: puts the files into a directory; returns JSON values to find again in `Saved.own`.
           metrics: the latest validation metrics.
 
         Raises:
           OSError: it could not be written; older checkpoints are intact.
         """
         content = {
-            "experiment": self.experiment.name,
-            "checkpoint_format": self.experiment.checkpoint_format,
-            "backend": self.backend,
-            "device": self.device,
+            **self._identity(),
+            "checkpoint_format": self.checkpoint_format,
             "seed": self.config.run.seed,
             "config": configuration.as_dict(self.config),
             "config_hash": configuration.config_hash(self.config),
             "data": self.data,
             "metrics_offset": self.metrics.flush(),
             "seconds": self.metrics.seconds,
-            "loop": dict(state),
+            "position": dict(position),
         }
         return self.checkpoints.save(step, content, write, metrics)
 
@@ -198,63 +266,33 @@ class Run:
 
         Args:
           status: ``done`` or ``stopped``.
-          result: what the experiment has to say; see the experiment's README.
+          result: the experiment's part; see its README.
         """
         self.metrics.flush()
-        content = {
-            "status": status,
-            "experiment": self.experiment.name,
-            "backend": self.backend,
-            "device": self.device,
-            "seconds": round(self.metrics.seconds, 3),
-            "peak_memory_bytes": _peak_memory(),
-            "data": self.data,
-            **result,
-        }
-        write_json(self.directory / "result.json", content)
-        self._report()
+        times = {"seconds": round(self.metrics.seconds, 3), "peak_memory_bytes": provenance.peak_memory()}
+        self._write_result(status, {**times, "data": self.data, **result})
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether the run goes on in the directory of the checkpoint that it starts from."""
-        if self.resumed is None:
-            return False
-        return self.resumed.path.parent.resolve() == self.checkpoints.directory.resolve()
+    def stopped(self, result: Mapping[str, Any] | None = None) -> int:
+        """Ends the run early: writes the result, prints how to resume; returns the exit status.
 
-    def _start(self) -> None:
-        """Puts the directory into the state that the run starts from."""
-        path = self.directory / "metrics.jsonl"
-        offset = self.resumed.state["metrics_offset"] if self.goes_on else 0
-        if offset > (path.stat().st_size if path.exists() else 0):
-            raise CheckpointError(
-                f"{path} is shorter than when {self.resumed.path.name} was written; "
-                "resume into a new directory with --resume=PATH"
-            )
-        self._started = True
-        self.checkpoints.clean()
-        for stale in ("result.json", "report.html", "worst.npz", "eval_results.json"):
-            (self.directory / stale).unlink(missing_ok=True)
-        (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
-        (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))
-        write_json(self.directory / "config.json", configuration.as_dict(self.config))
-        self._environment = self._provenance()
-        write_json(self.directory / "environment.json", self._environment)
-        purge = None
-        if self.goes_on:
-            self.checkpoints.remove_after(self.resumed.step)
-            purge = self.resumed.step + 1
-        elif (self.directory / "tensorboard").exists():
-            purge = 0
-        log = self.config.log
-        writers: list[metric_writers.Writer] = []
-        if log.tensorboard:
-            writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", purge_step=purge))
-        if log.wandb != "off":
-            writers.append(self._wandb_writer())
-        seconds = time.perf_counter() - self._opened_at
-        if self.resumed is not None:
-            seconds += self.resumed.state["seconds"]
-        self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
+        Args:
+          result: what `finish` gets, of a training run.
+        """
+        if self.mode != "train":
+            print("stopped", file=sys.stderr)
+            return STOPPED
+        self.begin()
+        result = result or {}
+        self.finish("stopped", result)
+        command = list(self._command)
+        if not any(part.startswith("--workdir") for part in command):
+            command.append(f"--workdir={self.directory}")
+        step = f" at step {result['step']}" if "step" in result else ""
+        print(f"stopped{step}. To resume: {shlex.join(command)}")
+        return STOPPED
+
+    def _identity(self) -> dict[str, str]:
+        return {"experiment": self.experiment, "backend": self.backend, "device": self.device}
 
     def _wandb_writer(self) -> metric_writers.WandbWriter:
         import wandb
@@ -265,62 +303,25 @@ class Run:
                 self.directory, log.wandb, log.wandb_project, configuration.as_dict(self.config)
             )
         except wandb.errors.Error as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             raise ConfigError(f"Log.wandb = {log.wandb!r}: {reason}; or set it to 'offline'") from error
 
-    def _provenance(self) -> dict[str, Any]:
-        previous = []
-        with contextlib.suppress(OSError, ValueError):
-            old = json.loads((self.directory / "environment.json").read_text())
-            previous = old.pop("previous", [])
-            kept = ("started", "command", "backend", "device", "resumed_from")
-            previous.append({key: old.get(key) for key in kept})
-        return {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": self._command,
-            "experiment": self.experiment.name,
-            "backend": self.backend,
-            "device": self.device,
-            "resumed_from": str(self.resumed.path) if self.resumed else None,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpu_count": os.cpu_count(),
-            "variables": provenance.variables(),
-            "versions": provenance.versions(),
-            "git": provenance.git_state(),
-            "data": self.data,
-            "previous": previous,
-        }
-
-    def _failed(self, error: BaseException) -> None:
-        """Leaves word of a crash, as far as the disk lets it."""
+    def _record_failure(self, error: BaseException) -> None:
+        """Writes that the run failed, as far as the disk permits."""
         with contextlib.suppress(Exception):
-            path = self.directory / "metrics.jsonl"
-            lines = metric_writers.read(path) if path.exists() else []
             aborted = isinstance(error, KeyboardInterrupt)
             by = self.stop.signal or "SIGINT"
-            write_json(
-                self.directory / "result.json",
-                {
-                    "status": "failed",
-                    "error": f"aborted by {by}" if aborted else f"{type(error).__name__}: {error}",
-                    "experiment": self.experiment.name,
-                    "backend": self.backend,
-                    "device": self.device,
-                    "step": lines[-1]["step"] if lines else 0,
-                    "data": self.data,
-                },
-            )
-            if _full_disk(error) is None:
-                self._report()
+            message = f"aborted by {by}" if aborted else f"{type(error).__name__}: {error}"
+            result = {"error": message, "step": self.metrics.last_step, "data": self.data}
+            self._write_result("failed", result, report=_full_disk(error) is None)
 
-    def _report(self) -> None:
-        from blacksmith import report
-
-        try:
-            report.write(self.directory)
-        except Exception as error:
-            print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
+    def _write_result(self, status: str, result: Mapping[str, Any], *, report: bool = True) -> None:
+        write_json(self.directory / "result.json", {"status": status, **self._identity(), **result})
+        if report and self._write_report is not None:
+            try:
+                self._write_report(self.directory)
+            except Exception as error:
+                print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
 
     def _close(self) -> None:
         if self._metrics is not None:
@@ -364,36 +365,27 @@ def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
     )
 
 
-def check_resume(saved: Saved, config: Any, experiment: Experiment, *, mode: str = "train") -> None:
-    """Checks that a run with `config` may go on from `saved`, or evaluate or export it.
+def check_resume(
+    saved: Saved, config: Any, experiment: str, checkpoint_format: str, *, mode: str = "train"
+) -> None:
+    """Checks that a run with `config` may resume from `saved`, or evaluate or export it.
 
     Raises:
       ConfigError: it differs in a field that must not change; names the first differences.
       CheckpointError: the checkpoint belongs to an experiment of another kind.
     """
-    if saved.state["checkpoint_format"] != experiment.checkpoint_format:
+    if saved.state["checkpoint_format"] != checkpoint_format:
         raise CheckpointError(
             f"{saved.path} was written by {saved.state['experiment']} in the format "
-            f"{saved.state['checkpoint_format']} and does not fit {experiment.name}, which reads "
-            f"{experiment.checkpoint_format}"
+            f"{saved.state['checkpoint_format']} and does not fit {experiment}, which reads {checkpoint_format}"
         )
     different = configuration.forbidden_changes(config, saved.state["config"], mode=mode)
     if different:
-        shown = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in list(different.items())[:4])
-        if len(different) > 4:
-            shown += f"; and {len(different) - 4} more"
-        cure = "set them back, or start in a new --workdir" if mode == "train" else "set them back"
-        do = {"train": "go on from", "eval": "evaluate", "export": "export"}.get(mode, "show")
-        raise ConfigError(
-            f"cannot {do} {saved.path} with other settings: {shown}; {cure}"
-            + ("" if mode == "train" else f" (--gin_file={saved.path.parent.parent / 'config.gin'} has them)")
-        )
-
-
-def _peak_memory() -> int:
-    """The most memory that this process has had of the machine's, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        shown = "; ".join(f"{k} {a!r} -> {b!r}" for k, (a, b) in list(different.items())[:4])
+        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+        cure = f"use --gin_file={saved.path.parent.parent / 'config.gin'}"
+        cure += ", or start in a new --workdir" if mode == "train" else ""
+        raise ConfigError(f"settings differ from the checkpoint {saved.path}: {shown}{more}; {cure}")
 
 
 def _full_disk(error: Exception) -> str | None:

@@ -6,15 +6,18 @@ from typing import Any
 
 
 class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads; the same signal again interrupts at once.
+    """True once SIGTERM or SIGINT has come; the same signal again interrupts at once.
 
     Args:
-      promise: what the user is told that happens now.
+      promise: what the run does about the first signal, for the message on the console.
+
+    Attributes:
+      signal: name of the signal, or None.
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, promise: str = "finishing the step and saving") -> None:
+    def __init__(self, promise: str = "finishing this step and saving a checkpoint") -> None:
         self.signal: str | None = None
         self._promise = promise
         self._previous: dict[int, Any] = {}
@@ -32,12 +35,14 @@ class StopFlag:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Puts the handlers in place, also again where a framework has put its own over them."""
+        """Installs the handlers, also again where a framework has replaced them by its own."""
         for number in self._NUMBERS:
             signal.signal(number, self._set)
 
     def _set(self, number: int, _frame: object) -> None:
         self.signal = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one, and a stream is not re-entrant.
-        os.write(2, f"\n{self.signal}: {self._promise}; again to abort\n".encode())
+        again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
+        # A plain write, not print: the signal may have come in the middle of a print, and a stream is not
+        # re-entrant.
+        os.write(2, f"\n{self.signal}: {self._promise} ({again} to quit at once)\n".encode())
         signal.signal(number, signal.default_int_handler)

@@ -234,3 +234,16 @@ def _split(arrays: Arrays, held_out: int | None, seed: int) -> tuple[Split, Spli
         for part in (rows[held_out or 0 :], rows[: held_out or 0])
     ]
     return parts[0], test if held_out is None else parts[1], test
+
+
+def prepare(split: Split, scale: float, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels as ``(pixel / scale - mean) / std``.
+
+    Returns:
+      Inputs float32 [samples, height, width], labels int32 [samples].
+    """
+    inputs = split.images.astype(np.float32)
+    inputs *= np.float32(1 / (scale * std))
+    if mean:
+        inputs -= np.float32(mean / std)
+    return inputs, split.labels.astype(np.int32)

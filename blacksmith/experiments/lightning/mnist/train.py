@@ -1,7 +1,7 @@
 """The MNIST MLP of `keras/mnist`, the same Keras 3 model, inside Lightning's Trainer.
 
 Lightning owns the loop: its Trainer fetches batches and calls `training_step`, where the backend's traced
-forward and backward, and then the optimiser, run under manual optimisation. Batches, metrics, checkpoints and
+forward and backward, and then the optimizer, run under manual optimization. Batches, metrics, checkpoints and
 the final test are those of the other two MNIST experiments, so that the three can be compared step by step.
 """
 
@@ -16,41 +16,42 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from blacksmith.experiments.keras.mnist import pipeline
+from blacksmith.experiments.keras.mnist.train import load_data, prepare
 from blacksmith.run.order import Block
 from blacksmith.run.run import Run
+from blacksmith.trainers.classification import test_classifier
 from blacksmith.trainers.keras_trainer import KerasTrainer
-from blacksmith.trainers.torch_backend import TorchBackend
 
 
-def main(run: Run) -> int:
-    """Runs the experiment in the given mode; returns the exit status."""
-    if run.mode == "eval":
-        return pipeline.evaluate_checkpoint(run)
-    if run.mode == "export":
-        return pipeline.export(run)
-    prepared = pipeline.prepare(run)
+def train(run: Run) -> int:
+    """Trains the model and tests the best checkpoint; returns the exit status."""
+    data = load_data(run)
+    setup = prepare(run.config, data)
     style = run.config.log.progress
     bar = style == "bar" or (style == "auto" and sys.stderr.isatty())
-    loop = pipeline.make_trainer(run, prepared, progress="off" if bar else style)
-    batches = Batches(loop, prepared.backend)
-    module = MnistModule(loop, prepared.backend, batches)
-    if not loop.finished:
-        fit(module, batches, run, bar=bar)
-    return pipeline.conclude(run, prepared, loop, loop.close())
+    trainer = KerasTrainer(run, setup, progress="off" if bar else style)
+    run.begin()
+    if trainer.loop.between():
+        fit(trainer, bar=bar)
+    return trainer.finish(
+        lambda: test_classifier(trainer.backend, setup.test, data.test.images, run.directory / "worst.npz")
+    )
 
 
-def fit(module: "MnistModule", batches: "Batches", run: Run, *, bar: bool) -> None:
-    """Runs Lightning's Trainer until the loop says that it is finished or stopped."""
+def fit(trainer: KerasTrainer, *, bar: bool) -> None:
+    """Runs Lightning's Trainer until the loop is done or the run is to stop."""
     # Its hints (more workers, a logger) do not fit: the data is on the device and metrics are ours.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    run, loop, order = trainer.run, trainer.loop, trainer.setup.order
     device = torch.device(run.device)
+    batches = Batches(trainer)
+    module = MnistModule(trainer, batches)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning.*")
-        trainer = L.Trainer(
+        lightning_trainer = L.Trainer(
             accelerator={"cpu": "cpu", "mps": "mps"}.get(device.type, "gpu"),
             devices=1 if device.index is None else [device.index],
-            max_epochs=batches.epochs_left,
+            max_epochs=math.ceil(loop.end / order.steps_per_epoch) - order.position(loop.step)[0],
             # Lightning asks for a loader's length once; after a resume the first epoch is a shorter one.
             reload_dataloaders_every_n_epochs=1,
             logger=False,
@@ -60,57 +61,48 @@ def fit(module: "MnistModule", batches: "Batches", run: Run, *, bar: bool) -> No
             callbacks=[EpochBar(module)] if bar else [],
             default_root_dir=run.directory,
         )
-        trainer.fit(module, batches)
+        lightning_trainer.fit(module, batches)
 
 
 class Batches:
-    """The training batches, one epoch an iteration, from the loop's position on.
+    """The training batches, one epoch per iteration, from the loop's position on.
 
-    Yields what `TorchBackend.gradients` takes for one step. Its length is that of the rest of the epoch: a
-    loader of known length is not read ahead, so that each block is asked for when the one before is booked.
+    Yields what `TorchBackend.gradients` takes for one step. Its length is the rest of the epoch: Lightning does
+    not read a loader of known length ahead, so each block is requested when the previous one is logged.
     """
 
-    def __init__(self, loop: KerasTrainer, backend: TorchBackend) -> None:
-        self._loop = loop
-        self._backend = backend
+    def __init__(self, trainer: KerasTrainer) -> None:
+        self._loop, self._order, self._backend = trainer.loop, trainer.setup.order, trainer.backend
+        self._limit = trainer.run.config.train.block_steps
         self.block: Block | None = None
 
-    @property
-    def epochs_left(self) -> int:
-        """Epochs, begun ones counted whole, until the planned end."""
-        order, state = self._loop.order, self._loop.state
-        epoch, _ = order.position(state.step)
-        return math.ceil(self._loop.plan.total_steps / order.steps_per_epoch) - epoch
-
     def __len__(self) -> int:
-        order, step = self._loop.order, self._loop.state.step
-        _, cursor = order.position(step)
-        return min(order.steps_per_epoch - cursor, self._loop.plan.total_steps - step)
+        _, cursor = self._order.position(self._loop.step)
+        return min(self._order.steps_per_epoch - cursor, self._loop.end - self._loop.step)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        epoch = self._loop.order.position(self._loop.state.step)[0]
-        while self._loop.order.position(self._loop.state.step)[0] == epoch:
-            self.block = self._loop.next_block()
-            if self.block is None:
+        epoch, _ = self._order.position(self._loop.step)
+        for step, steps in self._loop.blocks(self._limit):
+            if self._order.position(step)[0] != epoch:
                 return
-            yield from self._backend.rows(self.block, self._loop.state.step)
+            self.block = self._order.block(step, steps)
+            yield from self._backend.rows(self.block, step)
 
 
 class MnistModule(L.LightningModule):
-    """The Keras model as a Lightning module with manual optimisation.
+    """The Keras model as a Lightning module with manual optimization.
 
     Args:
-      loop: books the steps.
-      backend: the traced gradients and the optimiser step.
+      trainer: logs the steps; has the traced gradients and the optimizer step.
       batches: the loader, which holds the block that the steps belong to.
     """
 
-    def __init__(self, loop: KerasTrainer, backend: TorchBackend, batches: Batches) -> None:
+    def __init__(self, trainer: KerasTrainer, batches: Batches) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model = loop.task.model
-        self.loop = loop
-        self._backend = backend
+        self.model = trainer.setup.task.model
+        self.keras_trainer = trainer
+        self._backend = trainer.backend
         self._batches = batches
         self._done: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._plan: list[Any] = []
@@ -118,42 +110,44 @@ class MnistModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Takes SIGTERM back: Lightning's own handler would end the run in the middle of a block."""
-        self.loop.run.stop.listen()
+        self.keras_trainer.run.stop.listen()
 
     def configure_optimizers(self) -> None:
-        """None for Lightning: the optimiser is Keras's, stepped in `training_step`."""
+        """None for Lightning: the optimizer is Keras's, stepped in `training_step`."""
 
     def training_step(self, dataloader_iter: Iterator[Any]) -> None:
-        """One optimiser step on the next batch.
+        """One optimizer step on the next batch.
 
-        Taking the iterator itself is Lightning's way to spare the hooks that move a batch to the device,
-        where this one already is.
+        Taking the iterator itself is Lightning's way to skip the hooks that move a batch to the device, where
+        this one already is.
         """
         row, _, _ = next(dataloader_iter)
         if not self._done:
-            self._plan = self._backend.plan(self.loop.state.step, len(self._batches.block.indices))
+            step, steps = self.keras_trainer.loop.step, len(self._batches.block.indices)
+            self._plan = self._backend.plan(step, steps)
         with torch.no_grad():
             loss, outputs, labels, gradients = self._backend.gradients(row)
             self._backend.apply(gradients, self._plan[len(self._done)])
         self._done.append((loss, outputs, labels))
         if len(self._done) == len(self._plan):
-            self._book()
+            self._log()
 
-    def _book(self) -> None:
+    def _log(self) -> None:
         block, done = self._batches.block, self._done
         self._done = []
         values = self._backend.values(*map(list, zip(*done)), block.weights)
-        self.loop.after_block(block, values)
-        self.shown = {name: float(v[-1]) for name, v in values.items()} | self.loop.state.validation
-        if self.loop.finished or self.loop.run.stop:
-            self.trainer.should_stop = True
+        self.keras_trainer.log(block, values)
+        loop = self.keras_trainer.loop
+        # Before the loader is asked for the next batch: after the last one of an epoch it is not asked again.
+        self.trainer.should_stop = not loop.between()
+        self.shown = {name: float(v[-1]) for name, v in values.items()} | loop.position.validation
 
 
 class EpochBar(TQDMProgressBar):
-    """Lightning's progress bar with our numbers, refreshed once a block."""
+    """Lightning's progress bar with our numbers, refreshed once per block."""
 
     def __init__(self, module: MnistModule) -> None:
-        super().__init__(refresh_rate=module.loop.plan.block_steps)
+        super().__init__(refresh_rate=module.keras_trainer.run.config.train.block_steps)
         self._module = module
 
     def get_metrics(self, *_: Any) -> dict[str, str]:

@@ -11,55 +11,6 @@ from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch
 from blacksmith.run.order import generator
 
 
-class LengthOrder:
-    """The stream of batches: each epoch visits every example once, and sorts within pools of some batches.
-
-    An epoch's order is drawn from (seed, epoch); pools of `pool` batches are sorted by length and cut into
-    batches, whose order is drawn again. The last batch of an epoch may be smaller.
-
-    Args:
-      lengths: tokens of each example.
-      batch: examples of a batch.
-      pool: batches that are sorted together.
-      seed: of the order.
-    """
-
-    def __init__(self, lengths: Sequence[int] | np.ndarray, batch: int, pool: int, seed: int) -> None:
-        self._lengths = np.asarray(lengths)
-        self.batch, self._pool, self._seed = batch, pool, seed
-        self.steps_per_epoch = -(-len(self._lengths) // batch)
-        self._epoch = -1
-        self._batches: list[np.ndarray] = []
-
-    def position(self, step: int) -> tuple[int, int]:
-        """(epoch, cursor) of the batch that step number `step`, from 0, sees."""
-        return divmod(step, self.steps_per_epoch)
-
-    def examples_before(self, step: int) -> int:
-        """How many examples the steps before `step` have seen."""
-        epoch, cursor = self.position(step)
-        seen = epoch * len(self._lengths)
-        return seen + sum(len(rows) for rows in self._of(epoch)[:cursor]) if cursor else seen
-
-    def rows(self, step: int) -> np.ndarray:
-        """The examples of step number `step`, from 0, shortest first: int64 [batch]."""
-        epoch, cursor = self.position(step)
-        return self._of(epoch)[cursor]
-
-    def _of(self, epoch: int) -> list[np.ndarray]:
-        if epoch != self._epoch:
-            random = generator(self._seed, "order", epoch)
-            shuffled = random.permutation(len(self._lengths))
-            batches = []
-            for begin in range(0, len(shuffled), self._pool * self.batch):
-                some = shuffled[begin : begin + self._pool * self.batch]
-                by_length = some[np.argsort(self._lengths[some], kind="stable")]
-                batches += [by_length[i : i + self.batch] for i in range(0, len(some), self.batch)]
-            self._batches = [batches[i] for i in random.permutation(len(batches))]
-            self._epoch = epoch
-        return self._batches
-
-
 def padding(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills up shorter rows; which one it is has no effect on anything."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

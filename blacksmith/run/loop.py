@@ -1,0 +1,391 @@
+"""The training loop's bookkeeping, written once for every framework.
+
+An experiment computes; the loop decides when to validate, save, log and stop, and knows what a resumed run
+needs of all this. It knows no framework and no metric::
+
+    loop = Loop(run, order, end=1000, validate=validate, save=save)
+    for step in loop:
+        loop.log({"loss": train_step(order.rows(step))})
+    return loop.finish(test, {"parameters": count})
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from blacksmith.config.settings import check_same_decay
+from blacksmith.errors import RunError
+from blacksmith.run.checkpoint import Saved, direction
+from blacksmith.run.metrics import is_timed
+from blacksmith.run.progress import Progress
+from blacksmith.run.run import Run
+
+
+class Batches(Protocol):
+    """What the loop asks of a batch order, see `order.Order`."""
+
+    steps_per_epoch: int | None
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training set after `step` steps."""
+
+    def examples_before(self, step: int) -> int:
+        """How many examples the steps before `step` have seen."""
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands; saved as JSON with every checkpoint.
+
+    Attributes:
+      step: optimizer steps taken.
+      sums: sums of the logged values since the last training line, by name.
+      summed: how many steps they are sums of.
+      validation: the latest validation metrics, named ``val_*``.
+      validated_at: the step at which they were measured.
+      best: best value of `Checkpoint.metric` so far.
+      best_step: the step at which it was measured.
+      worse: validations without improvement since then.
+    """
+
+    step: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    summed: int = 0
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)
+    validated_at: int = -1
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0
+
+
+class Loop:
+    """The steps from where a run stands to its end.
+
+    Iterate over it, or over `blocks`, and call `log` after each step; a framework that owns the loop calls
+    `log` and `between` from its hooks. The `train`, `checkpoint` and `log` sections of the run's
+    configuration say how often things happen.
+
+    Args:
+      run: the run; resumes from `run.resumed` if set.
+      order: the batches.
+      end: the last step.
+      validate: returns the metrics of the validation set, or None if the run is to stop; None: there is no
+        validation set.
+      save: writes the experiment's files into a directory; returns JSON values to find again in `Saved.own`.
+      validate_every: steps between validations; None: `evaluate_every_steps`, or else each epoch.
+      validate_first: whether to validate before the first step as well.
+      learning_rate: the rate of step number `step`, from 0, for the training lines.
+      histograms: returns arrays by name for ``Log.histograms_every``.
+      summarize: turns the mean values of a training line into those that are written.
+      examples_of: names the training examples of step number `step` for an error message.
+      unit: what `order.examples_before` counts, for rates and progress.
+      progress: style of the console progress in place of ``Log.progress``.
+
+    Attributes:
+      position: where the run stands.
+
+    Raises:
+      ConfigError: a resumed run's learning rate would follow another schedule.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        order: Batches,
+        *,
+        end: int,
+        validate: Callable[[], Mapping[str, float] | None] | None,
+        save: Callable[[Path], Mapping[str, Any] | None],
+        validate_every: int | None = None,
+        validate_first: bool = False,
+        learning_rate: Callable[[int], float] | None = None,
+        histograms: Callable[[], Mapping[str, np.ndarray]] | None = None,
+        summarize: Callable[[dict[str, float]], dict[str, float]] = lambda means: means,
+        examples_of: Callable[[int], str] | None = None,
+        unit: str = "examples",
+        progress: str | None = None,
+    ) -> None:
+        self.run, self.order, self.end = run, order, end
+        self._validate, self._save = validate, save
+        self._validate_every = validate_every or getattr(run.config.train, "evaluate_every_steps", None)
+        self._validate_first = validate_first
+        self._learning_rate, self._histograms, self._summarize = learning_rate, histograms, summarize
+        self._examples_of, self._unit = examples_of, unit
+        self.position = Position()
+        self._saved_at = -1
+        if run.resumed is not None:
+            if hasattr(run.config, "schedule"):
+                before = run.resumed.state["config"]
+                check_same_decay(run.config.schedule, before, order.steps_per_epoch, end)
+            self.position = Position(**run.resumed.state["position"])
+            if run.resumes_in_place:
+                self._saved_at = self.step
+            else:  # the best checkpoint so far is in the other directory: the search starts again here
+                self.position.best, self.position.best_step, self.position.worse = None, 0, 0
+        self._first = self.step
+        self._drawn_at = -1 if self.step == 0 else self.step
+        # Values since the last fetch: (first step, steps, values), perhaps still being computed on a device.
+        self._pending: list[tuple[int, int, Mapping[str, Any]]] = []
+        self._latest: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._clock: float | None = None
+        self._progress = Progress(
+            order.examples_before(end),
+            order.examples_before(self.step),
+            progress or run.config.log.progress,
+            unit=unit,
+        )
+        if self.done and run.resumes_in_place:
+            self.say(f"run already finished at step {self.step}; repeating the test evaluation")
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.position.step
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training set so far."""
+        return self.order.epoch(self.step)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step, the target (`stop_at`) or the end of patience (`early_stopping`) is reached."""
+        train, position = self.run.config.train, self.position
+        value = position.validation.get(self.run.config.checkpoint.metric)
+        target, patience = getattr(train, "stop_at", None), getattr(train, "early_stopping", None)
+        reached = target is not None and value is not None and not self._better(target, value)
+        exhausted = patience is not None and position.worse >= patience
+        return self.step >= self.end or reached or exhausted
+
+    def __iter__(self) -> Iterator[int]:
+        return (step for step, _ in self.blocks(1))
+
+    def blocks(self, limit: int) -> Iterator[tuple[int, int]]:
+        """For compiled loops: (next step, how many steps may be taken before something is due).
+
+        Args:
+          limit: the most steps between two looks at the stop flag.
+        """
+        self.run.begin()
+        while self.between():
+            step = self.step
+            yield step, min([limit, self.end - step, *(n - step % n for n in self._intervals())])
+            if self.step == step:
+                raise RuntimeError(f"step {step} was not logged: call loop.log after each step")
+
+    def log(self, values: Mapping[str, Any], **counts: int) -> None:
+        """Counts the step, or block of steps, that was just taken; writes the training lines that are due.
+
+        Args:
+          values: by name, a number or an array [steps] each. They may be on a device: they are fetched when
+            a line or a checkpoint is due, so that a step does not wait for the host.
+          **counts: further things to give a rate of, such as ``tokens=4096``.
+
+        Raises:
+          RunError: a value is not finite; nothing of that step is saved.
+        """
+        first, shape = self.step, getattr(next(iter(values.values()), 0), "shape", ())
+        steps = shape[0] if shape else 1
+        self._pending.append((first, steps, values))
+        self.position.step += steps
+        seen = self.order.examples_before(self.step) - self.order.examples_before(first)
+        for name, count in {self._unit: seen, **counts}.items():
+            self._counts[name] = self._counts.get(name, 0) + count
+        every = self.run.config.log.every_steps
+        if first // every != self.step // every or self.step >= self.end:
+            self._fetch()
+        if self._clock is None:
+            # The first steps compile: rates and the time left are those of the steps after them.
+            self._clock, self._counts = time.perf_counter(), {}
+            self._progress.start(self.order.examples_before(self.step))
+        shown = self._latest | self.position.validation
+        self._progress.update(self.order.examples_before(self.step), self.step, self.epoch, shown)
+
+    def between(self) -> bool:
+        """Does what is due before the next step; returns whether there is one.
+
+        A second call at the same step does nothing.
+        """
+        position, checkpoint, every = self.position, self.run.config.checkpoint, self.run.config.log
+        with self.paused():
+            due = self._due(self._validate_every) if self._validate_every else self._due(None, 1)
+            due = due or self.step >= self.end if self.step else self._validate_first
+            validated = due and position.validated_at != self.step and self._validate_now()
+            if self._histograms and self._due(every.histograms_every) and self._drawn_at != self.step:
+                self._drawn_at = self.step
+                for name, values in self._histograms().items():
+                    self.run.metrics.histogram(self.step, name, values)
+            # Read once: a signal may come at any time.
+            stop = bool(self.run.stop)
+            due = self.step and self._due(checkpoint.every_steps, checkpoint.every_epochs)
+            best = checkpoint.keep_best and position.best_step == position.validated_at == self.step > 0
+            # At the step that the run resumes from, all is saved but the result of an interrupted validation.
+            new = (due or best) and (self.step > self._first or validated)
+            if (new or self.done or stop) and (self._saved_at != self.step or validated):
+                self.save()
+        return not (self.done or stop)
+
+    def discard(self) -> None:
+        """Forgets the values logged since the last training line, where training started over."""
+        self._pending, self.position.sums, self.position.summed = [], {}, 0
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self._fetch()
+        position = self.position
+        # Attach validation metrics only if they were measured on these weights.
+        current = position.validation if position.validated_at == self.step > 0 else {}
+        self.run.save_checkpoint(self.step, dataclasses.asdict(position), self._save, current)
+        self._saved_at = self.step
+
+    def finish(
+        self, test: Callable[[Saved], Mapping[str, Any] | None], result: Mapping[str, Any] | None = None
+    ) -> int:
+        """Tests the best checkpoint if training is done; writes and prints the result.
+
+        Args:
+          test: scores a checkpoint on the test set; None if the run is to stop. Its numbers go to the
+            metric stream, all of it to `result.json`.
+          result: the experiment's own part of `result.json`.
+
+        Returns:
+          The exit status: 0, or 75 if the run was stopped and can be resumed.
+        """
+        run, position = self.run, self.position
+        run.begin()
+        self.between()
+        self._progress.close()
+        result = {
+            "step": self.step,
+            "epoch": round(self.epoch, 4),
+            "best": {
+                "metric": run.config.checkpoint.metric,
+                "value": position.best,
+                "step": position.best_step,
+            },
+            "final": dict(position.validation),
+            **(result or {}),
+        }
+        if not self.done:
+            return run.stopped(result)
+        saved = run.checkpoints.chosen()
+        tested = test(saved)
+        if tested is None:
+            return run.stopped(result)
+        numbers = {k: v for k, v in tested.items() if isinstance(v, float) and not is_timed(k)}
+        run.metrics.write(self.step, self.epoch, "test", numbers)
+        run.finish("done", {**result, "tested_checkpoint": saved.path.name, "test": tested})
+        print(f"test {show(numbers)} ({saved.path.name}, {run.metrics.seconds:.1f} s)")
+        print(run.directory / "report.html")
+        return 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time spent meanwhile out of the rates and of the time left."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        if self._clock is not None:
+            self._clock += seconds
+        self._progress.exclude(seconds)
+
+    def say(self, line: str) -> None:
+        """Prints one line on the console without tearing the progress bar."""
+        self._progress.say(line)
+
+    def _intervals(self) -> list[int]:
+        """How often the events that end a block happen, in steps."""
+        checkpoint, epoch = self.run.config.checkpoint, self.order.steps_per_epoch or 0
+        validation = self._validate_every or epoch
+        histograms = self.run.config.log.histograms_every
+        every = (validation, checkpoint.every_steps, (checkpoint.every_epochs or 0) * epoch, histograms)
+        return [n for n in every if n]
+
+    def _due(self, steps: int | None, epochs: int | None = None) -> bool:
+        """Whether what happens every so many steps or epochs happens now."""
+        per_epoch = self.order.steps_per_epoch or 0
+        return any(n and self.step % n == 0 for n in (steps or 0, (epochs or 0) * per_epoch))
+
+    def _better(self, value: float, other: float) -> bool:
+        checkpoint = self.run.config.checkpoint
+        return value < other if direction(checkpoint.metric, checkpoint.mode) == "min" else value > other
+
+    def _validate_now(self) -> bool:
+        """Validates; returns False if there is no validation set or the run is to stop."""
+        self._fetch()
+        means = self._validate() if self._validate else None
+        if means is None:
+            return False
+        position = self.position
+        self.run.metrics.write(self.step, self.epoch, "val", means)
+        position.validation = {f"val_{name}": float(value) for name, value in means.items()}
+        position.validated_at = self.step
+        if self.step:  # the weights before the first step are no candidate for the best checkpoint
+            value = position.validation[self.run.config.checkpoint.metric]
+            if position.best is None or self._better(value, position.best):
+                position.best, position.best_step, position.worse = value, self.step, 0
+            else:
+                position.worse += 1
+        return True
+
+    def _fetch(self) -> None:
+        """Fetches the pending values, adds them up and writes the training lines that are due."""
+        position, every = self.position, self.run.config.log.every_steps
+        pending, self._pending = self._pending, []
+        arrays = [(first, steps, _on_host(values)) for first, steps, values in pending]
+        seconds = time.perf_counter() - self._clock if self._clock is not None else None
+        wrote = False
+        for first, steps, values in arrays:
+            if not values:
+                continue
+            self._check_finite(first, values)
+            lists = {name: array.tolist() for name, array in values.items()}
+            for i in range(steps):
+                for name, numbers in lists.items():
+                    position.sums[name] = position.sums.get(name, 0.0) + numbers[i]
+                position.summed += 1
+                step = first + i + 1
+                if step % every == 0 or step == self.end:
+                    means = {name: total / position.summed for name, total in position.sums.items()}
+                    line = self._summarize(means)
+                    if self._learning_rate is not None:
+                        line["learning_rate"] = float(self._learning_rate(step - 1))
+                    if seconds is not None:
+                        line |= {f"{n}_per_second": c / max(seconds, 1e-9) for n, c in self._counts.items()}
+                    self.run.metrics.write(step, self.order.epoch(step), "train", line)
+                    position.sums, position.summed, wrote = {}, 0, True
+            self._latest = {name: numbers[-1] for name, numbers in lists.items()}
+        if wrote and self._clock is not None:
+            self._clock, self._counts = time.perf_counter(), {}
+
+    def _check_finite(self, first: int, values: Mapping[str, np.ndarray]) -> None:
+        finite = np.all([np.isfinite(array) for array in values.values()], axis=0)
+        if finite.all():
+            return
+        at = int(np.argmin(finite))
+        shown = " and ".join(f"{name} {array[at]}" for name, array in values.items())
+        examples = f" ({self._examples_of(first + at)})" if self._examples_of else ""
+        raise RunError(
+            f"{shown} at step {first + at + 1}{examples}; {self.run.checkpoints.describe_newest()}; "
+            "a lower learning rate or gradient clipping may help"
+        )
+
+
+def _on_host(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Values of a step or block as float64 [steps], whichever framework and device they are from."""
+    arrays = {name: v.detach().cpu() if hasattr(v, "detach") else v for name, v in values.items()}
+    return {name: np.atleast_1d(np.asarray(array, np.float64)) for name, array in arrays.items()}
+
+
+def show(values: Mapping[str, float]) -> str:
+    """Metrics for the console: ``loss 0.1273, accuracy 96.10%``."""
+    return ", ".join(
+        f"{name} {value:.2%}" if name.endswith("accuracy") else f"{name} {value:.4f}"
+        for name, value in values.items()
+    )

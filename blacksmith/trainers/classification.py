@@ -1,0 +1,142 @@
+"""What classifiers on the Keras trainer have in common: task, test, evaluation and export."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from blacksmith.files import write_json
+from blacksmith.run.run import Run
+from blacksmith.trainers import losses
+from blacksmith.trainers.backend import Augmentation, Backend, Task
+from blacksmith.trainers.export import export_stablehlo, export_torch
+from blacksmith.trainers.initial_weights import initialise
+from blacksmith.trainers.keras_trainer import Samples, Setup, backend_of, evaluate, load_checkpoint
+from blacksmith.trainers.optimizers import make_optimizer
+
+WORST = 48
+
+
+def make_task(
+    config: Any, build: Callable[[], keras.Model], end: int, augmentation: Augmentation | None = None
+) -> Task:
+    """The model with its initial weights, its optimizer and its loss.
+
+    Args:
+      config: has the sections `run`, `train`, `optimizer` and `schedule`.
+      build: makes the model, from inputs [batch, ...] to logits [batch, classes].
+      end: the last optimizer step, for a decay that runs to the end.
+      augmentation: of the training inputs.
+    """
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy(config.train.precision)
+    model = build()
+    initialise(model, config.run.seed)
+    return Task(
+        model=model,
+        optimizer=make_optimizer(config.optimizer, config.schedule, end),
+        loss=losses.LOSSES[config.train.loss],
+        metrics={"accuracy": losses.accuracy},
+        augmentation=augmentation,
+        accumulate=config.train.accumulate,
+        seed=config.run.seed,
+    )
+
+
+def test_classifier(
+    backend: Backend, samples: Samples, images: np.ndarray | None = None, worst_to: Path | None = None
+) -> dict[str, Any]:
+    """Scores the backend's weights.
+
+    Args:
+      backend: has the weights.
+      samples: the test set.
+      images: what its inputs were made from, uint8 [samples, height, width].
+      worst_to: a file for the worst-classified images.
+
+    Returns:
+      loss, accuracy, per-class accuracy and the confusion matrix (rows: true, columns: predicted).
+    """
+    means, logits = evaluate(backend, samples)
+    classes = logits.shape[1]
+    predictions = logits.argmax(axis=1)
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (samples.labels, predictions), 1)
+    if worst_to is not None:
+        _save_worst(worst_to, images, samples.labels, predictions, logits)
+    counts = confusion.sum(axis=1)
+    per_class = np.divide(confusion.diagonal(), counts, out=np.zeros(len(counts)), where=counts > 0)
+    return {**means, "per_class_accuracy": per_class.tolist(), "confusion_matrix": confusion.tolist()}
+
+
+def _save_worst(
+    path: Path, images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, logits: np.ndarray
+) -> None:
+    """Saves the misclassified images whose true class got the least probability, worst first."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    of_truth = probabilities[np.arange(len(labels)), labels]
+    wrong = np.flatnonzero(predictions != labels)
+    worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST]
+    np.savez(
+        path,
+        images=images[worst],
+        labels=labels[worst],
+        predictions=predictions[worst],
+        probabilities=of_truth[worst],
+    )
+
+
+def evaluate_checkpoint(run: Run, setup: Setup) -> int:
+    """``--mode=eval``: the checkpoint on the validation and test sets, into `eval.json`.
+
+    On other data than it was trained on only the test set counts: the validation set was not held out.
+    """
+    backend = backend_of(run, setup)
+    load_checkpoint(backend, run.resumed)
+    result: dict[str, Any] = {"checkpoint": str(run.resumed.path), "data": run.data}
+    if run.trained_on_this_data() and len(setup.validation):
+        result["val"] = evaluate(backend, setup.validation)[0]
+    result["test"] = test_classifier(backend, setup.test)
+    write_json(run.directory / "eval.json", result)
+    for split in ("val", "test"):
+        if split in result:
+            print(f"{split}: " + "  ".join(f"{k} {result[split][k]:.6f}" for k in ("loss", "accuracy")))
+    print(run.directory / "eval.json")
+    return 0
+
+
+def export_checkpoint(run: Run, setup: Setup, preparation: Mapping[str, Any]) -> int:
+    """``--mode=export``: the checkpoint's model as ``.keras`` and in the backend's own format.
+
+    Writes into ``export/``: ``model.keras``; on JAX ``model.stablehlo`` (`jax.export`, any batch size);
+    on PyTorch ``model.pt2`` (`torch.export`, any batch size); and ``export.json``, which holds `preparation`,
+    how inputs are prepared.
+    """
+    backend = backend_of(run, setup)
+    load_checkpoint(backend, run.resumed)
+    backend.sync()
+    model = setup.task.model
+    directory = run.directory / "export"
+    directory.mkdir(exist_ok=True)
+    model.save(directory / "model.keras")
+    if run.backend == "jax":
+        own = export_stablehlo(model, directory / "model.stablehlo")
+    else:
+        own = export_torch(model, directory / "model.pt2")
+    written = ["model.keras", own.name]
+    shapes = {
+        "input": f"float32 {_with_batch(model.inputs[0].shape)}",
+        "output": f"logits {_with_batch(model.outputs[0].shape)}",
+    }
+    content = {"checkpoint": str(run.resumed.path), "files": written, **shapes, **preparation}
+    write_json(directory / "export.json", content)
+    for name in [*written, "export.json"]:
+        print(directory / name)
+    return 0
+
+
+def _with_batch(shape: tuple[int | None, ...]) -> str:
+    return f"[{', '.join(['batch', *map(str, shape[1:])])}]"

@@ -155,7 +155,7 @@ class Loop:
 
     @property
     def done(self) -> bool:
-        """Whether the last step, the target (`stop_at`) or the end of patience (`early_stopping`) is reached."""
+        """Whether the end, the target (`stop_at`) or the limit of patience (`early_stopping`) is reached."""
         train, position = self.run.config.train, self.position
         value = position.validation.get(self.run.config.checkpoint.metric)
         target, patience = getattr(train, "stop_at", None), getattr(train, "early_stopping", None)

@@ -377,7 +377,7 @@ def check_resume(
     if saved.state["checkpoint_format"] != checkpoint_format:
         raise CheckpointError(
             f"{saved.path} was written by {saved.state['experiment']} in the format "
-            f"{saved.state['checkpoint_format']} and does not fit {experiment}, which reads {checkpoint_format}"
+            f"{saved.state['checkpoint_format']} but {experiment} reads {checkpoint_format}"
         )
     different = configuration.forbidden_changes(config, saved.state["config"], mode=mode)
     if different:

@@ -45,7 +45,7 @@ def make_task(
     )
 
 
-def test_classifier(
+def score_classifier(
     backend: Backend, samples: Samples, images: np.ndarray | None = None, worst_to: Path | None = None
 ) -> dict[str, Any]:
     """Scores the backend's weights.
@@ -99,7 +99,7 @@ def evaluate_checkpoint(run: Run, setup: Setup) -> int:
     result: dict[str, Any] = {"checkpoint": str(run.resumed.path), "data": run.data}
     if run.trained_on_this_data() and len(setup.validation):
         result["val"] = evaluate(backend, setup.validation)[0]
-    result["test"] = test_classifier(backend, setup.test)
+    result["test"] = score_classifier(backend, setup.test)
     write_json(run.directory / "eval.json", result)
     for split in ("val", "test"):
         if split in result:

@@ -1,7 +1,7 @@
 """The training loop for any Keras 3 model, on JAX or PyTorch.
 
-A backend runs blocks of steps as one compiled call; what happens between blocks is `run/loop.py`'s. Lightning,
-which owns its loop, calls the same `log` and `loop.between`. Nothing here knows a dataset.
+A backend runs blocks of steps as one compiled call; `run/loop.py` says what happens between blocks.
+Lightning, which owns its loop, calls the same `log` and `loop.between`. Nothing here knows a dataset.
 """
 
 from collections.abc import Callable, Mapping
@@ -111,7 +111,7 @@ class KerasTrainer:
         self.loop.log(values)
 
     def finish(self, test: Callable[[], Mapping[str, Any]]) -> int:
-        """Saves, tests the best checkpoint if training is done, and writes the result; returns the exit status."""
+        """Tests the best checkpoint if training is done, and writes the result; returns the exit status."""
 
         def test_checkpoint(saved: Saved) -> Mapping[str, Any]:
             load_checkpoint(self.backend, saved)

@@ -7,7 +7,7 @@ from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Order
 from blacksmith.run.run import Run
 from blacksmith.trainers.augmentation import ShiftAndRotate
-from blacksmith.trainers.classification import make_task, test_classifier
+from blacksmith.trainers.classification import make_task, score_classifier
 from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, Setup
 
 
@@ -18,7 +18,7 @@ def train(run: Run) -> int:
     trainer = KerasTrainer(run, setup)
     trainer.fit()
     return trainer.finish(
-        lambda: test_classifier(trainer.backend, setup.test, data.test.images, run.directory / "worst.npz")
+        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "worst.npz")
     )
 
 

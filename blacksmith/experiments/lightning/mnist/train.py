@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from blacksmith.experiments.keras.mnist.train import load_data, prepare
 from blacksmith.run.order import Block
 from blacksmith.run.run import Run
-from blacksmith.trainers.classification import test_classifier
+from blacksmith.trainers.classification import score_classifier
 from blacksmith.trainers.keras_trainer import KerasTrainer
 
 
@@ -34,7 +34,7 @@ def train(run: Run) -> int:
     if trainer.loop.between():
         fit(trainer, bar=bar)
     return trainer.finish(
-        lambda: test_classifier(trainer.backend, setup.test, data.test.images, run.directory / "worst.npz")
+        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "worst.npz")
     )
 
 
@@ -67,8 +67,8 @@ def fit(trainer: KerasTrainer, *, bar: bool) -> None:
 class Batches:
     """The training batches, one epoch per iteration, from the loop's position on.
 
-    Yields what `TorchBackend.gradients` takes for one step. Its length is the rest of the epoch: Lightning does
-    not read a loader of known length ahead, so each block is requested when the previous one is logged.
+    Yields what `TorchBackend.gradients` takes for one step. Its length is the rest of the epoch: Lightning
+    does not read a loader of known length ahead, so it requests a block when the previous one is logged.
     """
 
     def __init__(self, trainer: KerasTrainer) -> None:

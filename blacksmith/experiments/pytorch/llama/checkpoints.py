@@ -1,23 +1,22 @@
 """The model of a run, and its checkpoints: an adapter in PEFT's layout or all weights, and the optimiser."""
 
-import dataclasses
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from blacksmith.config.settings import CheckpointConfig
 from blacksmith.errors import CheckpointError, ConfigError
-from blacksmith.experiments.pytorch.llama.batches import LengthOrder
 from blacksmith.experiments.pytorch.llama.configs import Config
-from blacksmith.experiments.pytorch.llama.journal import Loop
 from blacksmith.experiments.pytorch.llama.optimizer import Averages, load_state, state_tensors
 from blacksmith.models.pytorch.llama import adapters, loading, tokens
 from blacksmith.models.pytorch.llama.prefix import causal_model, checkpoint_layers
+from blacksmith.run.checkpoint import Saved
 from blacksmith.run.order import seed_words
 from blacksmith.run.run import Run
 
@@ -26,14 +25,11 @@ UNAVERAGED = "unaveraged.safetensors"
 
 
 def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The model with its adapter, on the run's device, and its tokenizer.
-
-    The weights are those of the checkpoint or adapter directory that the run starts from, if it does.
+    """The model with a new adapter or that of `run.external_weights`, on the run's device, and its tokenizer.
 
     Raises:
       ConfigError: the configuration asks for what the model cannot do.
       DataError: the model is missing or broken.
-      CheckpointError: the checkpoint does not fit it.
     """
     config: Config = run.config
     settings = config.model
@@ -64,8 +60,8 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     model.to(run.device)
     if settings.attention == "flash_attention_2" and torch.device(run.device).type != "cuda":
         raise ConfigError(f'llama.Model.attention = "flash_attention_2" needs a GPU, not {run.device}')
-    if run.foreign is not None:
-        lora = adapters.read_config(run.foreign)
+    if run.external_weights is not None:
+        lora = adapters.read_config(run.external_weights)
         made_on, here = lora.base_model_name_or_path, settings.name_or_path or "a model from scratch"
         print(
             f"adapter: rank {lora.r}, alpha {lora.lora_alpha}, made on {made_on}"
@@ -73,7 +69,7 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             + "; llama.Lora has no effect on it",
             file=sys.stderr,
         )
-        model = adapters.load_adapter(model, run.foreign)
+        model = adapters.load_adapter(model, run.external_weights)
     elif config.lora.rank is not None:
         lora = config.lora
         model = adapters.add_lora(
@@ -85,9 +81,6 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             target_modules="all-linear" if lora.target_modules == ("all-linear",) else lora.target_modules,
             seed=seed_words(config.run.seed, "adapter"),
         )
-    if run.resumed is not None:
-        check_base(run, loading.fingerprint(model, tokenizer))
-        load_weights(model, run.resumed.path)
     if settings.compile:
         # Not whole layers: each has keys and values of its own, and would be compiled anew.
         for layer in causal_model(model).model.layers:
@@ -97,91 +90,97 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def check_base(run: Run, found: dict[str, str]) -> None:
-    """Checks that a checkpoint's base model is the one that was loaded now.
+def load_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The trained model, from the run's checkpoint or external weights, and its tokenizer.
 
     Raises:
-      CheckpointError: it is another, or its files have changed.
+      ConfigError: the configuration asks for what the model cannot do.
+      DataError: the model is missing or broken.
+      CheckpointError: the checkpoint does not fit it.
     """
-    for what, value in run.resumed.state["loop"]["base"].items():
+    model, tokenizer = build_model(run)
+    if run.resumed is not None:
+        check_base(run.resumed, loading.fingerprint(model, tokenizer))
+        load_weights(model, run.resumed.path)
+    return model, tokenizer
+
+
+def check_base(saved: Saved, found: Mapping[str, str]) -> None:
+    """Checks that the base model that was loaded is the one that a checkpoint was trained on.
+
+    Raises:
+      CheckpointError: it is a different one, or its files have changed.
+    """
+    for what, value in saved.own["base"].items():
         if found[what] != value:
-            other = "other" if what == "weights" else "another"
             raise CheckpointError(
-                f"{run.resumed.path} was trained on a base model of {other} {what} than "
-                f"llama.Model.name_or_path = {run.config.model.name_or_path!r} has now; name that one"
+                f"{saved.path} was trained on a base model with different {what} than the one that "
+                "llama.Model names; set llama.Model.name_or_path to the model it was trained on"
             )
 
 
-def due(settings: CheckpointConfig, step: int, order: LengthOrder) -> bool:
-    """Whether a checkpoint is to be written after so many steps."""
-    epoch, cursor = order.position(step)
-    by_steps = settings.every_steps is not None and step % settings.every_steps == 0
-    by_epochs = settings.every_epochs is not None and cursor == 0 and epoch % settings.every_epochs == 0
-    return step > 0 and (by_steps or by_epochs)
+@dataclass(frozen=True, eq=False)
+class TrainState:
+    """What a checkpoint holds: weights (or their averages) and optimizer.
 
-
-def save(
-    run: Run,
-    model: torch.nn.Module,
-    base: dict[str, str],
-    optimizer: torch.optim.Optimizer,
-    weights: Mapping[str, Tensor],
-    averages: Averages,
-    loop: Loop,
-    epoch: float,
-) -> None:
-    """Writes a checkpoint of the present state; `base` is the base model's fingerprint."""
-    tensors, numbers = state_tensors(optimizer, {weight: name for name, weight in weights.items()})
-
-    def write(directory: Path) -> None:
-        with averages.applied():
-            if run.config.lora.rank is None:
-                with loading.quiet():
-                    causal_model(model).save_pretrained(directory)
-            else:
-                adapters.save_adapter(model, directory)
-        save_file(tensors, directory / OPTIMIZER)
-        if averages.values:
-            save_file(dict(weights), directory / UNAVERAGED)
-
-    state = {**dataclasses.asdict(loop), "optimizer_numbers": numbers, "epoch": epoch, "base": base}
-    # Metrics of older weights would make this checkpoint look as good as they were.
-    current = loop.validation if loop.validated_at == loop.step > 0 else {}
-    run.save_checkpoint(loop.step, state, write, current)
-
-
-def resume(
-    run: Run, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], averages: Averages
-) -> Loop:
-    """Where the run stands; if it goes on from a checkpoint, puts the optimiser's state back.
-
-    The checkpoint's weights are in the model already. If they are averages, those that were averaged take
-    their place.
-
-    Raises:
-      CheckpointError: the optimiser's state does not fit.
-      DataError: a file cannot be read, or the weights in it do not fit.
+    Attributes:
+      model: with its adapter, if it has one.
+      base: the base model's fingerprint.
+      weights: the trained ones by name.
+      optimizer: over the weights.
+      averages: of the weights.
     """
-    if run.resumed is None:
-        return Loop()
-    state = dict(run.resumed.state["loop"])
-    numbers = state.pop("optimizer_numbers")
-    state.pop("epoch")
-    state.pop("base")
-    tensors = adapters.read_safetensors(run.resumed.path / OPTIMIZER)
-    if averages.values:
-        path = run.resumed.path / UNAVERAGED
-        unaveraged = adapters.read_safetensors(path)
-        adapters.check_fit(unaveraged, weights, path)
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(unaveraged[name])
-    load_state(optimizer, {weight: name for name, weight in weights.items()}, tensors, numbers)
-    loop = Loop(**state)
-    if not run.goes_on:
-        # The best checkpoint so far stays where it is: here the search for one starts anew.
-        loop.best, loop.best_step = None, -1
-    return loop
+
+    model: torch.nn.Module
+    base: Mapping[str, str]
+    weights: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    averages: Averages
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Writes the files of a checkpoint; returns its JSON values."""
+        with self.averages.applied():
+            if hasattr(self.model, "get_base_model"):
+                adapters.save_adapter(self.model, directory)
+            else:
+                with loading.quiet():
+                    causal_model(self.model).save_pretrained(directory)
+        names = {weight: name for name, weight in self.weights.items()}
+        tensors, numbers = state_tensors(self.optimizer, names)
+        save_file(tensors, directory / OPTIMIZER)
+        if self.averages.values:
+            save_file(dict(self.weights), directory / UNAVERAGED)
+        return {"base": dict(self.base), "optimizer_numbers": numbers}
+
+    def load_weights(self, saved: Saved) -> None:
+        """Puts a checkpoint's weights (or averages) into the model.
+
+        Raises:
+          CheckpointError: they cannot be read or do not fit.
+        """
+        load_weights(self.model, saved.path)
+
+    def restore(self, saved: Saved) -> None:
+        """Restores all that `save` wrote.
+
+        Raises:
+          CheckpointError: the base model or the optimizer's state does not fit.
+          DataError: a file cannot be read, or the weights in it do not fit.
+        """
+        check_base(saved, self.base)
+        self.load_weights(saved)
+        tensors = adapters.read_safetensors(saved.path / OPTIMIZER)
+        if self.averages.values:
+            # The model has the averages now; training resumes from the weights themselves.
+            path = saved.path / UNAVERAGED
+            unaveraged = adapters.read_safetensors(path)
+            adapters.check_fit(unaveraged, self.weights, path)
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    self.averages.values[name].copy_(weight)
+                    weight.copy_(unaveraged[name])
+        names = {weight: name for name, weight in self.weights.items()}
+        load_state(self.optimizer, names, tensors, saved.own["optimizer_numbers"])
 
 
 def load_weights(model: torch.nn.Module, directory: Path) -> None:

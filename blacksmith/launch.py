@@ -281,7 +281,7 @@ def run_experiment(
         "train": "train:train",
         "eval": "evaluate:evaluate",
         "export": "evaluate:export",
-        "view": "view:view",
+        "view": "evaluate:view",
     }
     module, _, function = f"{package}.{where[mode]}".partition(":")
     if experiment.name == "lightning/mnist" and mode != "train":

@@ -195,7 +195,7 @@ class Loop:
         self._pending.append((first, steps, values))
         self.position.step += steps
         seen = self.order.examples_before(self.step) - self.order.examples_before(first)
-        for name, count in {self._unit: seen, **counts}.items():
+        for name, count in ({self._unit: seen} | counts if self._unit != "steps" else counts).items():
             self._counts[name] = self._counts.get(name, 0) + count
         every = self.run.config.log.every_steps
         if first // every != self.step // every or self.step >= self.end:
@@ -379,7 +379,8 @@ class Loop:
 
 def _on_host(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Values of a step or block as float64 [steps], whichever framework and device they are from."""
-    arrays = {name: v.detach().cpu() if hasattr(v, "detach") else v for name, v in values.items()}
+    # On the host before float64, which not every device has, nor NumPy bfloat16.
+    arrays = {n: v.detach().cpu().double() if hasattr(v, "detach") else v for n, v in values.items()}
     return {name: np.atleast_1d(np.asarray(array, np.float64)) for name, array in arrays.items()}
 
 

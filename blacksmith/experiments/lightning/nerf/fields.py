@@ -124,7 +124,7 @@ def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
             for name, value in content["state_dict"].items()
             if name.startswith("field.")
         }
-        field = build(config, rows=saved.state["loop"]["rows"])
+        field = build(config, rows=saved.own["rows"])
         field.load_state_dict(state)
     except Exception as error:
         line = str(error).strip().partition("\n")[0]

@@ -5,7 +5,7 @@ brings the grid to its next level, keeps the occupancy up to date, renders valid
 """
 
 import math
-import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -29,8 +29,8 @@ from blacksmith.experiments.lightning.nerf.scores import psnr
 from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mlp import MlpField
 from blacksmith.models.pytorch.nerf.rendering import distortion, render_image
+from blacksmith.run.loop import Loop
 from blacksmith.run.order import generator, seed_words
-from blacksmith.run.progress import Progress
 from blacksmith.run.run import Run
 
 CHECKED_AT = 0.05
@@ -67,16 +67,15 @@ class NerfModule(L.LightningModule):
         self._check_at = math.ceil(CHECKED_AT * steps)
         background = torch.tensor(run.config.background)
         self.register_buffer("background", background, persistent=False)
-        self.validation: dict[str, float] = {}
+        self.loop: Loop | None = None
         self.restarts: list[dict[str, Any]] = []
         self._per_ray = 0.0
-        self._sums: dict[str, Tensor | float] = {}  # on the device, so that no step waits for it
-        self._since = 0
-        self._rays_since, self._clock = 0, time.perf_counter()
+        if run.resumed is not None:
+            own = run.resumed.own
+            self.restarts, self._per_ray, loader.drawn = list(own["restarts"]), own["per_ray"], own["drawn"]
+        self._values: dict[str, Tensor] = {}
         self._collapse: str | None = None
         self._dense = 0
-        self._saved_at = -1
-        self._progress: Progress | None = None
 
     # --- what Lightning calls ---
 
@@ -101,12 +100,9 @@ class NerfModule(L.LightningModule):
         """Takes SIGTERM back, which Lightning handles in the middle of a step, and finds the rays to draw."""
         self._run.stop.listen()
         self._use_pool(anew=False)
-        style = self._config.log.progress
-        self._progress = Progress(self._config.train.steps, self.global_step, style, unit="steps")
         for old in (self._run.directory / "images").glob("val_*.png"):
             if int(old.stem.removeprefix("val_")) > self.global_step:
                 old.unlink()
-        self._clock = time.perf_counter()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Takes the field to the level and the occupancy that this step is trained with."""
@@ -118,7 +114,7 @@ class NerfModule(L.LightningModule):
                 self._refresh_occupancy()
             reached = self.field.upsample(self._levels[step], shrink=fits)
             if reached < self._levels[step]:
-                self._progress.say(
+                self.loop.say(
                     f"step {step}: the level has resolution {reached} instead of {self._levels[step]}: more "
                     "would need a larger nerf.Grid.rows"
                 )
@@ -156,86 +152,38 @@ class NerfModule(L.LightningModule):
         if step + 1 == self._next_check:
             matter = (rgba[:, 3] > 0.5) & ((truth - background).abs().amax(1) > 0.1)
             self._collapse = collapse(traced.opacity.detach(), rgb.detach(), truth, matter)
-        self._book({"loss": loss, "mse": errors[-1], "opacity": traced.opacity.mean()}, len(batch))
+        values = {"loss": loss, "mse": errors[-1], "opacity": traced.opacity.mean()}
+        self._values = {name: value.detach() for name, value in values.items()}
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        """Logs, validates and saves what falls due after a step."""
+        """Logs the step; the loop validates and saves what is due after it."""
         del outputs, batch_idx
-        run, step = self._run, self.global_step
         self._choose_size(len(batch))
-        if step == self._next_check and self._collapse is not None:
+        if self.global_step == self._next_check and self._collapse is not None:
             self._restart(self._collapse)
-        last = step >= self._config.train.steps
-        began = time.perf_counter()
-        if self._since and (step % self._config.log.every_steps == 0 or last):
-            self._log()
-            self._clock = began
-        every = self._config.log.histograms_every
-        if every and step % every == 0:
-            for name, value in self.field.named_parameters():
-                run.metrics.histogram(step, f"weights/{name}", value.detach().float().cpu().numpy())
-                if value.grad is not None:
-                    run.metrics.histogram(step, f"gradients/{name}", value.grad.float().cpu().numpy())
-        if step % self._config.evaluate_every == 0 or last:
-            self.validate()
-        every = self._config.checkpoint.every_steps
-        if (every and step % every == 0) or last or run.stop:
-            self.save()
-        self._clock += time.perf_counter() - began  # a rate is of training alone
-        shown = {name: value for name, value in self.validation.items() if name == "val_psnr"}
-        self._progress.update(step, step, self._epoch, shown)
-        if run.stop:
+            self._values = {}  # of the field that collapsed
+        self.loop.log(self._values, rays=len(batch))
+        if not self.loop.between():
             self.trainer.should_stop = True
 
-    def on_train_end(self) -> None:
-        """Leaves the progress bar as it stands."""
-        self._progress.close()
+    # --- what the loop calls ---
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the loop's own numbers to Lightning's file."""
-        checkpoint["loop"] = self.loop_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes them back."""
-        loop = checkpoint["loop"]
-        self.validation, self.restarts = dict(loop["validation"]), list(loop["restarts"])
-        self._per_ray, self._sums, self._since = loop["per_ray"], dict(loop["sums"]), loop["since"]
-
-    # --- what it is made of ---
-
-    def loop_state(self) -> dict[str, Any]:
-        """What a resumed run has to know besides weights, optimiser and the place in the order."""
-        self._check_finite()
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Writes Lightning's checkpoint file; returns what a resumed run has to know apart from it."""
+        self.trainer.save_checkpoint(directory / fields.WEIGHTS)
         rows = len(self.field.feature_table) if isinstance(self.field, GridField) else 0
         return {
             "rows": rows,
-            "epoch": self._epoch,
-            "validation": self.validation,
             "restarts": self.restarts,
             "per_ray": self._per_ray,
-            "sums": {name: float(total) for name, total in self._sums.items()},
-            "since": self._since,
+            "drawn": self._loader.drawn,
         }
 
-    def save(self) -> None:
-        """Writes a checkpoint of the present state, unless there is one."""
-        step = self.global_step
-        if self._saved_at == step:
-            return
-        current = self.validation if self.validation.get("step") == step else {}
-        self._run.save_checkpoint(
-            step,
-            self.loop_state(),
-            lambda directory: self.trainer.save_checkpoint(directory / fields.WEIGHTS),
-            {name: value for name, value in current.items() if name != "step"},
-        )
-        self._saved_at = step
-
     @torch.no_grad()
-    def validate(self) -> None:
-        """Renders the validation views; the first of them is kept as a picture."""
-        run, step, background = self._run, self.global_step, self._config.background
+    def validate(self) -> dict[str, float]:
+        """Renders and scores the validation views; the first of them is kept as a picture."""
+        run, step, background = self._run, self.loop.step, self._config.background
         errors, ratios = [], []
         for index, camera in enumerate(self._validation.cameras):
             rendered = render_image(self.field, camera, self.background)
@@ -251,19 +199,35 @@ class NerfModule(L.LightningModule):
             if index == 0:
                 (run.directory / "images").mkdir(exist_ok=True)
                 write_png(run.directory / "images" / f"val_{step:08d}.png", shown)
-        values = {"loss": float(np.mean(errors)), "psnr": float(np.mean(ratios))}
-        run.metrics.write(step, self._epoch, "val", values)
-        self.validation = {"step": step, **{f"val_{name}": value for name, value in values.items()}}
+        return {"loss": float(np.mean(errors)), "psnr": float(np.mean(ratios))}
+
+    def histograms(self) -> dict[str, np.ndarray]:
+        """Weights and, after the first step, their gradients."""
+        named = list(self.field.named_parameters())
+        arrays = {f"weights/{name}": value.detach() for name, value in named}
+        arrays |= {f"gradients/{name}": value.grad for name, value in named if value.grad is not None}
+        return {name: array.float().cpu().numpy() for name, array in arrays.items()}
+
+    def summarize(self, means: dict[str, float]) -> dict[str, float]:
+        """The values of a training line from their means."""
+        return {
+            "loss": means["loss"],
+            "psnr": -10 * math.log10(max(means["mse"], 1e-12)),
+            "opacity": means["opacity"],
+            "rays": self._loader.size,
+            "learning_rate": self.optimizers().param_groups[0]["lr"],
+        }
+
+    def release(self) -> None:
+        """Lets go of field, rays and optimizer: testing reads the best checkpoint and needs the memory."""
+        self.field = self._rays = self._validation = self.trainer = None
+
+    # --- what it is made of ---
 
     @property
     def _next_check(self) -> int:
         """The step after which the field is looked at for having collapsed; a second time after a restart."""
         return self._check_at * (1 + len(self.restarts))
-
-    @property
-    def _epoch(self) -> float:
-        """Rays drawn, in units of all there are."""
-        return self._loader.drawn / len(self._rays)
 
     def _rate(self, step: int) -> float:
         train = self._config.train
@@ -287,37 +251,6 @@ class NerfModule(L.LightningModule):
             entropy = -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log())
             total = total + train.opacity_entropy * entropy.mean()
         return total
-
-    def _book(self, values: dict[str, Tensor], rays: int) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
-        self._since += 1
-        self._rays_since += rays
-
-    def _check_finite(self) -> None:
-        if not all(math.isfinite(float(total)) for total in self._sums.values()):
-            saved = self._run.checkpoints.steps()
-            kept = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-            raise RunError(
-                f"the loss was not finite within the {self._since} steps before step {self.global_step}; "
-                f"{kept}; lower nerf.Train's learning rates"
-            )
-
-    def _log(self) -> None:
-        self._check_finite()
-        mean = {name: float(total) / self._since for name, total in self._sums.items()}
-        seconds = max(time.perf_counter() - self._clock, 1e-9)
-        values = {
-            "loss": mean["loss"],
-            "psnr": -10 * math.log10(max(mean["mse"], 1e-12)),
-            "opacity": mean["opacity"],
-            "rays": self._loader.size,
-            "learning_rate": self.optimizers().param_groups[0]["lr"],
-            "rays_per_second": self._rays_since / seconds,
-        }
-        self._run.metrics.write(self.global_step, self._epoch, "train", values)
-        self._sums, self._since = {}, 0
-        self._rays_since = 0
 
     def _choose_size(self, rays: int) -> None:
         """As many rays next as should give the samples that a step is to have."""
@@ -349,7 +282,7 @@ class NerfModule(L.LightningModule):
         bundles = (self._rays(some)[:2] for some in numbers.split(1 << 14))
         threshold = self._config.grid.refresh_threshold
         if not self.field.refresh_occupancy(threshold, bundles):
-            self._progress.say(
+            self.loop.say(
                 f"step {self.global_step}: nothing is denser than nerf.Grid.refresh_threshold = {threshold} "
                 "yet; the occupancy stays as it was"
             )
@@ -371,7 +304,7 @@ class NerfModule(L.LightningModule):
             )
         self._loader.attempt += 1
         self.restarts.append({"step": step, "reason": reason, "attempt": self._loader.attempt})
-        self._progress.say(
+        self.loop.say(
             f"step {step}: the field has collapsed ({reason}); starting once more with another seed "
             f"(attempt {self._loader.attempt} of seed {self._config.run.seed})"
         )
@@ -387,7 +320,8 @@ class NerfModule(L.LightningModule):
             reach = tuple(field.occupancy.reach.tolist())
             field.begin(field.bounds.clone(), field.hull.clone(), first, reach)
         self._forget_moments(list(field.parameters()))
-        self._sums, self._since, self._collapse = {}, 0, None
+        self.loop.discard()
+        self._collapse = None
         # Lightning has set the rates of the next step already, without the new warm-up.
         scheduler = self.lr_schedulers()
         for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs):

@@ -59,15 +59,18 @@ class RayLoader:
       steps: how many batches there are in all.
       seed: of the order.
       size: rays of the first batch.
+      rays: all there are; an epoch is as many.
     """
 
-    def __init__(self, steps: int, seed: int, size: int) -> None:
+    steps_per_epoch = None  # batches have different sizes
+
+    def __init__(self, steps: int, seed: int, size: int, *, rays: int) -> None:
         self.step = 0
         self.size = size
         self.attempt = 0
         self.passes = 0
         self.drawn = 0
-        self._steps, self._seed = steps, seed
+        self._steps, self._seed, self._rays = steps, seed, rays
         self._cursor = 0
         self._pool = torch.zeros(0, dtype=torch.int64)
         self._order: Tensor | None = None
@@ -84,6 +87,14 @@ class RayLoader:
         if anew and self._cursor:
             self.passes, self._cursor = self.passes + 1, 0
 
+    def epoch(self, step: int) -> float:
+        """Rays drawn so far, in units of all there are; `step` is the present one."""
+        return self.drawn / self._rays
+
+    def examples_before(self, step: int) -> int:
+        """Steps: how many rays later ones will see is not known."""
+        return step
+
     def __len__(self) -> int:
         return self._steps
 
@@ -93,12 +104,12 @@ class RayLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the order, as plain numbers."""
-        names = ("step", "size", "attempt", "passes", "drawn")
+        names = ("step", "size", "attempt", "passes")
         return {**{name: getattr(self, name) for name in names}, "cursor": self._cursor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a place in the order; the pool has to be the one that it was in."""
-        self.step, self.size, self.drawn = state["step"], state["size"], state["drawn"]
+        self.step, self.size = state["step"], state["size"]
         self.attempt, self.passes, self._cursor = state["attempt"], state["passes"], state["cursor"]
         self._order = None
 

@@ -161,7 +161,7 @@ UNFIT = {
     "feature name": ("features.json", '"image": {', '"picture": {', "feature `image` is None"),
     "too many classes": ("features.json", '"10"', '"1000"', "1000 classes, at most 256"),
     "labels out of range": ("features.json", '"10"', '"5"', "labels outside 0 to 4"),
-    "no test split": ("dataset_info.json", '"test"', '"dev"', r"splits \['dev', 'train'\]"),
+    "no test split": ("dataset_info.json", '"test"', '"dev"', "[Uu]nknown split.*test"),
     "broken json": ("dataset_info.json", "{", "", "3.0.1: cannot be read"),
     "wrong count": (
         "dataset_info.json",

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from blacksmith.datasets.mnist.arrays import SIDE, Arrays
 from blacksmith.errors import DataError, first_line
 from blacksmith.network import why_unreachable
 
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
-
 PREPARABLE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 """TFDS name -> class in `tensorflow_datasets.image_classification.mnist`; all are idx files."""
 
@@ -37,8 +34,6 @@ MAX_CLASSES = 256
 _PACKAGES = ("tensorflow_datasets", "array_record", "importlib_resources", "PIL")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
-
-_log = logging.getLogger(__name__)
 
 
 def default_data_dir() -> Path:
@@ -92,7 +87,7 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
         with files.atomic_file(cached) as stream:
             np.savez(stream, **arrays._asdict())
     except OSError as error:
-        _log.warning("cannot cache %s, so the next load is slow: %s", prepared, error)
+        logging.getLogger(__name__).warning("cannot cache %s, so the next load is slow: %s", prepared, error)
     return arrays, prepared
 
 
@@ -141,18 +136,15 @@ def _check_features(tfds: ModuleType, features: Any) -> int:
     return int(label.num_classes)
 
 
-def _read_split(
-    tfds: ModuleType, builder: "tfds.core.DatasetBuilder", split: str, classes: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_split(tfds: ModuleType, builder: Any, split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images uint8 [samples, 28, 28] and labels uint8 [samples], in stored order.
 
     Raises:
+      KeyError: there is no such split.
       ValueError: the number of records, the size of an image or a label is wrong.
     """
     from PIL import Image
 
-    if split not in builder.info.splits:
-        raise ValueError(f"splits {sorted(builder.info.splits)}, expected train and test")
     count = builder.info.splits[split].num_examples
     images, labels = [], []
     skip = {"image": tfds.decode.SkipDecoding()}
@@ -169,7 +161,7 @@ def _read_split(
     return np.stack(images), np.array(labels, np.uint8)
 
 
-def _records(tfds: ModuleType, builder: "tfds.core.DatasetBuilder", split: str) -> Iterable[bytes]:
+def _records(tfds: ModuleType, builder: Any, split: str) -> Iterable[bytes]:
     """The serialized examples of a split in stored order."""
     if builder.info.file_format.value == "tfrecord":
         return (record for path in builder.info.splits[split].filepaths for record in _tfrecords(Path(path)))

@@ -1,8 +1,12 @@
 """Fixtures that many tests share: isolation from the user's files, and the launcher as a real process."""
 
+import functools
+import http.server
 import os
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -32,3 +36,40 @@ def launch():
         return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
     return run
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """Serves a directory on this machine, without a proxy, and returns its URL."""
+    servers = []
+
+    def start(directory):
+        handler = functools.partial(_Quiet, directory=str(directory))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "*")
+        patch.setenv("no_proxy", "*")
+        yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def no_name_server(monkeypatch):
+    """Makes resolving any name fail, as on a machine without a network."""
+
+    def fail(*arguments, **options):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("no_proxy", "*")

@@ -15,6 +15,7 @@ FRAMEWORKS = {"jax", "keras", "lightning", "tensorflow", "torch"}
 HOUSE = (
     "errors",
     "files",
+    "network",
     "config",
     "registry",
     "report",  # reads run directories, not `run`, which has it write the page at the end of a run
@@ -29,7 +30,18 @@ HOUSE = (
     "parity",
 )
 # Rooms whose modules import no framework, not even inside a function.
-FRAMEWORK_FREE = {"errors", "files", "config", "registry", "report", "run", "assets", "datasets", "launch"}
+FRAMEWORK_FREE = {
+    "errors",
+    "files",
+    "network",
+    "config",
+    "registry",
+    "report",
+    "run",
+    "assets",
+    "datasets",
+    "launch",
+}
 
 
 def _imported(path):

@@ -4,6 +4,7 @@ The launcher opens a `Run` and passes it to the experiment. Nothing here knows a
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -194,21 +195,24 @@ class Run:
         self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
         self._metrics.last_step = self.resumed.step if self.resumed else 0
 
-    def use_data(self, info: Mapping[str, Any], line: str) -> None:
-        """Records which data is used and prints `line`.
+    def use_data(self, info: Any, **more: Any) -> None:
+        """Records which data is used, and prints it.
+
+        Args:
+          info: a dataclass that has at least `source`, `sha256` and `describe()`, one line for the console.
+          **more: further facts to record.
 
         Raises:
           DataError: a resumed run's data is not that of its checkpoint.
         """
-        print(line, file=sys.stderr)
-        self.data = dict(info)
+        print(info.describe(), file=sys.stderr)
+        self.data = {**dataclasses.asdict(info), **more}
         if self.resumed is not None and self.mode == "train":
             before = self.resumed.state["data"]
-            if before.get("sha256") != info.get("sha256"):
+            if before["sha256"] != info.sha256:
                 raise DataError(
-                    f"the data has changed since {self.resumed.path.name}: it was "
-                    f"{before.get('source')} {str(before.get('sha256'))[:12]}, now it is "
-                    f"{info.get('source')} {str(info.get('sha256'))[:12]}; give the same source"
+                    f"the data has changed since {self.resumed.path.name}: it was {before['source']} "
+                    f"{before['sha256'][:12]}, now it is {info.source} {info.sha256[:12]}; give the same source"
                 )
         if self._metrics is not None:
             self._environment["data"] = self.data

@@ -1,8 +1,6 @@
-"""What every MNIST source returns before it is split: the official train and test sets, in stored
-order.
+"""What every MNIST source returns before it is split: the official train and test sets, in stored order.
 
-The sources (`idx`, `tfds_source`, `mnist5k`) produce `Arrays`; `blacksmith.datasets.mnist.load`
-turns them into train, validation and test.
+`idx`, `tfds_source` and `mnist5k` produce `Arrays`; `blacksmith.datasets.mnist.load` splits them.
 """
 
 import hashlib
@@ -24,10 +22,10 @@ class Arrays(NamedTuple):
     classes: int
 
     def sha256(self) -> str:
-        """Returns one hash over the content, whatever container it came from.
+        """A hash of the content, which does not depend on the container it came from.
 
-        It covers, in this order, images then labels of train then test; of each, the shape as text
-        and the bytes in stored order.
+        It covers images then labels of train then test: of each the shape as text, then the bytes in stored
+        order.
         """
         digest = hashlib.sha256()
         for array in self[:4]:

@@ -1,8 +1,7 @@
 """Reads the four standard idx files of MNIST, gzipped or not, and refuses anything else.
 
-The format is the one described with the original dataset: a big-endian magic number and one 32-bit
-count per dimension, then the bytes. `load` serves `source="idx"`; the TFDS preparation reads what
-it has downloaded with `read_images` and `read_labels`.
+The format is described with the original dataset: a big-endian magic number, a 32-bit count per dimension,
+then the bytes. `load` serves `source="idx"`. Preparing a TFDS set reads the downloads with `read_pair`.
 """
 
 import gzip
@@ -27,10 +26,10 @@ _LABELS_MAGIC = 0x00000801  # unsigned byte, 1 dimension
 
 
 def find(directory: Path, name: str) -> Path | None:
-    """Returns the file of that standard name, or None.
+    """The file of that standard name, or None.
 
-    `train-images.idx3-ubyte` is the same as `train-images-idx3-ubyte`, either may end in `.gz`, and
-    the plain file is preferred since it loads faster.
+    `train-images.idx3-ubyte` is the same as `train-images-idx3-ubyte`, and either may end in `.gz`. The plain
+    file is preferred because it loads faster.
     """
     dotted = name.replace("-idx", ".idx")
     candidates = (directory / f"{stem}{end}" for end in ("", ".gz") for stem in (name, dotted))
@@ -38,7 +37,7 @@ def find(directory: Path, name: str) -> Path | None:
 
 
 def present(directory: Path) -> int:
-    """Returns how many of the four files the directory has."""
+    """How many of the four files the directory has."""
     return sum(find(directory, name) is not None for name in NAMES)
 
 
@@ -46,7 +45,7 @@ def load(directory: Path) -> Arrays:
     """Reads both sets from a directory.
 
     Raises:
-        DataError: a file is missing or broken, or images and labels differ in number.
+      DataError: a file is missing or broken, or images and labels differ in number.
     """
     train_images, train_labels = _read_pair(directory, TRAIN_IMAGES, TRAIN_LABELS)
     test_images, test_labels = _read_pair(directory, TEST_IMAGES, TEST_LABELS)
@@ -61,8 +60,8 @@ def _required(directory: Path, name: str) -> Path:
     path = find(directory, name)
     if path is None:
         raise DataError(
-            f"{directory}: no {name} (nor {name}.gz); a directory with the four idx files of MNIST "
-            "comes from `python -m blacksmith.assets mnist`"
+            f"{directory}: no {name} (nor {name}.gz); `python -m blacksmith.assets mnist` fetches the four "
+            "idx files of MNIST"
         )
     return path
 
@@ -71,7 +70,7 @@ def read_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndar
     """Reads one set: images uint8 [samples, 28, 28], labels uint8 [samples].
 
     Raises:
-        DataError: either file is broken, or they differ in number.
+      DataError: either file is broken, or they differ in number.
     """
     images, labels = read_images(images_path), read_labels(labels_path)
     if len(images) != len(labels):
@@ -85,7 +84,7 @@ def read_images(path: Path) -> np.ndarray:
     """Reads an idx3 file: uint8 [samples, 28, 28].
 
     Raises:
-        DataError: not such a file, truncated, with trailing bytes, empty, or another image size.
+      DataError: the file is not idx3, truncated, too long or empty, or its images are not 28x28.
     """
     (count, height, width), body = _read(path, _IMAGES_MAGIC, dimensions=3)
     if (height, width) != (SIDE, SIDE):
@@ -97,7 +96,7 @@ def read_labels(path: Path) -> np.ndarray:
     """Reads an idx1 file: uint8 [samples], each from 0 to 9.
 
     Raises:
-        DataError: not such a file, truncated, with trailing bytes, empty, or a label out of range.
+      DataError: the file is not idx1, truncated, too long or empty, or a label is out of range.
     """
     (count,), body = _read(path, _LABELS_MAGIC, dimensions=1)
     labels = _items(path, body, count, 1)

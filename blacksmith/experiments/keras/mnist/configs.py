@@ -162,8 +162,8 @@ class Config:
             data.source, data.path, name=data.name, validation=data.validation, seed=self.run.seed
         ).info
         return {
-            "mnist.Data.source": info["source"],
-            "mnist.Data.path": info["path"] if info["source"] == "idx" else data.path,
+            "mnist.Data.source": info.source,
+            "mnist.Data.path": info.path if info.source == "idx" else data.path,
             "mnist.Data.shift": 0.0,
             "mnist.Data.rotate": 0.0,
             "mnist.Model.dropout": 0.0,

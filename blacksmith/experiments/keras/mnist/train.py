@@ -36,7 +36,7 @@ def load_data(run: Run) -> mnist.Mnist:
         validation=settings.validation,
         seed=run.config.run.seed,
     )
-    run.use_data(data.info, mnist.describe(data.info))
+    run.use_data(data.info)
     return data
 
 

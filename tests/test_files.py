@@ -1,0 +1,99 @@
+"""Atomic files and directories, JSON without NaN, and where the cache is."""
+
+import json
+import os
+
+import pytest
+
+from blacksmith import files
+
+
+def _names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"BLACKSMITH_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/blacksmith"),
+        ({"XDG_CACHE_HOME": "relative"}, "/home/x/.cache/blacksmith"),
+        ({"BLACKSMITH_CACHE": "", "XDG_CACHE_HOME": ""}, "/home/x/.cache/blacksmith"),
+        ({"BLACKSMITH_CACHE": "~/own"}, "/home/x/own"),
+        ({}, "/home/x/.cache/blacksmith"),
+    ],
+)
+def test_cache_dir_prefers_its_own_variable_then_xdg(monkeypatch, environment, expected):
+    for variable in ("BLACKSMITH_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", "/home/x")
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert str(files.cache_dir()) == expected
+
+
+def test_atomic_file_replaces_the_old_content(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with files.atomic_file(tmp_path / "file") as stream:
+        stream.write(b"new")
+        assert (tmp_path / "file").read_bytes() == b"old"
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert _names(tmp_path) == ["file"]
+
+
+def test_atomic_file_keeps_the_old_content_on_failure(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+
+    def interrupted():
+        with files.atomic_file(tmp_path / "file") as stream:
+            stream.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert _names(tmp_path) == ["file"]
+
+
+def test_atomic_directory_appears_when_it_is_whole(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(number), fsync(number)))
+    with files.atomic_directory(tmp_path / "made") as made:
+        (made / "sub").mkdir()
+        (made / "sub" / "public").write_text("x")
+        (made / "private").touch(mode=0o600)
+        assert not (tmp_path / "made").exists()
+    assert _names(tmp_path) == ["made"]
+    assert _names(tmp_path / "made") == ["private", "sub"]
+    assert len(synced) == 2
+    modes = {path.stat().st_mode for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "made" / "sub" / "public").stat().st_mode}
+
+
+def test_atomic_directory_leaves_nothing_on_failure(tmp_path):
+    def interrupted():
+        with files.atomic_directory(tmp_path / "made") as made:
+            (made / "file").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert _names(tmp_path) == []
+
+
+def test_atomic_directory_never_replaces_a_full_one(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "old").touch()
+    with pytest.raises(OSError), files.atomic_directory(tmp_path / "made") as made:
+        (made / "new").touch()
+    assert _names(tmp_path) == ["made"]
+    assert _names(tmp_path / "made") == ["old"]
+
+
+def test_write_json_turns_what_is_not_finite_into_null(tmp_path):
+    content = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (-float("inf"), "é")}}
+    files.write_json(tmp_path / "file.json", content)
+    written = json.loads((tmp_path / "file.json").read_bytes())
+    assert written == {"a": None, "b": [1.5, None], "c": {"d": [None, "é"]}}
+    assert _names(tmp_path) == ["file.json"]

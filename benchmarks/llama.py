@@ -245,7 +245,14 @@ def open_run(spec: dict):
 
     resolved = launch.resolve([str(ROOT / "gin" / "llama_sst2.gin")], bindings(spec))
     device = devices.activate(resolved.experiment, "torch", spec["device"])
-    return Run(Path(spec["workdir"]), resolved.config, resolved.experiment, backend="torch", device=device)
+    return Run(
+        Path(spec["workdir"]),
+        resolved.config,
+        experiment=resolved.experiment.name,
+        checkpoint_format=resolved.experiment.checkpoint_format,
+        backend="torch",
+        device=device,
+    )
 
 
 class Enough(Exception):
@@ -255,15 +262,15 @@ class Enough(Exception):
 def with_blacksmith(spec: dict, clock: Clock) -> None:
     """The experiment itself, stopped before it tests."""
     from blacksmith.experiments.pytorch.llama import checkpoints, train
-    from blacksmith.experiments.pytorch.llama.journal import Journal
     from blacksmith.models.pytorch.llama.prefix import token_losses
+    from blacksmith.run.loop import Loop
 
-    class Timed(Journal):
-        def stepped(self, loss, *arguments, **options):
-            super().stepped(loss, *arguments, **options)
-            clock.stepped(loss, options["tokens"], clock.answers)
+    class Timed(Loop):
+        def log(self, values, **counts):
+            super().log(values, **counts)
+            clock.stepped(values["loss"], counts["tokens"], clock.answers)
             clock.answers = 0
-            if self.loop.step == spec["steps"]:
+            if self.step == spec["steps"]:
                 raise Enough
 
     def built(run):
@@ -275,13 +282,13 @@ def with_blacksmith(spec: dict, clock: Clock) -> None:
         clock.answers += int((batch.targets >= 0).sum())
         return token_losses(model, batch)
 
-    train.Journal = Timed
+    train.Loop = Timed
     train.build_model = built
     train.token_losses = counted
     run = open_run(spec)
     try:
         with run.opened():
-            train.main(run)
+            train.train(run)
     except Enough:
         pass
 
@@ -291,17 +298,18 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     import torch
     import transformers
 
-    from blacksmith.experiments.pytorch.llama import checkpoints, train
-    from blacksmith.experiments.pytorch.llama.batches import LengthOrder, padding
+    from blacksmith.experiments.pytorch.llama import checkpoints, data
+    from blacksmith.experiments.pytorch.llama.batches import padding
     from blacksmith.experiments.pytorch.llama.prompts import Prompt
+    from blacksmith.run.order import LengthOrder
 
     run = open_run(spec)
     config = run.config
     model, tokenizer = checkpoints.build_model(run)
     clock.measure(model)
     prompt = Prompt.of(config.data.template, config.data.labels)
-    data = train.read_data(run).split(config.data.validation, config.run.seed)
-    encoded = train.encode_training(run, tokenizer, prompt, data.train)
+    split = data.read_data(run).split(config.data.validation, config.run.seed)
+    encoded = data.encode_training(run, tokenizer, prompt, split.train)
     order = LengthOrder(encoded.lengths, spec["batch"], config.train.by_length, config.run.seed)
     rows = [row for step in range(spec["steps"]) for row in order.rows(step).tolist()]
     pad = padding(tokenizer)

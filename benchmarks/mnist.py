@@ -141,46 +141,53 @@ def np_rows(count, size):
     return np.arange(count) % size
 
 
-def make_loop(width, batch, inputs, labels):
+def make_trainer(width, batch, inputs, labels):
     """Our trainer with a run directory, as the launcher makes it."""
     from blacksmith import launch
-    from blacksmith.experiments.keras.mnist import pipeline
+    from blacksmith.models.keras.mnist.mlp import mlp
     from blacksmith.run.order import Order
     from blacksmith.run.run import Run
-    from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, make_backend, make_plan
+    from blacksmith.trainers.classification import make_task
+    from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, Setup
 
     params = [
         'Run.experiment = "keras/mnist"',
         f'Run.backend = "{os.environ["KERAS_BACKEND"]}"',
-        f"mnist.Model.hidden = ({width}, {width})",
-        'mnist.Model.activation = "relu"',
         f"mnist.Train.batch_size = {batch}",
         "Checkpoint.every_epochs = None",
         "Log.tensorboard = False",
         'Log.progress = "off"',
     ]
     resolved = launch.resolve([], params)
-    directory = Path(OPEN_RUNS.enter_context(tempfile.TemporaryDirectory()))
-    run = Run(directory, resolved.config, resolved.experiment, backend=resolved.backend, device="cpu")
+    experiment = resolved.experiment
+    run = Run(
+        Path(OPEN_RUNS.enter_context(tempfile.TemporaryDirectory())),
+        resolved.config,
+        experiment=experiment.name,
+        checkpoint_format=experiment.checkpoint_format,
+        backend=resolved.backend,
+        device="cpu",
+    )
     OPEN_RUNS.enter_context(run.opened())
-    total = 10**8
-    task = pipeline.make_task(resolved.config, 10, total)
-    backend = make_backend(task, inputs, labels, say=lambda line: None)
-    order = Order(len(inputs), batch, 0)
-    plan = make_plan(total, resolved.config)
-    return KerasTrainer(task, backend, order, plan, Samples(inputs[:0], labels[:0]), run)
+    end = 10**8
+    task = make_task(resolved.config, lambda: mlp((width, width), activation="relu"), end)
+    none = Samples(inputs[:0], labels[:0])
+    setup = Setup(task, Order(len(inputs), batch, 0), end, Samples(inputs, labels), none, none)
+    return KerasTrainer(run, setup)
 
 
 def ours(width, batch, inputs, labels, steps):
     """The body of `KerasTrainer.fit`."""
-    loop = make_loop(width, batch, inputs, labels)
+    trainer = make_trainer(width, batch, inputs, labels)
+    blocks = trainer.loop.blocks(trainer.run.config.train.block_steps)
 
     def run():
-        start = loop.state.step
-        while loop.state.step < start + steps:
-            block = loop.next_block()
-            loop.after_block(block, loop.backend.train_block(block, loop.state.step))
-        return loop.state.step - start
+        start = trainer.loop.step
+        while trainer.loop.step < start + steps:
+            step, count = next(blocks)
+            block = trainer.setup.order.block(step, count)
+            trainer.log(block, trainer.backend.train_block(block, step))
+        return trainer.loop.step - start
 
     return run
 
@@ -196,9 +203,9 @@ def lightning(width, batch, inputs, labels, steps):
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
-    loop = make_loop(width, batch, inputs, labels)
-    batches = Batches(loop, loop.backend)
-    module = MnistModule(loop, loop.backend, batches)
+    ours = make_trainer(width, batch, inputs, labels)
+    batches = Batches(ours)
+    module = MnistModule(ours, batches)
 
     def run():
         trainer = L.Trainer(
@@ -210,18 +217,11 @@ def lightning(width, batch, inputs, labels, steps):
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        start = loop.state.step
-        after_block = loop.after_block
-
-        def book(block, values):
-            after_block(block, values)
-            if loop.state.step >= start + steps:
-                trainer.should_stop = True
-
-        loop.after_block = book
+        start, between = ours.loop.step, ours.loop.between
+        ours.loop.between = lambda: between() and ours.loop.step < start + steps
         trainer.fit(module, batches)
-        loop.after_block = after_block
-        return loop.state.step - start
+        ours.loop.between = between
+        return ours.loop.step - start
 
     return run
 

@@ -138,15 +138,24 @@ def child(spec: dict) -> dict:
     ]
     resolved = launch.resolve([str(ROOT / "gin" / f"{spec['gin']}.gin")], bindings)
     device = devices.activate(resolved.experiment, "torch", "cpu")
-    run = Run(Path(spec["workdir"]), resolved.config, resolved.experiment, backend="torch", device=device)
+    run = Run(
+        Path(spec["workdir"]),
+        resolved.config,
+        experiment=resolved.experiment.name,
+        checkpoint_format=resolved.experiment.checkpoint_format,
+        backend="torch",
+        device=device,
+    )
     from blacksmith.experiments.lightning.nerf import train
+    from blacksmith.experiments.lightning.nerf.data import open_scene_of
 
     with run.opened():
-        scene = train.scene_of(run)
+        scene = open_scene_of(run)
         start = time.process_time()
-        module, loader = train.prepare(run, scene.views("train"), scene.views("val", 1))
+        module, loader, loop = train.prepare(run, scene)
         setup = (time.process_time() - start) / THREADS
         clock = make_clock(scene, module, spec)
+        loop.between()
         train.fit(run, module, loader, callbacks=[clock])
         return {
             **clock.result(),

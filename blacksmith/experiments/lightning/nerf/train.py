@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from blacksmith.datasets.blender import Scene
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.lightning.nerf import fields, results
 from blacksmith.experiments.lightning.nerf.data import evenly_spaced, open_scene_of
@@ -27,30 +28,44 @@ _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mi
 
 def train(run: Run) -> int:
     """Trains a field of the scene, then renders and scores its test views; returns the exit status."""
-    config, settings = run.config, run.config.train
+    config = run.config
     check_device(run)
     if config.results.video_frames:
         results.find_ffmpeg()  # an error now, not after the training
     lpips = find_lpips(run)
-
-    # Scene and rays.
     scene = open_scene_of(run)
+    module, loader, loop = prepare(run, scene)
+    parameters = sum(p.numel() for p in module.field.parameters())
+    run.begin()
+    if loop.between():
+        fit(run, module, loader)
+    module.release()
+
+    def test(saved: Saved) -> dict[str, Any] | None:
+        field = fields.trained(config, saved, run.device)
+        scored = score_test_views(run, field, scene, lpips)
+        if scored is None:
+            return None
+        results.write_gallery(run.directory / "test", run.directory / "images", scored)
+        return scored if film(run, field, scene) else None
+
+    return loop.finish(test, {"parameters": parameters, "restarts": module.restarts})
+
+
+def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
+    """Rays, field, and the loop over them, where the run stands."""
+    config, settings = run.config, run.config.train
     pictures = scene.views("train")
     held_out = scene.views("val", evenly_spaced(len(scene.cameras("val")), settings.validation_views))
     rays = RayBank(pictures, run.device)
     first = settings.rays if settings.samples is None else min(1024, settings.rays)
     loader = RayLoader(settings.steps, config.run.seed, first, rays=len(rays))
-
-    # Field: empty, or with the sizes of the checkpoint to resume from.
     if run.resumed is None:
         field = fields.for_scene(config, pictures, run.device)
     else:
         field = fields.build(config, run.resumed.own["rows"])
     module = NerfModule(run, field, rays, loader, held_out)
-    parameters = sum(p.numel() for p in field.parameters())
-
-    # Loop.
-    loop = Loop(
+    module.loop = Loop(
         run,
         loader,
         end=settings.steps,
@@ -61,22 +76,7 @@ def train(run: Run) -> int:
         summarize=module.summarize,
         unit="steps",
     )
-    module.loop = loop
-    run.begin()
-    if loop.between():
-        fit(run, module, loader)
-    module.release()
-    del rays, pictures, field
-
-    def test(saved: Saved) -> dict[str, Any] | None:
-        trained = fields.trained(config, saved, run.device)
-        scored = score_test_views(run, trained, scene, lpips)
-        if scored is None:
-            return None
-        results.write_gallery(run.directory / "test", run.directory / "images", scored)
-        return scored if film(run, trained, scene) else None
-
-    return loop.finish(test, {"parameters": parameters, "restarts": module.restarts})
+    return module, loader, module.loop
 
 
 def check_device(run: Run) -> None:

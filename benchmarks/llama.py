@@ -268,7 +268,8 @@ def with_blacksmith(spec: dict, clock: Clock) -> None:
     class Timed(Loop):
         def log(self, values, **counts):
             super().log(values, **counts)
-            clock.stepped(values["loss"], counts["tokens"], clock.answers)
+            # Without the shared prefix the head is applied at every token.
+            clock.stepped(values["loss"], counts["tokens"], clock.answers or counts["tokens"])
             clock.answers = 0
             if self.step == spec["steps"]:
                 raise Enough

@@ -218,12 +218,11 @@ def run_experiment(
     """Runs a resolved configuration in `workdir`; returns the exit status.
 
     Raises:
-      UserError: the run cannot start or go on; its `exit_status` says which kind.
+      UserError: the run cannot start or continue; its `exit_status` says which kind.
     """
     # Imported here: --list, --dry_run and a bad configuration do not need them.
-    from blacksmith import devices
+    from blacksmith import devices, report
     from blacksmith.run import run as runs
-    from blacksmith.run.checkpoint import find, place
 
     experiment, config = resolved.experiment, resolved.config
     if mode not in experiment.modes:
@@ -235,57 +234,19 @@ def run_experiment(
         raise ConfigError(
             f"Log.wandb = {config.log.wandb!r} needs wandb, which is not installed: pip install '.[wandb]'"
         )
-    own = runs.checkpoints_of(workdir / "checkpoints", config)
     try:
         if workdir.exists() and not workdir.is_dir():
             raise ConfigError(f"--workdir: {workdir} is a file, not a directory")
     except OSError as error:
         raise ConfigError(f"--workdir: {error.strerror}: {str(workdir)[:60]}...") from error
     if not device:
-        raise ConfigError("--device is empty; say auto, cpu, gpu, tpu, or a device by name")
-    seen, external = own.steps(), None
-    if resume == "auto":
-        saved = own.newest()
-        if saved is None and mode != "train":
-            raise CheckpointError(
-                f"--mode={mode} needs a checkpoint: {workdir} has none; name one with --workdir=RUN or "
-                "--resume=PATH"
-            )
-        if mode != "train" and saved is not None:
-            saved = own.chosen()
-    else:
-        if seen and mode == "train":
-            raise ConfigError(
-                f"--resume={resume}: {workdir} already has checkpoints; choose another --workdir, or "
-                "--resume=auto to go on there"
-            )
-        if resume == "never" and mode != "train":
-            raise ConfigError(f"--mode={mode} reads a checkpoint; --resume=never forbids it")
-        saved = None
-        path = Path(resume)
-        if resume != "never" and _is_foreign(path, experiment):
-            if mode == "train":
-                raise ConfigError(
-                    f"--resume={resume} has no state of a run to go on from; --mode=eval and --mode=export "
-                    "read it"
-                )
-            external = path
-        elif resume != "never":
-            chosen = runs.checkpoints_of(place(path), config).chosen() if mode != "train" else None
-            saved = chosen or find(path)
+        raise ConfigError("--device is empty; allowed: auto, cpu, gpu, tpu, or a device by name")
+    present = runs.checkpoints_of(workdir / "checkpoints", config).steps()
+    saved, external = starting_point(resolved, workdir, mode=mode, resume=resume)
     if saved is not None:
         runs.check_resume(saved, config, experiment.name, experiment.checkpoint_format, mode=mode)
     name = devices.activate(experiment, resolved.backend, device)
-    package = experiment.entry.partition(":")[0].rpartition(".")[0]
-    where = {
-        "train": "train:train",
-        "eval": "evaluate:evaluate",
-        "export": "evaluate:export",
-        "view": "evaluate:view",
-    }
-    module, _, function = f"{package}.{where[mode]}".partition(":")
-    if experiment.name == "lightning/mnist" and mode != "train":
-        module = module.replace("lightning", "keras")
+    module, _, function = experiment.modes[mode].partition(":")
     entry = getattr(registry.import_module(module, what=f"experiment {experiment.name}"), function)
     run = runs.Run(
         workdir,
@@ -299,29 +260,57 @@ def run_experiment(
         external_weights=external,
         bindings=resolved.bindings,
         command=command,
-        write_report=_write_report,
+        write_report=report.write,
     )
     source = external or (saved.path if saved else None)
-    print(
-        f"{experiment.name} on {resolved.backend} ({name}): {workdir}"
-        + (f", from {source}" if source else ""),
-        file=sys.stderr,
-    )
-    with run.opened(checkpoints=seen):
+    origin = f", from {source}" if source else ""
+    print(f"{experiment.name} on {resolved.backend} ({name}): {workdir}{origin}", file=sys.stderr)
+    with run.opened(checkpoints=present):
         return entry(run) or 0
 
 
-def _write_report(directory: Path) -> None:
-    from blacksmith import report
+def starting_point(
+    resolved: Resolved, workdir: Path, *, mode: str, resume: str
+) -> tuple[Any | None, Path | None]:
+    """What a run starts from: (a checkpoint or None, a directory of weights that no run wrote or None).
 
-    report.write(directory)
+    A training resumes from the newest checkpoint; every other mode reads the best one.
 
+    Raises:
+      ConfigError: `mode`, `resume` and what is in `workdir` contradict each other.
+      CheckpointError: there is no intact checkpoint where one is needed.
+    """
+    from blacksmith.run import run as runs
+    from blacksmith.run.checkpoint import find, place
 
-def _is_foreign(path: Path, experiment: registry.Experiment) -> bool:
-    """Whether a path is a directory that the experiment reads though no run wrote it."""
-    if experiment.foreign is None or (path / "state.json").is_file():
-        return False
-    return (path / experiment.foreign).is_file()
+    own = runs.checkpoints_of(workdir / "checkpoints", resolved.config)
+    training = mode == "train"
+    if resume == "auto":
+        saved = own.newest() if training else own.chosen()
+        if saved is None and not training:
+            raise CheckpointError(
+                f"--mode={mode} needs a checkpoint, and {workdir} has none; give --workdir=RUN or --resume=PATH"
+            )
+        return saved, None
+    if training and own.steps():
+        raise ConfigError(
+            f"--resume={resume}: {workdir} already has checkpoints; choose a new --workdir, or --resume=auto "
+            "to resume there"
+        )
+    if resume == "never":
+        if not training:
+            raise ConfigError(f"--mode={mode} reads a checkpoint, which --resume=never forbids")
+        return None, None
+    path, marker = Path(resume), resolved.experiment.external_weights
+    if marker is not None and (path / marker).is_file() and not (path / "state.json").is_file():
+        if training:
+            raise ConfigError(
+                f"--resume={resume} has weights but no state of a run to resume; it can be read by "
+                "--mode=eval and --mode=export"
+            )
+        return None, path
+    best = None if training else runs.checkpoints_of(place(path), resolved.config).chosen()
+    return best or find(path), None
 
 
 def _default_workdir(values: flags.FlagValues) -> Path:

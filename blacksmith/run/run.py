@@ -210,9 +210,10 @@ class Run:
         if self.resumed is not None and self.mode == "train":
             before = self.resumed.state["data"]
             if before["sha256"] != info.sha256:
+                was, now = (f"{d['source']} {d['sha256'][:12]}" for d in (before, self.data))
                 raise DataError(
-                    f"the data has changed since {self.resumed.path.name}: it was {before['source']} "
-                    f"{before['sha256'][:12]}, now it is {info.source} {info.sha256[:12]}; give the same source"
+                    f"the data has changed since {self.resumed.path.name}: it was {was}, now it is {now}; "
+                    "give the same source"
                 )
         if self._metrics is not None:
             self._environment["data"] = self.data

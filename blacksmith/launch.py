@@ -221,7 +221,7 @@ def run_experiment(
       UserError: the run cannot start or continue; its `exit_status` says which kind.
     """
     # Imported here: --list, --dry_run and a bad configuration do not need them.
-    from blacksmith import devices, report
+    from blacksmith import devices
     from blacksmith.run import run as runs
 
     experiment, config = resolved.experiment, resolved.config
@@ -260,7 +260,7 @@ def run_experiment(
         external_weights=external,
         bindings=resolved.bindings,
         command=command,
-        write_report=report.write,
+        write_report=_write_report,
     )
     source = external or (saved.path if saved else None)
     origin = f", from {source}" if source else ""
@@ -289,7 +289,7 @@ def starting_point(
         saved = own.newest() if training else own.chosen()
         if saved is None and not training:
             raise CheckpointError(
-                f"--mode={mode} needs a checkpoint, and {workdir} has none; give --workdir=RUN or --resume=PATH"
+                f"--mode={mode} needs a checkpoint: {workdir} has none; give --workdir=RUN or --resume=PATH"
             )
         return saved, None
     if training and own.steps():
@@ -311,6 +311,12 @@ def starting_point(
         return None, path
     best = None if training else runs.checkpoints_of(place(path), resolved.config).chosen()
     return best or find(path), None
+
+
+def _write_report(directory: Path) -> None:
+    from blacksmith import report  # at the end of the run: a run starts sooner without it
+
+    report.write(directory)
 
 
 def _default_workdir(values: flags.FlagValues) -> Path:

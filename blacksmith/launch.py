@@ -276,7 +276,7 @@ def run_experiment(
     if saved is not None:
         runs.check_resume(saved, config, experiment, mode=mode)
     name = devices.activate(experiment, resolved.backend, device)
-    module, _, function = experiment.entry.partition(":")
+    module, _, function = experiment.modes[mode].partition(":")
     entry = getattr(registry.import_module(module, what=f"experiment {experiment.name}"), function)
     run = runs.Run(
         workdir,
@@ -299,9 +299,9 @@ def run_experiment(
 
 def _is_foreign(path: Path, experiment: registry.Experiment) -> bool:
     """Whether a path is a directory that the experiment reads though no run wrote it."""
-    if experiment.foreign is None or (path / "state.json").is_file():
+    if experiment.external_weights is None or (path / "state.json").is_file():
         return False
-    return (path / experiment.foreign).is_file()
+    return (path / experiment.external_weights).is_file()
 
 
 def _default_workdir(values: flags.FlagValues) -> Path:

@@ -12,7 +12,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from blacksmith.config.settings import check_same_decay
 from blacksmith.datasets import mnist
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
@@ -21,6 +20,7 @@ from blacksmith.files import write_json
 from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Order
 from blacksmith.run.run import STOPPED, Run
+from blacksmith.run.schedule import check_same_decay
 from blacksmith.trainers import losses
 from blacksmith.trainers.backend import Backend, Task
 from blacksmith.trainers.export import export_stablehlo, export_torch
@@ -74,7 +74,7 @@ def prepare(run: Run) -> Pipeline:
             f"mnist.Train.batch_size = {config.train.batch_size} is more than {len(train)} training samples"
         )
     order = Order(len(train), config.train.batch_size, config.run.seed)
-    total_steps = config.train.steps or config.train.epochs * order.steps_per_epoch
+    total_steps = config.train.total_steps(order.steps_per_epoch)
     task = make_task(config, data.num_classes, total_steps)
     say = print if run.mode == "train" else lambda line: None
     backend = make_backend(task, train.inputs, train.labels, block_steps=config.train.block_steps, say=say)

@@ -26,6 +26,7 @@ from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mesh import extract_mesh, write_ply
 from blacksmith.models.pytorch.nerf.rendering import RadianceField
 from blacksmith.run.run import STOPPED, Run
+from blacksmith.run.schedule import check_same_decay
 
 GIF_PIXELS = 240
 
@@ -73,8 +74,8 @@ def scene_of(run: Run) -> Scene:
     Raises:
       DataError: it is not there, or broken.
     """
-    data = run.config.data
-    needs_alpha = data.hull or data.background == "random"
+    data, hull = run.config.data, run.config.hull
+    needs_alpha = hull or data.background == "random"
     scene = open_scene(data.scene, downscale=data.downscale, needs_alpha=needs_alpha)
     smallest = scores.SSIM_WINDOW_PIXELS
     if min(scene.info["width"], scene.info["height"]) < smallest:
@@ -82,7 +83,7 @@ def scene_of(run: Run) -> Scene:
             f"{scene.path}: pictures of {scene.info['width']}x{scene.info['height']} pixels are too small "
             f"for SSIM, which needs {smallest}; lower nerf.Data.downscale"
         )
-    run.use_data({**scene.info, "alpha_hull": data.hull}, scene.describe())
+    run.use_data({**scene.info, "alpha_hull": hull}, scene.describe())
     return scene
 
 
@@ -94,10 +95,11 @@ def prepare(run: Run, pictures: Views, held_out: Views) -> tuple[NerfModule, Ray
     else:
         field = fields.build(config, run.resumed.state["loop"]["rows"])
     train = config.train
-    first = train.rays if train.samples is None else min(1024, train.rays)
+    first = train.rays if config.samples is None else min(1024, train.rays)
     loader = RayLoader(train.steps, config.run.seed, first)
     module = NerfModule(run, field, RayBank(pictures, run.device), loader, held_out)
     if run.resumed is not None:
+        check_same_decay(config.schedule, run.resumed.state["config"], 1, train.steps)
         module.restarts = list(run.resumed.state["loop"]["restarts"])
     return module, loader
 

@@ -1,1 +1,15 @@
 """Fine-tuning Llama on SST-2 in a plain PyTorch loop."""
+
+from blacksmith.registry import Experiment, Needs
+
+_ENTRY = f"{__name__}.train:main"
+
+EXPERIMENT = Experiment(
+    name="pytorch/llama",
+    summary="Llama fine-tuned on SST-2 with LoRA, the shared prompt prefix computed once per batch",
+    configs=f"{__name__}.configs",
+    modes={"train": _ENTRY, "eval": _ENTRY, "export": _ENTRY},
+    backends={"torch": Needs("llama", ("torch", "transformers", "peft", "datasets", "accelerate", "gguf"))},
+    checkpoint_format="llama-peft-3",
+    external_weights="adapter_config.json",
+)

@@ -148,5 +148,5 @@ class Journal:
         told = " and ".join(f"{name} {value}" for name, value in values.items())
         return RunError(
             f"{told} at step {step + 1}, rows {rows} of the training data; the last checkpoint is "
-            f"{kept[-1].name if kept else 'none'}; lower llama.Train.learning_rate"
+            f"{kept[-1].name if kept else 'none'}; lower Optimizer.learning_rate"
         )

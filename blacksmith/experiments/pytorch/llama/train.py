@@ -5,7 +5,6 @@ Each step computes what all prompts begin with once, and the language-model head
 """
 
 import contextlib
-import math
 import os
 import shutil
 import sys
@@ -17,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blacksmith.config.settings import check_same_decay
+from blacksmith.config.settings import check_warmup
 from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama import checkpoints, evaluation
 from blacksmith.experiments.pytorch.llama.batches import LengthOrder, collate, padding
 from blacksmith.experiments.pytorch.llama.checkpoints import build_model
-from blacksmith.experiments.pytorch.llama.configs import evaluate_every, total_steps
+from blacksmith.experiments.pytorch.llama.configs import evaluate_every
 from blacksmith.experiments.pytorch.llama.evaluation import Questions
 from blacksmith.experiments.pytorch.llama.journal import Journal
-from blacksmith.experiments.pytorch.llama.optimizer import Averages, learning_rate, make_optimizer
+from blacksmith.experiments.pytorch.llama.optimizer import Averages
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.files import write_json
 from blacksmith.models.pytorch.llama import loading
@@ -34,6 +33,8 @@ from blacksmith.models.pytorch.llama.adapters import merge
 from blacksmith.models.pytorch.llama.prefix import token_losses
 from blacksmith.run.order import seed_words
 from blacksmith.run.run import STOPPED, Run
+from blacksmith.run.schedule import check_same_decay, learning_rate
+from blacksmith.trainers.native_optimizers import clip_gradients, make_optimizer
 
 
 def main(run: Run) -> int:
@@ -57,14 +58,14 @@ def train(run: Run) -> int:
     prefix = training.shared_prefix() if settings.shared_prefix else []
     pad = padding(tokenizer)
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
-    end = total_steps(settings, order.steps_per_epoch)
+    end = settings.total_steps(order.steps_per_epoch)
     look_every = evaluate_every(settings, end)
     check_schedule(run, order, end)
 
     # What is trained, and where the run stands.
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     base = loading.fingerprint(model, tokenizer)
-    optimizer = make_optimizer(settings, weights)
+    optimizer = make_optimizer(config.optimizer, weights.values())
     averages = Averages(weights, settings.average)
     loop = checkpoints.resume(run, optimizer, weights, averages)
     saved_at = loop.step if run.goes_on else -1
@@ -100,7 +101,7 @@ def train(run: Run) -> int:
             # One step: a batch, perhaps in parts, that begins with what all prompts begin with.
             rows = order.rows(loop.step)
             answer_tokens = sum(len(training.tokens[row]) - training.answers[row] for row in rows)
-            rate = learning_rate(config.schedule, settings.learning_rate, loop.step, end)
+            rate = learning_rate(config.schedule, config.optimizer.learning_rate, loop.step, end)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
@@ -114,7 +115,7 @@ def train(run: Run) -> int:
                 part_loss.backward()
                 loss += part_loss.detach()
                 tokens += len(prefix) + batch.tokens.numel()
-            norm = torch.nn.utils.clip_grad_norm_(weights.values(), settings.clip_norm or math.inf)
+            norm = clip_gradients(config.optimizer, weights.values())
             optimizer.step()
             averages.update(loop.step + 1)
             profile_step()
@@ -407,11 +408,7 @@ def check_schedule(run: Run, order: LengthOrder, end: int) -> None:
       ConfigError: either of them.
     """
     schedule = run.config.schedule
-    if schedule.warmup_steps >= end:
-        raise ConfigError(
-            f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step of the run's {end} for what "
-            "follows"
-        )
+    check_warmup(schedule, end)
     if run.resumed is not None:
         check_same_decay(schedule, run.resumed.state["config"], order.steps_per_epoch, end)
 

@@ -42,6 +42,8 @@ class Experiment:
       uses_keras: whether ``KERAS_BACKEND`` must be set before Keras is imported.
       external_weights: the name of a file that marks a directory of weights that no run wrote, which can be
         evaluated and exported; None if there is no such format.
+      weights: the safetensors file of a checkpoint that holds the weights, and maybe ``optimizer/...``; the
+        parity command compares them. None: runs cannot be compared.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Experiment:
     checkpoint_format: str
     uses_keras: bool = False
     external_weights: str | None = None
+    weights: str | None = None
 
 
 _ADDED: dict[str, Experiment] = {}

@@ -17,4 +17,5 @@ EXPERIMENT = Experiment(
     },
     checkpoint_format="keras-arrays-2",
     uses_keras=True,
+    weights="arrays.safetensors",
 )

@@ -138,14 +138,11 @@ class Config:
             raise ConfigError(f"mnist.Model.hidden = {self.model.hidden}: widths must be positive")
         check_warmup(self.schedule, train.steps)
 
-    def parity_bindings(self, steps: int) -> dict[str, object]:
+    def parity_bindings(self) -> dict[str, object]:
         """The settings that a comparison of backends changes, by Gin name.
 
         Dropout and augmentation are off, because their random masks differ between backends. An ``auto``
         source is resolved once for all runs.
-
-        Args:
-          steps: optimizer steps of the comparison.
 
         Raises:
           DataError: the data is missing or broken.
@@ -162,7 +159,4 @@ class Config:
             "mnist.Data.shift": 0.0,
             "mnist.Data.rotate": 0.0,
             "mnist.Model.dropout": 0.0,
-            "mnist.Train.steps": steps,
-            "mnist.Train.early_stopping": None,
-            "mnist.Train.stop_at": None,
         }

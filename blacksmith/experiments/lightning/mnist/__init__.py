@@ -14,4 +14,5 @@ EXPERIMENT = Experiment(
     backends={"torch": Needs("lightning", ("keras", "torch", "lightning"))},
     checkpoint_format="keras-arrays-2",
     uses_keras=True,
+    weights="arrays.safetensors",
 )

@@ -35,7 +35,7 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the directory cannot be written.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary_name(target)
     try:
         with open(temporary, "xb") as stream:
             yield stream
@@ -48,24 +48,34 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yields a temporary sibling directory that becomes `target` when the block ends without an error.
+    """Makes a temporary directory to fill that is renamed to `target` when the block succeeds.
 
-    Its files are flushed to disk before the rename. When the block raises, the directory is removed.
+    All files are flushed to disk before the rename. They get the permissions of ordinary new files, since
+    some libraries write private ones. If the block raises, the temporary directory is removed.
+
+    Args:
+      target: the directory to make.
 
     Raises:
-      OSError: the directory cannot be written, or `target` exists and is not empty.
+      OSError: the parent cannot be written, or `target` exists and is not an empty directory.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary_name(target)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as stream:
-                    os.fsync(stream.fileno())
+        mode = temporary.stat().st_mode & 0o666
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
+            file.chmod(mode)
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_name(target: Path) -> Path:
+    # A sibling, so that the rename stays within one file system.
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def file_sha256(path: Path) -> str:

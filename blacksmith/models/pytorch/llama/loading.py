@@ -10,7 +10,6 @@ import io
 import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,8 +236,6 @@ def _convert_gguf(name: str, path: Path) -> Path:
                 model, tokenizer = _read(name, path, dtype=torch.float32, quantization_config=plain)
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
-            for file in directory.iterdir():
-                shutil.copymode(directory / "config.json", file)  # safetensors writes private files
     except (OSError, SafetensorError) as error:
         if not copy.is_dir():  # otherwise another process has converted the same file
             reason = f"cannot write {copy}: {first_line(error)}"

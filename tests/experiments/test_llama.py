@@ -862,7 +862,7 @@ BAD_SETTINGS = {
     "module": (["llama.Lora.rank = 2", 'llama.Lora.target_modules = ("q_prj",)'], "q_prj"),
     "no model": (
         ['llama.Model.name_or_path = "no/such/model/here"'],
-        r"is no asset \(smollm2-135m\), directory",
+        r"is not an asset \(smollm2-135m\), directory",
     ),
 }
 

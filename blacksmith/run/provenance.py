@@ -9,12 +9,12 @@ from typing import Any
 
 _PACKAGES = (
     "accelerate",
+    "av",
     "blacksmith",
     "datasets",
     "gguf",
     "gin-config",
     "h5py",
-    "imageio-ffmpeg",
     "jax",
     "jaxlib",
     "keras",

@@ -45,8 +45,6 @@ def train(run: Run) -> int:
         raise ConfigError(
             f"--device={run.device}: this experiment needs float64, on a CPU or an NVIDIA or AMD GPU; say cpu"
         )
-    if config.results.video_frames:
-        results.find_ffmpeg()  # an error now, not after the training
     if config.train.precision == "float16" and torch.device(run.device).type == "cpu":
         raise ConfigError('nerf.Train.precision = "float16" needs a GPU; set it to "float32" or "bfloat16"')
     lpips = find_lpips(config, run.device)
@@ -194,7 +192,7 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
         field,
         camera.resized(width, max(1, round(width * camera.height / camera.width))),
         run.directory / "images",
-        centre=centre,
+        center=centre,
         radius=radius,
         elevation=settings.video_elevation,
         frames=settings.video_frames,

@@ -17,8 +17,8 @@ from blacksmith.datasets.blender import Views
 from blacksmith.errors import RunError
 from blacksmith.experiments.lightning.nerf import fields
 from blacksmith.experiments.lightning.nerf.pictures import (
-    depth_colours,
-    error_colours,
+    depth_colors,
+    error_colors,
     labels_of,
     strip,
     to_bytes,
@@ -192,8 +192,8 @@ class NerfModule(L.LightningModule):
             truth = self._validation.picture(index, background)
             errors.append(float(np.square(rgb - truth).mean(dtype=np.float64)))
             ratios.append(psnr(rgb, truth))
-            depth = depth_colours(rendered.depth.cpu().numpy(), rendered.opacity.cpu().numpy())
-            pictures = [to_bytes(truth), to_bytes(rgb), error_colours(rgb, truth), depth]
+            depth = depth_colors(rendered.depth.cpu().numpy(), rendered.opacity.cpu().numpy())
+            pictures = [to_bytes(truth), to_bytes(rgb), error_colors(rgb, truth), depth]
             name = self._validation.names[index]
             shown = strip(pictures, list(labels_of(f"val view {name}", ratios[-1]).values()))
             run.metrics.image(step, f"val/{name}", shown)

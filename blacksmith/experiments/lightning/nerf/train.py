@@ -30,8 +30,6 @@ def train(run: Run) -> int:
     """Trains a field of the scene, then renders and scores its test views; returns the exit status."""
     config = run.config
     check_device(run)
-    if config.results.video_frames:
-        results.find_ffmpeg()  # an error now, not after the training
     lpips = find_lpips(run)
     scene = open_scene_of(run)
     module, loader, loop = prepare(run, scene)

@@ -3,6 +3,7 @@
 An experiment uses a section as it is, or inherits from it to change it. docs/settings.md lists them all.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 from blacksmith.config.conditions import POSITIVE, Is, hold
@@ -259,3 +260,27 @@ def check_warmup(schedule: ScheduleConfig, end: int | None) -> None:
             f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step of the run's {end} for what "
             "follows"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """The sections that the loop and the run directory need; an experiment's `Config` adds its own."""
+
+    run: RunConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class KerasConfig(BaseConfig):
+    """The sections that an experiment on the Keras trainer needs besides its `Train`."""
+
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchConfig(BaseConfig):
+    """The sections that a plain PyTorch experiment needs besides its `Train`."""
+
+    optimizer: TorchOptimizerConfig

@@ -13,7 +13,14 @@ from blacksmith.trainers import losses
 from blacksmith.trainers.backend import Augmentation, Backend, Task
 from blacksmith.trainers.export import export_stablehlo, export_torch
 from blacksmith.trainers.initial_weights import initialise
-from blacksmith.trainers.keras_trainer import Samples, Setup, backend_of, evaluate, load_checkpoint
+from blacksmith.trainers.keras_trainer import (
+    KerasTrainer,
+    Samples,
+    Setup,
+    backend_of,
+    evaluate,
+    load_checkpoint,
+)
 from blacksmith.trainers.optimizers import make_optimizer
 
 WORST = 48
@@ -43,6 +50,23 @@ def make_task(
         accumulate=config.train.accumulate,
         seed=config.run.seed,
     )
+
+
+def run_classifier(run: Run, setup: Setup, preparation: Mapping[str, Any] | None = None) -> int:
+    """Trains, evaluates or exports a classifier, as the run's mode says; returns the exit status.
+
+    Args:
+      run: the run.
+      setup: what is trained.
+      preparation: how inputs are prepared, for `export.json`.
+    """
+    if run.mode == "eval":
+        return evaluate_checkpoint(run, setup)
+    if run.mode == "export":
+        return export_checkpoint(run, setup, preparation or {})
+    trainer = KerasTrainer(run, setup)
+    trainer.fit()
+    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test))
 
 
 def score_classifier(

@@ -232,8 +232,10 @@ class Run:
             )
         self._started = True
         self.checkpoints.clean()
-        for stale in ("result.json", "report.html", "worst.npz", "eval_results.json"):
+        for stale in ("result.json", "report.html", "eval_results.json"):
             (self.directory / stale).unlink(missing_ok=True)
+        for picture in (self.directory / "images").glob("test_*"):
+            picture.unlink()
         (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
         (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))
         write_json(self.directory / "config.json", configuration.as_dict(self.config))
@@ -295,8 +297,10 @@ class Run:
     def _failed(self, error: BaseException) -> None:
         """Leaves word of a crash, as far as the disk lets it."""
         with contextlib.suppress(Exception):
-            path = self.directory / "metrics.jsonl"
-            lines = metric_writers.read(path) if path.exists() else []
+            try:
+                step = metric_writers.read(self.directory / "metrics.jsonl")[-1]["step"]
+            except (OSError, DataError, IndexError):
+                step = 0
             aborted = isinstance(error, KeyboardInterrupt)
             by = self.stop.signal or "SIGINT"
             write_json(
@@ -307,7 +311,7 @@ class Run:
                     "experiment": self.experiment.name,
                     "backend": self.backend,
                     "device": self.device,
-                    "step": lines[-1]["step"] if lines else 0,
+                    "step": step,
                     "data": self.data,
                 },
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from PIL import Image, PngImagePlugin
 
 from blacksmith.config.settings import check_same_decay
 from blacksmith.datasets import mnist
@@ -176,7 +177,7 @@ def conclude(run: Run, pipeline: Pipeline, trainer: KerasTrainer, status: str) -
     saved = run.checkpoints.chosen()
     load_checkpoint(pipeline.backend, saved)
     result["tested_checkpoint"] = saved.path.name
-    result["test"] = evaluate_test_set(pipeline, run.config.data, worst_to=run.directory / "worst.npz")
+    result["test"] = evaluate_test_set(pipeline, run.config.data, worst_to=run.directory / "images")
     values = {k: result["test"][k] for k in ("loss", "accuracy")}
     run.metrics.write(state.step, state.step / pipeline.order.steps_per_epoch, "test", values)
     run.finish("done", result)
@@ -193,7 +194,7 @@ def evaluate_test_set(pipeline: Pipeline, settings: Data, worst_to: Path | None 
     Args:
       pipeline: data, and the weights to test.
       settings: how the images are prepared.
-      worst_to: a file for the worst-classified images, which the report shows.
+      worst_to: a directory for the worst-classified images, which the report shows.
 
     Returns:
       loss, accuracy, per-class accuracy and the confusion matrix (rows: true, columns: predicted).
@@ -215,20 +216,20 @@ def evaluate_test_set(pipeline: Pipeline, settings: Data, worst_to: Path | None 
     }
 
 
-def _save_worst(path: Path, split: mnist.Split, predictions: np.ndarray, logits: np.ndarray) -> None:
+def _save_worst(directory: Path, split: mnist.Split, predictions: np.ndarray, logits: np.ndarray) -> None:
     """Saves the misclassified images whose true class got the least probability, worst first."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     of_truth = probabilities[np.arange(len(split)), split.labels]
     wrong = np.flatnonzero(predictions != split.labels)
-    worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST]
-    np.savez(
-        path,
-        images=split.images[worst],
-        labels=split.labels[worst],
-        predictions=predictions[worst],
-        probabilities=of_truth[worst],
-    )
+    directory.mkdir(exist_ok=True)
+    for rank, index in enumerate(wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST], 1):
+        true, chance = split.labels[index], of_truth[index]
+        caption = f"{true} → {predictions[index]}\np({true}) = {chance:{'.0e' if chance < 1e-3 else '.3f'}}"
+        texts = PngImagePlugin.PngInfo()
+        texts.add_itxt("Title", "Worst-classified test images: true → predicted class")
+        texts.add_itxt("Description", caption)
+        Image.fromarray(split.images[index]).save(directory / f"test_worst_{rank:02d}.png", pnginfo=texts)
 
 
 def evaluate_checkpoint(run: Run) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 
 from blacksmith.errors import DataError
 
-_PLACE = ("step", "epoch", "seconds", "split")
+_PLACE = ("step", "epoch", "seconds", "split")  # on every line, beside the values
 
 
 class Writer(Protocol):

@@ -34,7 +34,7 @@ def train(run: Run) -> int:
     if trainer.loop.between():
         fit(trainer, bar=bar)
     return trainer.finish(
-        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "worst.npz")
+        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "images")
     )
 
 

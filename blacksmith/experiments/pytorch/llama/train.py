@@ -5,6 +5,7 @@ Each step computes what all prompts begin with once, and the language-model head
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -48,7 +49,7 @@ def train(run: Run) -> int:
 
     # Data.
     data = read_data(run).split(config.data.validation, config.run.seed)
-    run.use_data(data.info, sst2.describe(data.info))
+    run.use_data(dataclasses.asdict(data.info), data.info.describe())
     model, tokenizer = build_model(run)
     prompt = Prompt.of(config.data.template, config.data.labels)
     examples = long_enough(run, data.train, "training")
@@ -161,7 +162,7 @@ def long_enough(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
             "out",
             file=sys.stderr,
         )
-    return examples.rows(rows)
+    return examples.take(rows)
 
 
 def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples) -> Encoded:
@@ -340,7 +341,7 @@ def evaluate_checkpoint(run: Run) -> int:
     trained_on = run.resumed.state["data"].get("sha256") if run.resumed else None
     known = trained_on == read.sha256
     data = read.split(settings.validation, run.config.run.seed) if known else read.for_testing()
-    run.use_data(data.info, sst2.describe(data.info))
+    run.use_data(dataclasses.asdict(data.info), data.info.describe())
     model, tokenizer = build_model(run)
     prompt = Prompt.of(settings.template, settings.labels)
     source = run.foreign or run.resumed.path

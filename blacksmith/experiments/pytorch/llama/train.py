@@ -25,7 +25,7 @@ from blacksmith.experiments.pytorch.llama import checkpoints, evaluation
 from blacksmith.experiments.pytorch.llama.batches import LengthOrder, collate, padding
 from blacksmith.experiments.pytorch.llama.checkpoints import build_model
 from blacksmith.experiments.pytorch.llama.configs import evaluate_every, total_steps
-from blacksmith.experiments.pytorch.llama.evaluation import Questions
+from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
 from blacksmith.experiments.pytorch.llama.journal import Journal
 from blacksmith.experiments.pytorch.llama.optimizer import Averages, learning_rate, make_optimizer
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
@@ -52,9 +52,11 @@ def train(run: Run) -> int:
     run.use_data(dataclasses.asdict(data.info), data.info.describe())
     model, tokenizer = build_model(run)
     prompt = Prompt.of(config.data.template, config.data.labels)
-    examples = long_enough(run, data.train, "training")
+    examples = drop_short(run, data.train, "training")
     training = encode_training(run, tokenizer, prompt, examples)
-    validation = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"), "validation")
+    validation = encode_eval(
+        run, tokenizer, prompt, drop_short(run, data.validation, "validation"), "validation"
+    )
     prefix = training.shared_prefix() if settings.shared_prefix else []
     pad = padding(tokenizer)
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
@@ -145,11 +147,11 @@ def read_data(run: Run) -> sst2.Source:
     )
 
 
-def long_enough(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
-    """The examples of as many words as `llama.Data.min_words` asks for; says how many are left out.
+def drop_short(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
+    """Returns the examples with at least `llama.Data.min_words` words; prints how many are left out.
 
     Raises:
-      ConfigError: none is long enough.
+      ConfigError: none is left.
     """
     fewest = run.config.data.min_words
     rows = np.array([i for i, s in enumerate(examples.sentences) if len(s.split()) >= fewest], np.int64)
@@ -166,7 +168,7 @@ def long_enough(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
 
 
 def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples) -> Encoded:
-    """The training examples as tokens; says how many were too long."""
+    """Encodes the training examples; prints how many were too long."""
     settings = run.config.data
     encoded = encode(
         tokenizer,
@@ -177,7 +179,7 @@ def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Exa
         too_long=settings.too_long,
     )
     for count, done in ((encoded.dropped, "left out"), (encoded.truncated, "cut")):
-        say_too_long(count, len(examples), "training", settings.max_length, done)
+        report_truncation(count, len(examples), "training", settings.max_length, done)
     if not len(encoded):
         raise ConfigError(
             f"llama.Data.max_length = {settings.max_length} leaves no training example; raise it"
@@ -185,16 +187,16 @@ def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Exa
     return encoded
 
 
-def ask(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples, what: str) -> Questions:
-    """Examples as questions with both answers; says how many were too long."""
+def encode_eval(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples, what: str) -> EvalPairs:
+    """Encodes examples with both answers; prints how many were too long."""
     length = run.config.data.max_length
-    questions = Questions.of(tokenizer, prompt, examples.sentences, examples.labels, length)
-    say_too_long(questions.right.truncated, len(examples), what, length, "cut")
-    return questions
+    pairs = EvalPairs.encode(tokenizer, prompt, examples.sentences, examples.labels, length)
+    report_truncation(pairs.correct.truncated, len(examples), what, length, "cut")
+    return pairs
 
 
-def say_too_long(count: int, of: int, what: str, max_length: int, done: str) -> None:
-    """Says what happened to examples that have more tokens than they may have, if there are any."""
+def report_truncation(count: int, of: int, what: str, max_length: int, done: str) -> None:
+    """Prints how many examples were too long, and what was done with them."""
     if count:
         print(
             f"{count:,} of {of:,} {what} examples have more than {max_length} tokens and were {done}",
@@ -202,13 +204,13 @@ def say_too_long(count: int, of: int, what: str, max_length: int, done: str) -> 
         )
 
 
-def score(run: Run, model: torch.nn.Module, questions: Questions, pad: int) -> evaluation.Scores | None:
-    """Scores questions by likelihood; None if the run is to stop."""
+def score(run: Run, model: torch.nn.Module, pairs: EvalPairs, pad: int) -> evaluation.Scores | None:
+    """Scores examples by likelihood; None if the run is to stop."""
     settings = run.config
     with autocast(run):
         return evaluation.score(
             model,
-            questions,
+            pairs,
             batch_size=settings.evaluation.batch_size,
             pad=pad,
             shared_prefix=settings.train.shared_prefix,
@@ -282,12 +284,12 @@ def test(
       loss, accuracy, the confusion matrix (rows: true, columns: predicted), and how generation did.
     """
     settings = run.config.evaluation
-    questions = ask(run, tokenizer, prompt, examples, "test")
-    scores = score(run, model, questions, padding(tokenizer))
+    pairs = encode_eval(run, tokenizer, prompt, examples, "test")
+    scores = score(run, model, pairs, padding(tokenizer))
     if scores is None:
         return None
-    wanted = len(questions) if settings.generate is None else min(settings.generate, len(questions))
-    some = questions.right.first(wanted)
+    wanted = len(pairs) if settings.generate is None else min(settings.generate, len(pairs))
+    some = pairs.correct.first(wanted)
     with autocast(run):
         texts = evaluation.generate(
             model,
@@ -322,7 +324,7 @@ def test(
         "per_class_accuracy": (confusion.diagonal() / np.maximum(confusion.sum(1), 1)).tolist(),
         "confusion_matrix": confusion.tolist(),
         "class_names": [label.strip() for label in prompt.labels],
-        "questions": {"examples": len(questions), "truncated": questions.right.truncated},
+        "questions": {"examples": len(pairs), "truncated": pairs.correct.truncated},
         "generated": {
             "examples": wanted,
             "accuracy": right / wanted if wanted else None,
@@ -347,7 +349,9 @@ def evaluate_checkpoint(run: Run) -> int:
     source = run.foreign or run.resumed.path
     result: dict[str, Any] = {"checkpoint": str(source), "data": run.data}
     if known:
-        held_out = ask(run, tokenizer, prompt, long_enough(run, data.validation, "validation"), "validation")
+        held_out = encode_eval(
+            run, tokenizer, prompt, drop_short(run, data.validation, "validation"), "validation"
+        )
         scores = score(run, model, held_out, padding(tokenizer))
         if scores is None:
             return STOPPED

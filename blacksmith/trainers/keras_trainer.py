@@ -21,8 +21,8 @@ from blacksmith.run.checkpoint import Saved, direction
 from blacksmith.run.order import EMPTY_DIGEST, Block, Order, chain_digest
 from blacksmith.run.progress import Progress
 from blacksmith.run.run import Run
-from blacksmith.trainers.backend import Backend, Task
 from blacksmith.trainers.initial_weights import weights_sha256
+from blacksmith.trainers.task import Backend, Task
 
 ARRAYS = "arrays.safetensors"
 

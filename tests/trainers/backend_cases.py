@@ -16,10 +16,11 @@ from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Block, Order
 from blacksmith.trainers import losses
-from blacksmith.trainers.backend import Task, read_state, step_seeds
-from blacksmith.trainers.initial_weights import initialise, variable_name, weights_sha256
+from blacksmith.trainers.backend_state import read_state, step_seeds
+from blacksmith.trainers.initial_weights import initialize, variable_name, weights_sha256
 from blacksmith.trainers.keras_trainer import make_backend
 from blacksmith.trainers.optimizers import make_optimizer
+from blacksmith.trainers.task import Task
 
 CLASSES = 4
 SAMPLES, BATCH = 52, 8  # seven batches an epoch, the last one of four samples
@@ -103,7 +104,7 @@ def _task(
         built = MODELS[model](dropout)
     finally:
         keras.config.set_dtype_policy("float32")
-    initialise(built, seed)
+    initialize(built, seed)
     settings = {"name": "adam", "learning_rate": 0.01} | (optimizer or {})
     return Task(
         model=built,
@@ -317,7 +318,7 @@ def _ones_task(*, dropout=0.0, seed=0, optimizer=None, schedule=None, total_step
         x = layers.Dropout(dropout, name=f"dropout_{number}")(x)
         branches.append(_Scale(name=f"scale_{number}")(x))
     model = keras.Model(inputs, layers.Concatenate(name="joined")(branches), name="ones")
-    initialise(model, 0)
+    initialize(model, 0)
     settings = OptimizerConfig(**({"name": "sgd"} | (optimizer or {})))
     return Task(
         model=model,
@@ -359,7 +360,7 @@ def initialiser_samples(configs, shape):
             inputs = keras.Input((*shape[:2], shape[2]))
             layer = layers.Conv2D(shape[3], shape[:2], kernel_initializer=initializer, name="layer")
         model = keras.Model(inputs, layer(inputs), name="one")
-        initialise(model, 0)
+        initialize(model, 0)
         found[f"{number}/ours"] = np.array(ops.convert_to_numpy(layer.kernel))
         keras_own = keras.initializers.get({**config, "config": config["config"] | {"seed": 1}})
         found[f"{number}/keras"] = np.array(ops.convert_to_numpy(keras_own(shape)))
@@ -373,7 +374,7 @@ def same_shape_layers(names, seed=0):
     for name in names:
         x = layers.Dense(8, name=name)(x)
     model = keras.Model(inputs, x, name="equal")
-    initialise(model, seed)
+    initialize(model, seed)
     return {name: np.array(ops.convert_to_numpy(model.get_layer(name).kernel)) for name in names}
 
 
@@ -383,7 +384,7 @@ def separable_weights():
     x = layers.SeparableConv2D(4, 3, name="separable")(inputs)
     x = layers.DepthwiseConv2D(3, name="depthwise")(x)
     model = keras.Model(inputs, x, name="one")
-    initialise(model, 0)
+    initialize(model, 0)
     return {variable_name(model, v): np.array(ops.convert_to_numpy(v)) for v in model.variables}
 
 
@@ -395,7 +396,7 @@ def initialise_layer(kind):
         "unknown": lambda: _Unknown(name="unknown"),
         "twins": lambda: _Twins(name="twins"),
     }[kind]()
-    initialise(keras.Model(inputs, layer(inputs), name="one"), 0)
+    initialize(keras.Model(inputs, layer(inputs), name="one"), 0)
     return {}
 
 
@@ -499,7 +500,7 @@ def train_random_layer(kind):
     }[kind]()
     outputs = layers.Dense(CLASSES, name="logits")(layer(inputs))
     model = keras.Model(inputs, outputs, name="random")
-    initialise(model, 0)
+    initialize(model, 0)
     task = Task(model, make_optimizer(OptimizerConfig(), ScheduleConfig(), 2), losses.cross_entropy)
     data, labels = _data(model, BATCH)
     backend = make_backend(task, data, labels, block_steps=2)
@@ -542,7 +543,7 @@ def load_broken_state(kind):
 
 def optimizer_choice(optimizer=None, constraint=False, policy="float32", exclude=()):
     """On PyTorch: why the fused kernel is refused (None: it is not), and what was said."""
-    from blacksmith.trainers.torch_backend import fused_kernel_refusal
+    from blacksmith.trainers.torch_optimizer import why_not_fused
 
     if constraint or policy == "bfloat16" or exclude:
         kernel = keras.constraints.NonNeg() if constraint else None
@@ -550,7 +551,7 @@ def optimizer_choice(optimizer=None, constraint=False, policy="float32", exclude
         x = layers.Flatten(name="flatten")(inputs)
         layer = layers.Dense(CLASSES, kernel_constraint=kernel, dtype=policy, name="logits")
         model = keras.Model(inputs, layer(x), name="one")
-        initialise(model, 0)
+        initialize(model, 0)
         settings = {"name": "adamw", "learning_rate": 0.01} | (optimizer or {})
         made = make_optimizer(OptimizerConfig(**settings), ScheduleConfig(), 30)
         if exclude:
@@ -561,7 +562,7 @@ def optimizer_choice(optimizer=None, constraint=False, policy="float32", exclude
     said = []
     inputs, labels = _data(task.model, BATCH)
     make_backend(task, inputs, labels, say=said.append)
-    return {"refusal": fused_kernel_refusal(task.optimizer, task.model), "said": said}
+    return {"refusal": why_not_fused(task.optimizer, task.model), "said": said}
 
 
 # Export

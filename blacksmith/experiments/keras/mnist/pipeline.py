@@ -22,9 +22,8 @@ from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Order
 from blacksmith.run.run import STOPPED, Run
 from blacksmith.trainers import losses
-from blacksmith.trainers.backend import Backend, Task
 from blacksmith.trainers.export import export_stablehlo, export_torch
-from blacksmith.trainers.initial_weights import initialise
+from blacksmith.trainers.initial_weights import initialize
 from blacksmith.trainers.keras_trainer import (
     KerasTrainer,
     Samples,
@@ -34,6 +33,7 @@ from blacksmith.trainers.keras_trainer import (
     make_plan,
 )
 from blacksmith.trainers.optimizers import make_optimizer
+from blacksmith.trainers.task import Backend, Task
 
 WORST = 48
 
@@ -115,7 +115,7 @@ def make_task(config: Config, num_classes: int, total_steps: int) -> Task:
         bias=config.model.bias,
         num_classes=num_classes,
     )
-    initialise(model, config.run.seed)
+    initialize(model, config.run.seed)
     augmentation = None
     if config.data.shift or config.data.rotate:
         background = -config.data.mean / config.data.std

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from blacksmith.config.settings import ScheduleConfig
-from blacksmith.errors import CheckpointError, ConfigError, closest
+from blacksmith.errors import ConfigError, closest
 from blacksmith.experiments.pytorch.llama.configs import Train
+from blacksmith.trainers.torch_state import load_optimizer_state, optimizer_state
 
 
 def make_optimizer(train: Train, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
@@ -87,16 +88,8 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) 
 def state_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """An optimiser's state: tensors by ``parameter/slot``, and the slots that are plain numbers."""
-    tensors, numbers = {}, {}
-    for parameter, slots in optimizer.state.items():
-        for slot, value in slots.items():
-            name = f"{names[parameter]}/{slot}"
-            if isinstance(value, Tensor):
-                tensors[name] = value.detach().cpu().contiguous()
-            elif value is not None:
-                numbers[name] = value
-    return tensors, numbers
+    """`optimizer_state` of parameters with these names."""
+    return optimizer_state(optimizer, {name: parameter for parameter, name in names.items()})
 
 
 def load_state(
@@ -105,27 +98,9 @@ def load_state(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, float],
 ) -> None:
-    """Puts the state of `state_tensors` back.
-
-    Raises:
-      CheckpointError: it belongs to other parameters.
-    """
-    by_name = {name: parameter for parameter, name in names.items()}
-    for key, value in {**tensors, **numbers}.items():
-        name, _, slot = key.rpartition("/")
-        parameter = by_name.get(name)
-        if parameter is None:
-            raise CheckpointError(f"the optimiser's state for {name} does not fit this model")
-        if isinstance(value, Tensor):
-            # Counters of steps stay where PyTorch keeps them.
-            value = value.to(parameter.device) if value.dim() or _on_device(optimizer) else value.clone()
-        optimizer.state[parameter][slot] = value
-
-
-def _on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether counters are kept beside the parameters, as fused and capturable optimisers do."""
-    group = optimizer.param_groups[0]
-    return bool(group.get("fused") or group.get("capturable"))
+    """`load_optimizer_state` of parameters with these names."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    load_optimizer_state(optimizer, parameters, tensors, numbers)
 
 
 class Averages:

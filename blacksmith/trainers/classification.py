@@ -11,9 +11,8 @@ from PIL import Image, PngImagePlugin
 from blacksmith.files import write_json
 from blacksmith.run.run import Run
 from blacksmith.trainers import losses
-from blacksmith.trainers.backend import Augmentation, Backend, Task
 from blacksmith.trainers.export import export_stablehlo, export_torch
-from blacksmith.trainers.initial_weights import initialise
+from blacksmith.trainers.initial_weights import initialize
 from blacksmith.trainers.keras_trainer import (
     KerasTrainer,
     Samples,
@@ -23,6 +22,7 @@ from blacksmith.trainers.keras_trainer import (
     load_checkpoint,
 )
 from blacksmith.trainers.optimizers import make_optimizer
+from blacksmith.trainers.task import Augmentation, Backend, Task
 
 WORST = 48
 
@@ -41,7 +41,7 @@ def make_task(
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(config.train.precision)
     model = build()
-    initialise(model, config.run.seed)
+    initialize(model, config.run.seed)
     return Task(
         model=model,
         optimizer=make_optimizer(config.optimizer, config.schedule, end),

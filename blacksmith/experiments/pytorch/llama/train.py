@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from blacksmith.config.settings import check_warmup
+from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.batches import collate, collate_whole, padding
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model
 from blacksmith.experiments.pytorch.llama.configs import evaluate_every
 from blacksmith.experiments.pytorch.llama.data import drop_short, encode_eval, encode_training, read_data
 from blacksmith.experiments.pytorch.llama.evaluate import autocast, score, test
-from blacksmith.experiments.pytorch.llama.optimizer import Averages
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.prefix import token_losses
@@ -29,6 +29,7 @@ from blacksmith.run.order import LengthOrder, seed_words
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import clip_gradients, make_optimizer
+from blacksmith.trainers.torch_state import set_learning_rate
 
 
 def train(run: Run) -> int:
@@ -92,8 +93,7 @@ def train(run: Run) -> int:
             # One batch, perhaps in parts; its loss is the mean over the tokens of all its answers.
             rows = order.rows(step)
             answer_tokens = sum(len(training.tokens[row]) - training.answers[row] for row in rows)
-            for group in optimizer.param_groups:
-                group["lr"] = rate_of(step)
+            set_learning_rate(optimizer, rate_of(step))
             optimizer.zero_grad(set_to_none=True)
             loss, tokens = torch.zeros((), device=run.device), 0
             for number, part in enumerate(np.array_split(rows, min(settings.accumulate, len(rows)))):

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from blacksmith.run.order import seed_words
+from blacksmith.run.order import seed_int
 from blacksmith.trainers.initial_weights import variable_name
 from blacksmith.trainers.optimizers import named_variables
 from blacksmith.trainers.task import Task
@@ -76,7 +76,7 @@ def step_seeds(seed: int, first: int, count: int) -> np.ndarray:
 
     They depend on (seed, step) alone, so a resumed run draws the dropout masks of the uninterrupted one.
     """
-    base = np.uint64(seed_words(seed, "step"))
+    base = np.uint64(seed_int(seed, "step"))
     # splitmix64 (Steele, Lea and Flood 2014), whose neighboring outputs are unrelated. It wraps by design.
     with np.errstate(over="ignore"):
         x = base + np.arange(first, first + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -17,7 +17,7 @@ from blacksmith.experiments.pytorch.llama.configs import Config
 from blacksmith.models.pytorch.llama import adapters, loading, tokens
 from blacksmith.models.pytorch.llama.prefix import causal_model, checkpoint_layers
 from blacksmith.run.checkpoint import Saved
-from blacksmith.run.order import seed_words
+from blacksmith.run.order import seed_int
 from blacksmith.run.run import Run
 from blacksmith.trainers.torch_state import load_optimizer_state, optimizer_state
 
@@ -44,7 +44,7 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             settings.heads,
             settings.key_value_heads,
             settings.max_positions,
-            seed=seed_words(config.run.seed, "weights"),
+            seed=seed_int(config.run.seed, "weights"),
             dtype=settings.dtype,
             attention=settings.attention,
         )
@@ -80,7 +80,7 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             dropout=lora.dropout,
             bias=lora.bias,
             target_modules="all-linear" if lora.target_modules == ("all-linear",) else lora.target_modules,
-            seed=seed_words(config.run.seed, "adapter"),
+            seed=seed_int(config.run.seed, "adapter"),
         )
     if settings.compile:
         # Not whole layers: each has keys and values of its own, and would be compiled anew.

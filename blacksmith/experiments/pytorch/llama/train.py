@@ -25,7 +25,7 @@ from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.prefix import token_losses
 from blacksmith.run.loop import Loop
-from blacksmith.run.order import LengthOrder, seed_words
+from blacksmith.run.order import LengthOrder, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import clip_gradients, make_optimizer
@@ -98,7 +98,7 @@ def train(run: Run) -> int:
             loss, tokens = torch.zeros((), device=run.device), 0
             for number, part in enumerate(np.array_split(rows, min(settings.accumulate, len(rows)))):
                 # Dropout is drawn from the step alone, so that a resumed run draws the same masks.
-                torch.manual_seed(seed_words(config.run.seed, "step", step, number) % 2**63)
+                torch.manual_seed(seed_int(config.run.seed, "step", step, number) % 2**63)
                 with autocast(run):
                     if settings.shared_prefix:
                         batch = collate(training, part, prefix, pad).to(run.device)

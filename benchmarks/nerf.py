@@ -144,7 +144,7 @@ def child(spec: dict) -> dict:
     with run.opened():
         scene = train.scene_of(run)
         start = time.process_time()
-        module, loader = train.prepare(run, scene.views("train"), scene.views("val", 1))
+        module, loader = train.prepare(run, scene.views("train"), scene.views("val", [0]))
         setup = (time.process_time() - start) / THREADS
         clock = make_clock(scene, module, spec)
         train.fit(run, module, loader, callbacks=[clock])

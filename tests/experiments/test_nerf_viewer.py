@@ -86,7 +86,7 @@ def test_a_camera_of_viser_keeps_its_axes_and_its_field_of_view():
     camera = viewer.camera_of((1, 0, 0, 0), (1, 2, 3), np.pi / 2, 40, 20)
     np.testing.assert_allclose(camera.pose, [[1, 0, 0, 1], [0, -1, 0, 2], [0, 0, -1, 3]], atol=1e-7)
     assert camera.focal == pytest.approx((10, 10)), "90 degrees over 20 pixels"
-    assert camera.centre == (20, 10)
+    assert camera.center == (20, 10)
     seen, depth = camera.project(np.array([[1.0, 2.0, 5.0], [2.0, 2.0, 5.0], [1.0, 3.0, 5.0]]))
     np.testing.assert_allclose(depth, 2)
     np.testing.assert_allclose(seen, [[20, 10], [25, 10], [20, 15]], err_msg="x is right, y is down")

@@ -143,7 +143,7 @@ class NerfModule(L.LightningModule):
             step_length = self.field.voxel * self.field.train_step
             interpolate = step >= config.grid.interpolate_at * config.train.steps
             traced = self.field.trace(origins, directions, step_length, random, interpolate=interpolate)
-            self._dense = traced.dense
+            self._dense = traced.num_samples
             rendered = [traced]
         else:
             rendered = list(self.field.trace(origins, directions, random))
@@ -384,8 +384,8 @@ class NerfModule(L.LightningModule):
         if isinstance(field, GridField):
             reached = (level for when, level in self._levels.items() if when <= step)
             first = max(reached, default=self._config.grid.resolutions[0])
-            reach = tuple(field.occupancy.reach.tolist())
-            field.begin(field.bounds.clone(), field.hull.clone(), first, reach)
+            near_far = tuple(field.occupancy.near_far.tolist())
+            field.begin(field.bounds.clone(), field.hull.clone(), first, near_far)
         self._forget_moments(list(field.parameters()))
         self._sums, self._since, self._collapse = {}, 0, None
         # Lightning has set the rates of the next step already, without the new warm-up.

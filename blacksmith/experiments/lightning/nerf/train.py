@@ -4,6 +4,7 @@
 test views, a video and the report. The test pictures are not decoded before training is done.
 """
 
+import dataclasses
 import logging
 import sys
 import time
@@ -77,12 +78,12 @@ def scene_of(run: Run) -> Scene:
     needs_alpha = data.hull or data.background == "random"
     scene = open_scene(data.scene, downscale=data.downscale, needs_alpha=needs_alpha)
     smallest = scores.SSIM_WINDOW_PIXELS
-    if min(scene.info["width"], scene.info["height"]) < smallest:
+    if min(scene.info.width, scene.info.height) < smallest:
         raise DataError(
-            f"{scene.path}: pictures of {scene.info['width']}x{scene.info['height']} pixels are too small "
+            f"{scene.path}: pictures of {scene.info.width}x{scene.info.height} pixels are too small "
             f"for SSIM, which needs {smallest}; lower nerf.Data.downscale"
         )
-    run.use_data({**scene.info, "alpha_hull": data.hull}, scene.describe())
+    run.use_data({**dataclasses.asdict(scene.info), "alpha_hull": data.hull}, scene.info.describe())
     return scene
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from blacksmith import launch as launcher
@@ -57,8 +58,17 @@ def test_an_experiment_trains_tests_and_reports(experiment, stream, tmp_path, na
     assert splits.count("val") == 3
     assert splits.count("test") == 1
     assert splits[-1] == "test"
-    for file in ("config.gin", "operative.gin", "environment.json", "report.html", "worst.npz"):
+    for file in ("config.gin", "operative.gin", "environment.json", "report.html"):
         assert (run / file).exists(), file
+    files = sorted((run / "images").glob("test_worst_*.png"))
+    assert len(files) == min(48, confusion.sum() - np.trace(confusion))
+    captions = [Image.open(file).text["Description"] for file in files]
+    chances = [float(caption.rpartition("= ")[2]) for caption in captions]
+    assert chances == sorted(chances)
+    for caption in captions:
+        true, predicted = int(caption[0]), int(caption[4])
+        assert true != predicted
+        assert confusion[true, predicted] > 0, caption
     assert (run / "checkpoints" / content["tested_checkpoint"]).is_dir()
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from blacksmith.config.settings import check_warmup
-from blacksmith.datasets import sst2
 from blacksmith.experiments.pytorch.llama.batches import collate, collate_whole, padding
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model
 from blacksmith.experiments.pytorch.llama.configs import evaluate_every
@@ -38,7 +37,7 @@ def train(run: Run) -> int:
 
     # Data.
     data = read_data(run).split(config.data.validation, config.run.seed)
-    run.use_data(data.info, sst2.describe(data.info))
+    run.use_data(data.info)
     model, tokenizer = build_model(run)
     prompt = Prompt.of(config.data.template, config.data.labels)
     examples = drop_short(run, data.train, "training")

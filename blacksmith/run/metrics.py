@@ -1,8 +1,6 @@
-"""Where numbers go: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request, the console.
+"""The metric stream of a run: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request.
 
-A `Metrics` belongs to one run directory. Each line of the JSON file has ``step``, ``epoch``, ``seconds`` and
-``split`` beside the values. No framework is imported; TensorBoard events are written by TensorBoard's own
-record writer.
+No framework is imported: TensorBoard's own record writer writes its events.
 """
 
 import contextlib
@@ -19,8 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# The values that differ between two identical runs: comparisons leave them out.
-TIMED = frozenset({"seconds", "examples_per_second", "rays_per_second", "tokens_per_second"})
+from blacksmith.errors import DataError
+
+_PLACE = ("step", "epoch", "seconds", "split")  # on every line, beside the values
 
 
 def is_timed(name: str) -> bool:
@@ -38,7 +37,7 @@ class Writer(Protocol):
         """Writes the distribution of an array of any shape."""
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Writes a picture, uint8 [height, width, 3]; needs Pillow."""
+        """Writes a picture, uint8 [height, width, 3]."""
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
@@ -75,7 +74,6 @@ class TensorBoardWriter:
             self._add(step=purge_step, session_log=start)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Writes ``split/name`` scalars."""
         summary = self._summary.Summary(
             value=[
                 self._summary.Summary.Value(tag=f"{split}/{name}", simple_value=value)
@@ -86,7 +84,6 @@ class TensorBoardWriter:
         self._file.flush()
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """Writes a 30-bucket histogram of the finite values."""
         values = _finite_values(values)
         if not values.size:
             return
@@ -104,7 +101,6 @@ class TensorBoardWriter:
         self._add(step=step, summary=self._summary.Summary(value=[value]))
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Writes a picture, uint8 [height, width, 3], as PNG."""
         from PIL import Image
 
         encoded = io.BytesIO()
@@ -117,11 +113,9 @@ class TensorBoardWriter:
         self._add(step=step, summary=self._summary.Summary(value=[value]))
 
     def flush(self) -> None:
-        """Makes what was written visible to TensorBoard."""
         self._file.flush()
 
     def close(self) -> None:
-        """Flushes and closes the file."""
         self._file.close()
 
     def _add(self, **fields: Any) -> None:
@@ -159,24 +153,20 @@ class WandbWriter:
         )
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Logs ``split/name`` scalars at `step`."""
         self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """Logs a histogram of the finite values at `step`."""
         values = _finite_values(values)
         if values.size:
             self._run.log({name: self._wandb.Histogram(values)}, step=step)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Logs a picture, uint8 [height, width, 3], at `step`."""
         self._run.log({name: self._wandb.Image(pixels)}, step=step)
 
     def flush(self) -> None:
-        """Nothing to do: wandb streams by itself."""
+        pass  # wandb streams on its own
 
     def close(self) -> None:
-        """Ends the wandb run."""
         self._run.finish()
 
 
@@ -211,7 +201,7 @@ class Metrics:
         return time.perf_counter() - self._start
 
     def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        """Writes one line: scalar metrics of one split after `step` optimiser steps."""
+        """Writes one line: scalar metrics of one split after `step` optimizer steps."""
         values = {name: float(value) for name, value in values.items()}
         self.last_step = step
         line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4)}
@@ -228,7 +218,7 @@ class Metrics:
             writer.histogram(step, name, values)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Writes a picture, uint8 [height, width, 3], to the writers; needs Pillow if there are any."""
+        """Writes a picture, uint8 [height, width, 3], to the writers."""
         for writer in self._writers:
             writer.image(step, name, pixels)
 
@@ -249,15 +239,24 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out.
+
+    Raises:
+      DataError: a line before the last is broken.
+    """
+    lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
-            parsed = json.loads(line)
-        except ValueError:
-            break
-        lines.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in parsed.items()})
-    return lines
+            row = json.loads(line.decode())
+            if not isinstance(row, dict) or not row.keys() >= set(_PLACE):
+                raise ValueError(f"not an object with {', '.join(_PLACE)}")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path} line {number} is broken: {error}") from error
+        rows.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in row.items()})
+    return rows
 
 
 def _finite_values(values: np.ndarray) -> np.ndarray:

@@ -86,7 +86,14 @@ def test_viser_cameras_keep_axes_and_field_of_view():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"wxyz": (0, 0, 0, 0)}, {"position": (np.inf, 0, 0)}, {"fov": np.nan}, {"image_width": 0}]
+    "wrong",
+    [
+        {"wxyz": (0, 0, 0, 0)},
+        {"position": (np.inf, 0, 0)},
+        {"fov": np.nan},
+        {"image_width": 0},
+        {"image_width": 10**200},
+    ],
 )
 def test_unusable_cameras_are_ignored(wrong):
     assert viewer.camera_of(viser_camera(**wrong)) is None
@@ -226,9 +233,10 @@ def test_settings_change_the_picture():
         client.panel["show"].change(value=shown)
         finish(browser)
         np.testing.assert_array_equal(client.pictures[-1], pixels)
-    client.panel["quality"].change(value=1e9)
-    browser.step()
-    assert field.quality == 2.0, "also if a browser sends a value beyond the slider"
+    for sent, used in ((1.5, 1.5), (1e9, 2.0), (np.nan, 0.5)):
+        client.panel["quality"].change(value=sent)
+        browser.step()
+        assert field.quality == used, "a browser can send a value beyond the slider"
 
 
 # --- the server ---

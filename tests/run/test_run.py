@@ -85,7 +85,8 @@ def test_a_finished_run_leaves_its_files(make):
 def test_a_new_start_leaves_nothing_of_what_an_earlier_one_said(make):
     run = make()
     run.directory.mkdir()
-    stale = ("result.json", "report.html", "worst.npz", "eval_results.json")
+    (run.directory / "images").mkdir()
+    stale = ("result.json", "report.html", "eval_results.json", "images/test_1.png")
     for name in stale:
         (run.directory / name).write_text("old")
     with run.opened():
@@ -363,6 +364,21 @@ def test_a_failed_run_says_so_in_its_result_and_report(make):
     page = (run.directory / "report.html").read_text()
     assert "failed" in page
     assert "what went wrong" in page
+
+
+def test_a_broken_metrics_file_does_not_hide_why_a_run_failed(make):
+    run = make()
+
+    def fail():
+        with run.opened():
+            run.metrics.write(7, 0.5, "train", {"loss": 0.1})
+            (run.directory / "metrics.jsonl").write_text("broken\nlines\n")
+            raise ZeroDivisionError("what went wrong")
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    result = _json(run.directory, "result.json")
+    assert (result["error"], result["step"]) == ("ZeroDivisionError: what went wrong", 0)
 
 
 def test_a_run_that_fails_before_its_first_metric_says_so_too(make):

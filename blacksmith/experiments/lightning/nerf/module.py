@@ -30,7 +30,7 @@ from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mlp import MlpField
 from blacksmith.models.pytorch.nerf.rendering import distortion, render_image
 from blacksmith.run.loop import Loop
-from blacksmith.run.order import generator, seed_words
+from blacksmith.run.order import generator, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import make_optimizer
@@ -100,7 +100,7 @@ class NerfModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Takes SIGTERM back, which Lightning handles in the middle of a step, and finds the rays to draw."""
         self._run.stop.listen()
-        self._use_pool(anew=False)
+        self._use_pool(reshuffle=False)
         for old in (self._run.directory / "images").glob("val_*.png"):
             if int(old.stem.removeprefix("val_")) > self.global_step:
                 old.unlink()
@@ -130,7 +130,7 @@ class NerfModule(L.LightningModule):
         del batch_idx
         config, step = self._config, self.global_step
         random = torch.Generator(batch.device)
-        random.manual_seed(seed_words(config.run.seed, "step", self._loader.attempt, step) % 2**63)
+        random.manual_seed(seed_int(config.run.seed, "step", self._loader.attempt, step) % 2**63)
         origins, directions, rgba = self._rays(batch)
         background = self.background
         if config.data.background == "random":
@@ -140,7 +140,7 @@ class NerfModule(L.LightningModule):
             step_length = self.field.voxel * self.field.train_step
             interpolate = step >= config.grid.interpolate_at * config.train.steps
             traced = self.field.trace(origins, directions, step_length, random, interpolate=interpolate)
-            self._dense = traced.dense
+            self._dense = traced.num_samples
             rendered = [traced]
         else:
             rendered = list(self.field.trace(origins, directions, random))
@@ -260,7 +260,7 @@ class NerfModule(L.LightningModule):
         self._per_ray = now if not self._per_ray else _SMOOTHING * self._per_ray + (1 - _SMOOTHING) * now
         self._loader.size = min(max(_FEWEST_RAYS, int(samples / self._per_ray)), most)
 
-    def _use_pool(self, *, anew: bool = True) -> None:
+    def _use_pool(self, *, reshuffle: bool = True) -> None:
         """Draws from the rays that can meet something; all of them for the mlp field."""
         device = self._rays.pixels.device
         if not isinstance(self.field, GridField):
@@ -271,7 +271,7 @@ class NerfModule(L.LightningModule):
                 visible = self.field.occupancy.visible_pixels(camera).nonzero()[:, 0]
                 parts.append((visible + number * area).int())
             pool = torch.cat(parts)
-        self._loader.use_pool(pool, anew=anew)
+        self._loader.use_pool(pool, reshuffle=reshuffle)
 
     def _refresh_occupancy(self) -> None:
         """Marks what some of the training rays see."""
@@ -316,8 +316,8 @@ class NerfModule(L.LightningModule):
         if isinstance(field, GridField):
             reached = (level for when, level in self._levels.items() if when <= step)
             first = max(reached, default=self._config.grid.resolutions[0])
-            reach = tuple(field.occupancy.reach.tolist())
-            field.begin(field.bounds.clone(), field.hull.clone(), first, reach)
+            near_far = tuple(field.occupancy.near_far.tolist())
+            field.begin(field.bounds.clone(), field.hull.clone(), first, near_far)
         self._forget_moments(list(field.parameters()))
         self.loop.discard()
         self._collapse = None

@@ -27,7 +27,7 @@ class RayBank:
         self.pixels = torch.from_numpy(views.pixels).to(device).view(-1, 4)
         self.cameras = cameras = views.cameras
         self._poses = torch.from_numpy(np.stack([c.pose for c in cameras])).to(device)
-        intrinsics = np.array([(*c.focal, *c.centre) for c in cameras], np.float32)
+        intrinsics = np.array([(*c.focal, *c.center) for c in cameras], np.float32)
         self._intrinsics = torch.from_numpy(intrinsics).to(device)
 
     def __len__(self) -> int:
@@ -75,8 +75,8 @@ class RayLoader:
         self._pool = torch.zeros(0, dtype=torch.int64)
         self._order: Tensor | None = None
 
-    def use_pool(self, pool: Tensor, *, anew: bool = True) -> None:
-        """Draws from these rays, int32 [rays], from now on; `anew` begins another pass.
+    def use_pool(self, pool: Tensor, *, reshuffle: bool = True) -> None:
+        """Draws from these rays, int32 [rays], from now on; `reshuffle` starts a new pass.
 
         Raises:
           ValueError: the pool is empty.
@@ -84,7 +84,7 @@ class RayLoader:
         if not len(pool):
             raise ValueError("no ray is left to draw from")
         self._pool, self._order = pool, None
-        if anew and self._cursor:
+        if reshuffle and self._cursor:
             self.passes, self._cursor = self.passes + 1, 0
 
     def epoch(self, step: int) -> float:

@@ -140,7 +140,7 @@ class Browser:
             if (canvas := camera_of(client.camera)) is not None:
                 most = int(np.clip(resolution.value, *RESOLUTIONS))
                 full = min(most, max(canvas.width, canvas.height))
-                samples = float(np.clip(quality.value, *QUALITIES))
+                samples = min(QUALITIES[1], max(QUALITIES[0], float(quality.value)))  # NaN is the lowest
                 self._newest.append(
                     self._render(canvas, full, shown.value, samples, backgrounds[behind.value])
                 )
@@ -215,7 +215,8 @@ def camera_of(seen: viser.CameraHandle) -> Camera | None:
     with np.errstate(invalid="ignore", divide="ignore"):
         rotation = SO3(np.asarray(seen.wxyz, np.float64)).as_matrix()
     pose = np.column_stack([rotation * (1, -1, -1), seen.position]).astype(np.float32)
-    if not (np.isfinite(pose).all() and 0 < seen.fov < math.pi and min(width, height) >= 1):
+    sizes_fit = 1 <= min(width, height) <= max(width, height) < 1 << 16
+    if not (np.isfinite(pose).all() and 0 < seen.fov < math.pi and sizes_fit):
         return None
     focal = 0.5 * height / math.tan(0.5 * seen.fov)
     return Camera(pose, width, height, (focal, focal), (0.5 * width, 0.5 * height))

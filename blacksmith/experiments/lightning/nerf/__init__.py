@@ -15,5 +15,5 @@ EXPERIMENT = Experiment(
             ("torch", "lightning", "PIL", "torchmetrics", "imageio_ffmpeg", "scipy", "skimage", "viser"),
         )
     },
-    checkpoint_format="nerf-lightning-1",
+    checkpoint_format="nerf-lightning-2",
 )

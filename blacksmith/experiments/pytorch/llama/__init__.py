@@ -10,6 +10,6 @@ EXPERIMENT = Experiment(
     configs=f"{__name__}.configs",
     modes={"train": _ENTRY, "eval": _ENTRY, "export": _ENTRY},
     backends={"torch": Needs("llama", ("torch", "transformers", "peft", "datasets", "accelerate", "gguf"))},
-    checkpoint_format="llama-peft-3",
+    checkpoint_format="llama-peft-4",
     external_weights="adapter_config.json",
 )

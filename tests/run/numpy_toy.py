@@ -1,0 +1,167 @@
+"""A toy experiment in NumPy for tests of run directories and the loop: momentum SGD on ten noisy rows."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from blacksmith import config as configuration
+from blacksmith.config import settings
+from blacksmith.config.sections import section, setting
+from blacksmith.run.checkpoint import Checkpoints
+from blacksmith.run.loop import Loop
+from blacksmith.run.order import Order, generator
+from blacksmith.run.run import Run
+
+DEFAULTS = (
+    "Run.experiment = 'toy'",
+    "Checkpoint.metric = 'val_loss'",
+    "Log.tensorboard = False",
+    "Log.progress = 'off'",
+)
+
+
+@section("toy.Train")
+class Train:
+    """How it trains."""
+
+    epochs: int = setting(4, "passes over the rows", resume_may_change=True)
+    steps: int | None = setting(None, "optimizer steps, instead of `epochs`", resume_may_change=True)
+    learning_rate: float = setting(0.1, "learning rate")
+    evaluate_every_steps: int | None = setting(None, "steps between validations; None: each epoch")
+    early_stopping: int | None = setting(None, "validations without improvement")
+    stop_at: float | None = setting(None, "target of Checkpoint.metric", resume_may_change=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The toy's configuration."""
+
+    run: settings.RunConfig
+    train: Train
+    schedule: settings.ScheduleConfig
+    checkpoint: settings.CheckpointConfig
+    log: settings.LogConfig
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Which data is used."""
+
+    source: str = "rows"
+    sha256: str = "0123456789abcdef" * 4
+
+    def describe(self) -> str:
+        """One line."""
+        return f"data: {self.source}"
+
+
+@functools.cache
+def configure(*bindings: str) -> tuple[Config, list[configuration.Binding]]:
+    """The toy's configuration with some Gin bindings."""
+    parsed = configuration.parse([], [*DEFAULTS, *bindings])
+    return configuration.build(Config, parsed, experiment="toy"), parsed
+
+
+def make_run(directory: Any, *bindings: str, **arguments: Any) -> Run:
+    """A run of the toy with Gin bindings and further arguments of `Run`."""
+    config, parsed = configure(*bindings)
+    usual = {"experiment": "toy", "checkpoint_format": "toy-1", "backend": "jax", "device": "cpu"}
+    return Run(directory, config, **usual | {"bindings": parsed} | arguments)
+
+
+def train(directory: Any, *bindings: str, toy: type = None, resumed: Any = None, **options: Any) -> "Toy":
+    """Trains a toy in a directory, from the newest checkpoint there if it has one."""
+    resumed = resumed or Checkpoints(directory / "checkpoints").newest()
+    with make_run(directory, *bindings, resumed=resumed).opened() as run:
+        trained = (toy or Toy)(run, **options)
+        trained.status = trained.train()
+    return trained
+
+
+class Toy:
+    """One training.
+
+    Args:
+      run: the run.
+      block: steps of one block.
+      at: called wherever a signal or a crash may come.
+      **options: of the loop.
+
+    Attributes:
+      events: what the loop asked for, ``(what, step)`` each.
+      blocks: first step and length of each block.
+    """
+
+    def __init__(self, run: Run, *, block: int = 1, at: Any = lambda: None, **options: Any) -> None:
+        self.run, self.block, self.at = run, block, at
+        run.use_data(Info())
+        seed = run.config.run.seed
+        self.order = Order(10, 4, seed)
+        random = generator(seed, "rows")
+        self.inputs, self.truth = random.standard_normal((20, 3)), random.standard_normal(20)
+        self.state = np.zeros((2, 3))  # weights, momentum
+        if run.resumed is not None:
+            self.state = np.load(run.resumed.path / "arrays.npy")
+        self.events: list[tuple[str, int]] = []
+        self.blocks: list[tuple[int, int]] = []
+        end = run.config.train.steps or run.config.train.epochs * self.order.steps_per_epoch
+        usual = {"validate": self.validate, "learning_rate": self.rate, "histograms": self.histograms}
+        usual["examples_of"] = lambda step: f"rows {self.order.rows(step).tolist()}"
+        self.loop = Loop(run, self.order, end=end, save=self.save, **usual | options)
+
+    def train(self) -> int:
+        """Trains and tests; returns the exit status."""
+        for step, steps in self.loop.blocks(self.block):
+            self.blocks.append((step, steps))
+            losses = [self.step(step + i) for i in range(steps)]
+            self.at()
+            self.loop.log({"loss": np.array(losses) if self.block > 1 else losses[0]})
+        return self.loop.finish(self.test, {"weights": 3})
+
+    def step(self, step: int) -> Any:
+        """One optimizer step; returns its loss."""
+        rows = self.order.rows(step)
+        noise = generator(self.run.config.run.seed, "step", step).standard_normal((len(rows), 3))
+        inputs = self.inputs[rows] + 0.3 * noise
+        error = inputs @ self.state[0] - self.truth[rows]
+        momentum = 0.7 * self.state[1] + inputs.T @ error / len(rows)
+        self.state = np.stack([self.state[0] - self.rate(step) * momentum, momentum])
+        return np.float32(np.mean(error**2))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.run.config.train.learning_rate / (1 + step)
+
+    def loss(self) -> float:
+        """The loss on the rows that are not trained on."""
+        return float(np.mean((self.inputs[10:] @ self.state[0] - self.truth[10:]) ** 2))
+
+    def validate(self) -> dict[str, float] | None:
+        """As the loop wants it."""
+        self.events.append(("validate", self.loop.step))
+        self.at()
+        return None if self.run.stop else {"loss": self.loss()}
+
+    def histograms(self) -> dict[str, np.ndarray]:
+        """As the loop wants it."""
+        self.events.append(("histograms", self.loop.step))
+        return {"weights": self.state[0]}
+
+    def save(self, directory: Any) -> dict[str, Any]:
+        """As the loop wants it."""
+        self.events.append(("save", self.loop.step))
+        np.save(directory / "arrays.npy", self.state)
+        self.at()
+        return {"norm": float(np.linalg.norm(self.state[0]))}
+
+    def test(self, saved: Any) -> dict[str, Any] | None:
+        """As the loop wants it."""
+        self.events.append(("test", saved.step))
+        self.state = np.load(saved.path / "arrays.npy")
+        self.at()
+        return None if self.run.stop else {"loss": self.loss(), "rows": 10, "seconds_per_row": 0.1}

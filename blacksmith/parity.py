@@ -88,7 +88,7 @@ def define_flags() -> flags.FlagValues:
     default = Tolerances()
     flags.DEFINE_multi_string("gin_file", [], "A Gin file to compare; give two or more.", **mine)
     flags.DEFINE_multi_string("gin_param", [], "A binding for all runs; repeatable.", **mine)
-    flags.DEFINE_integer("steps", 500, "Optimiser steps of each run.", lower_bound=1, **mine)
+    flags.DEFINE_integer("steps", 500, "Optimizer steps of each run.", lower_bound=1, **mine)
     flags.DEFINE_float("loss_tolerance", default.loss, "Largest |loss difference| of a step.", **mine)
     flags.DEFINE_float("weight_tolerance", default.weights, "Largest relative norm difference.", **mine)
     flags.DEFINE_float("accuracy_tolerance", default.accuracy, "In percentage points.", **mine)
@@ -119,7 +119,7 @@ def compare(values: flags.FlagValues) -> int:
     """
     launch.import_plugins(values.plugin)
     names = _names(values.gin_file)
-    params, notes = comparable_params(values)
+    params, notes, weights = comparable_params(values)
     workdir = Path(values.workdir or Path("runs") / "parity" / time.strftime("%Y%m%d-%H%M%S"))
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"--workdir: {workdir} is not empty; choose a new directory")
@@ -131,7 +131,7 @@ def compare(values: flags.FlagValues) -> int:
         if status:
             print(f"error: {name} ended with exit status {status}; see above", file=sys.stderr)
             return status
-        outcomes.append(read_outcome(name, workdir / name))
+        outcomes.append(read_outcome(name, workdir / name, weights))
     tolerances = Tolerances(values.loss_tolerance, values.weight_tolerance, values.accuracy_tolerance)
     rows = [compare_outcomes(o, outcomes[0], values.steps, tolerances) for o in outcomes]
     passed = all(row["within tolerance"] == "yes" for row in rows)
@@ -156,8 +156,8 @@ def compare(values: flags.FlagValues) -> int:
     return 0 if passed else 1
 
 
-def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str]]:
-    """The bindings that all runs get, and notes on what they switch off.
+def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str], str]:
+    """The bindings that all runs get, notes on what they switch off, and the file of their weights.
 
     Raises:
       ConfigError: fewer than two files, or files that differ in more than experiment and backend.
@@ -184,9 +184,13 @@ def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str]]:
             raise ConfigError(
                 f"{values.gin_file[0]} and {gin_file} are not the same work: {key} is {a!r} and {b!r}"
             )
-    if not hasattr(first.config, "parity_bindings"):
-        raise ConfigError(f"{first.experiment.name} does not say how it is compared (parity_bindings)")
-    bindings = {**_SHARED_BINDINGS, **first.config.parity_bindings(values.steps)}
+        if other.experiment.weights != first.experiment.weights:
+            raise ConfigError(f"{values.gin_file[0]} and {gin_file} save their weights in different files")
+    if first.experiment.weights is None:
+        raise ConfigError(f"{first.experiment.name} cannot be compared: it declares no Experiment.weights")
+    bindings = {**_SHARED_BINDINGS, **_training_bindings(first.config.train, values.steps)}
+    if hasattr(first.config, "parity_bindings"):
+        bindings |= first.config.parity_bindings()
     before = {
         f"{type(part).gin_name}.{field}": getattr(part, field)
         for part in (getattr(first.config, f.name) for f in dataclasses.fields(first.config))
@@ -197,7 +201,14 @@ def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str]]:
         for key, value in bindings.items()
         if before[key] != value and key not in _SHARED_BINDINGS
     ]
-    return [*values.gin_param, *(f"{k} = {v!r}" for k, v in bindings.items())], notes
+    params = [*values.gin_param, *(f"{k} = {v!r}" for k, v in bindings.items())]
+    return params, notes, first.experiment.weights
+
+
+def _training_bindings(train: Any, steps: int) -> dict[str, Any]:
+    """What makes a run take exactly `steps` optimizer steps."""
+    wanted = {"steps": steps, "early_stopping": None, "stop_at": None}
+    return {f"{train.gin_name}.{k}": v for k, v in wanted.items() if k in configuration.fields(type(train))}
 
 
 def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.FlagValues) -> int:
@@ -213,24 +224,33 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
     return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
 
 
-def read_outcome(name: str, directory: Path) -> Outcome:
+def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
     """Reads a finished run directory.
+
+    Args:
+      name: of the run.
+      directory: the run directory.
+      weights: the file of a checkpoint that holds the weights.
 
     Raises:
       CheckpointError: its checkpoint is broken.
+      ConfigError: its result lacks what is compared.
     """
     result = json.loads((directory / "result.json").read_text())
     lines = metrics.read(directory / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     saved = Checkpoints(directory / "checkpoints").newest()
-    arrays = load_file(saved.path / "arrays.safetensors")
+    arrays = load_file(saved.path / weights)
+    for key in ("initial_weights_sha256", "order_sha256"):
+        if key not in result:
+            raise ConfigError(f"{result['experiment']} cannot be compared: its result.json has no {key}")
     return Outcome(
         name=name,
         backend=f"{result['experiment']} {result['backend']} {result['device']}",
         initial_weights=result["initial_weights_sha256"],
         batches=result["order_sha256"],
         losses=np.array(losses, np.float64),
-        weights={k: v for k, v in arrays.items() if k.startswith("model/")},
+        weights={k: v for k, v in arrays.items() if not k.startswith("optimizer/")},
         test_accuracy=result["test"]["accuracy"],
         seconds=result["seconds"],
     )

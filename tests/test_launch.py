@@ -48,10 +48,6 @@ class Config:
     checkpoint: settings.CheckpointConfig
     log: settings.LogConfig
 
-    def check(self):
-        """Nothing to check."""
-
-
 def main(run):
     train = run.config.train
     if train.ending == "data":
@@ -67,7 +63,8 @@ def main(run):
 
 
 needs = {"jax": registry.Needs("jax", ()), "torch": registry.Needs("torch", ())}
-registry.add(registry.Experiment("toy", "a toy", "toy", "toy:main", needs, "toy-1"))
+modes = dict.fromkeys(("train", "eval", "export"), "toy:main")
+registry.add(registry.Experiment("toy", "a toy", "toy", modes, needs, "toy-1"))
 '''
 
 
@@ -82,7 +79,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(registry, "_EXPERIMENTS", dict(registry._EXPERIMENTS))
+    monkeypatch.setattr(registry, "_ADDED", dict(registry._ADDED))
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     monkeypatch.delitem(sys.modules, "keras", raising=False)
     yield
@@ -137,49 +134,61 @@ BAD_LINES = {
     # Syntax.
     "no equals sign": (
         "mnist.Train.epochs 3",
-        ["bad.gin:3: cannot be parsed", "expected Section.field = value"],
+        ["bad.gin:3: cannot be parsed", "expected one Section.field = value per line"],
     ),
-    "no value": ("mnist.Train.epochs =", ["bad.gin:3", "expected a plain value"]),
+    "no value": ("mnist.Train.epochs =", ["bad.gin:3", "a value is a number, string"]),
     "no value before a next line": ("mnist.Train.epochs =\nmnist.Train.steps = 3", ["bad.gin:3"]),
-    "two equals signs": ("mnist.Train.epochs == 3", ["bad.gin:3", "expected Section.field = value"]),
-    "a colon for an equals sign": ("mnist.Train.epochs: 3", ["bad.gin:3", "expected Section.field = value"]),
-    "a foreign comment": ("// epochs", ["bad.gin:3", "expected Section.field = value"]),
+    "two equals signs": (
+        "mnist.Train.epochs == 3",
+        ["bad.gin:3", "expected one Section.field = value per line"],
+    ),
+    "a colon for an equals sign": (
+        "mnist.Train.epochs: 3",
+        ["bad.gin:3", "expected one Section.field = value per line"],
+    ),
+    "a foreign comment": ("// epochs", ["bad.gin:3", "expected one Section.field = value per line"]),
     "a number for a name": ("3 = 4", ["bad.gin:3: cannot be parsed"]),
-    "two dots": ("mnist..Train.epochs = 3", ["bad.gin:3", "expected Section.field = value"]),
-    "a space in a name": ("mnist. Train.epochs = 3", ["bad.gin:3", "expected Section.field = value"]),
+    "two dots": ("mnist..Train.epochs = 3", ["bad.gin:3", "expected one Section.field = value per line"]),
+    "a space in a name": (
+        "mnist. Train.epochs = 3",
+        ["bad.gin:3", "expected one Section.field = value per line"],
+    ),
     "two settings on a line": (
         "mnist.Train.epochs = 3 mnist.Train.steps = 4",
-        ["bad.gin:3", "one setting a line"],
+        ["bad.gin:3", "per line"],
     ),
     "a semicolon": ("mnist.Train.epochs = 3;", ["bad.gin:3"]),
     "an open bracket at the end": ("mnist.Model.hidden = (3, 4", ["bad.gin:3", "never closed"]),
     "an open bracket before a setting": (
         "mnist.Model.hidden = (3, 4\nmnist.Train.epochs = 3",
-        ["bad.gin:4", "is a bracket left open?"],
+        ["bad.gin:4", "closing bracket is missing"],
     ),
     "the wrong closing bracket": ("mnist.Model.hidden = (3, 4]", ["bad.gin:3", "expected ',' or ')'"]),
     "a closing bracket too many": ("mnist.Train.epochs = 3)", ["bad.gin:3"]),
     "a missing comma": ("mnist.Model.hidden = (3 4)", ["bad.gin:3", "expected ',' or ')'"]),
     "a comma too many": ("mnist.Model.hidden = (3,, 4)", ["bad.gin:3"]),
     "a tuple without brackets": ("mnist.Model.hidden = 3, 4", ["bad.gin:3"]),
-    "an open quote": ('mnist.Data.path = "abc', ["bad.gin:3", "the quote is not closed"]),
+    "an open quote": ('mnist.Data.path = "abc', ["bad.gin:3", "never closed"]),
     "an open triple quote": ('mnist.Data.path = """abc', ["bad.gin:3", "never closed"]),
     "a string without quotes": ("mnist.Data.source = idx", ["bad.gin:3", 'needs quotes: "idx"']),
     "a path without quotes": ("mnist.Data.path = /data/mnist  # here", ['needs quotes: "/data/mnist"']),
     "typographic quotes": ("mnist.Data.path = ‘abc’", ["bad.gin:3: cannot be parsed"]),
-    "an f-string": ("mnist.Data.path = f'abc'", ["bad.gin:3", "expected a plain value"]),
+    "an f-string": ("mnist.Data.path = f'abc'", ["bad.gin:3", "a value is a number, string"]),
     "true in lower case": ("mnist.Model.bias = true", ["bad.gin:3", "write True"]),
     "null": ("mnist.Train.steps = null", ["bad.gin:3", "write None"]),
-    "infinity": ("mnist.Data.mean = inf", ["bad.gin:3", "numbers are finite"]),
-    "arithmetic": ("mnist.Train.batch_size = 2 * 64", ["bad.gin:3", "no arithmetic"]),
+    "infinity": ("mnist.Data.mean = inf", ["bad.gin:3", "write a finite number"]),
+    "arithmetic": ("mnist.Train.batch_size = 2 * 64", ["bad.gin:3", "per line"]),
     "an environment variable": ("mnist.Data.path = $HOME", ["bad.gin:3: cannot be parsed"]),
-    "another setting as value": ("mnist.Train.steps = mnist.Train.epochs", ["expected a plain value"]),
+    "another setting as value": (
+        "mnist.Train.steps = mnist.Train.epochs",
+        ['needs quotes: "mnist.Train.epochs"'],
+    ),
     "an unhashable key": ("mnist.Data.path = {[]: 1}", ["bad.gin:3: cannot be parsed"]),
     "deep nesting": ("mnist.Model.hidden = " + "(" * 5000, ["bad.gin:3: cannot be parsed"]),
-    "a block without a body": ("mnist.Train:\nLog.wandb = 'off'", ["come indented lines 'field = value'"]),
+    "a block without a body": ("mnist.Train:\nLog.wandb = 'off'", ["bad.gin:4", "Expected indentation"]),
     "a block with an unequal indent": (
         "mnist.Train:\n  epochs = 3\n    steps = 4",
-        ["bad.gin:5", "expected Section.field = value"],
+        ["bad.gin:5", "expected one Section.field = value per line"],
     ),
     "a block with whole names": ("mnist.Train:\n  mnist.Train.epochs = 3", ["bad.gin:4"]),
     # What Gin can do and settings cannot.
@@ -190,7 +199,7 @@ BAD_LINES = {
     "a scoped block": ("a/b/mnist.Train:\n  epochs = 3", ["bad.gin:4", "the scope 'a/b'"]),
     "an import": ("import os", ["bad.gin:3: imports 'os'", "--allow_imports"]),
     "an import of a name": ("from os import path", ["bad.gin:3: imports 'os.path'", "--allow_imports"]),
-    "an unfinished import": ("from os", ["bad.gin:3", "expected import package.module"]),
+    "an unfinished import": ("from os", ["bad.gin:3", "import package.module"]),
     # Names.
     "an unknown section": (
         "mnst.Train.epochs = 3",
@@ -223,13 +232,13 @@ BAD_LINES = {
         "width = 3\nmnist.Model.hidden = (%widht, %width)",
         ["bad.gin:4: %widht is not defined", "did you mean 'width'?"],
     ),
-    "a macro of itself": ("n = (1, %n)\nmnist.Model.hidden = %n", ["bad.gin:3: %n is defined by itself"]),
+    "a macro of itself": ("n = (1, %n)\nmnist.Model.hidden = %n", ["bad.gin:3: %n refers to itself"]),
     "macros of each other": ("n = %m\nm = %n\nmnist.Train.epochs = %n", ["%n -> %m -> %n"]),
     # Includes.
     "a missing include": ("include 'nope.gin'", ["bad.gin:3: no Gin file 'nope.gin'", "gin/mnist_jax.gin"]),
     "a misspelt include": ("include 'mnist_jxa.gin'", ["bad.gin:3", "did you mean 'mnist_jax.gin'?"]),
-    "an include without quotes": ("include nope.gin", ["bad.gin:3", 'in quotes: include "nope.gin"']),
-    "an include of nothing": ("include", ["bad.gin:3", "expected a file name in quotes"]),
+    "an include without quotes": ("include nope.gin", ["bad.gin:3", 'expected include "file.gin"']),
+    "an include of nothing": ("include", ["bad.gin:3", 'expected include "file.gin"']),
     "an include of a directory": ("include 'folder'", ["bad.gin:3: 'folder' is a directory"]),
     "a file that includes itself": ("include 'bad.gin'", ["bad.gin:3: bad.gin includes itself"]),
     "a cycle of includes": (
@@ -247,7 +256,7 @@ BAD_LINES = {
     ),
     "a bool for an int": ("mnist.Train.epochs = True", ["bad.gin:3", "must be an integer"]),
     "a string for an int": ("mnist.Train.epochs = '3'", ["bad.gin:3", "must be an integer"]),
-    "None for an int": ("mnist.Train.epochs = None", ["bad.gin:3", "must be an integer"]),
+    "None for an int": ("mnist.Train.batch_size = None", ["bad.gin:3", "must be an integer"]),
     "an int for a bool": ("mnist.Model.bias = 1", ["bad.gin:3", "must be a boolean"]),
     "a bool for a float": ("Optimizer.learning_rate = True", ["bad.gin:3", "must be a number"]),
     "a list for a tuple": ("mnist.Model.hidden = [64, 64]", ["bad.gin:3", "write (64, 64)"]),
@@ -258,7 +267,7 @@ BAD_LINES = {
     "a number for a name of a loss": ("mnist.Train.loss = 3", ["bad.gin:3", "'cross_entropy' or 'mse'"]),
     "a bool for a word": ("Log.wandb = True", ["bad.gin:3", "must be 'off', 'offline' or 'online'"]),
     # Values.
-    "an unknown optimiser": ("Optimizer.name = 'adm'", ["bad.gin:3", "did you mean 'adam'?", "'adamw'"]),
+    "an unknown optimizer": ("Optimizer.name = 'adm'", ["bad.gin:3", "did you mean 'adam'?", "'adamw'"]),
     "a word in capitals": ("mnist.Model.activation = 'ReLU'", ["bad.gin:3", "did you mean 'relu'?"]),
     "an unknown source": ("mnist.Data.source = 'mnist'", ["bad.gin:3", "did you mean 'mnist5k'?"]),
     "neither of a union": ("mnist.Data.validation = 'tset'", ["bad.gin:3", "must be an integer or 'test'"]),
@@ -282,36 +291,36 @@ BAD_LINES = {
         "Optimizer.clip_value = 1.0\nOptimizer.clip_norm = 1.0",
         ["bad.gin:4: Optimizer.clip_norm and Optimizer.clip_value are both set"],
     ),
-    "momentum for adam": ("Optimizer.momentum = 0.9", ["bad.gin:3", "no effect on adam", "sgd and rmsprop"]),
-    "nesterov for adam": ("Optimizer.nesterov = True", ["bad.gin:3", "no effect on adam", "belongs to sgd"]),
+    "momentum for adam": (
+        "Optimizer.momentum = 0.9",
+        ["bad.gin:3", "has no effect unless Optimizer.name is 'sgd' or 'rmsprop'"],
+    ),
     "amsgrad for sgd": (
         "Optimizer.name = 'sgd'\nOptimizer.amsgrad = True",
-        ["bad.gin:4", "no effect on sgd", "adam and adamw"],
+        ["bad.gin:4", "no effect unless Optimizer.name is 'adam' or 'adamw'"],
     ),
     "nesterov without momentum": (
         "Optimizer.name = 'sgd'\nOptimizer.nesterov = True",
-        ["bad.gin:4", "needs Optimizer.momentum above 0"],
+        ["bad.gin:4", "no effect unless", "Optimizer.momentum is above 0"],
     ),
-    "an unknown metric": ("Checkpoint.metric = 'val_acc'", ["bad.gin:3", "val_loss and val_accuracy"]),
+    "an unknown metric": ("Checkpoint.metric = 'val_acc'", ["bad.gin:3", "'val_accuracy' or 'val_loss'"]),
     "early stopping without validation": (
         "mnist.Data.validation = 0\nmnist.Train.early_stopping = 3",
-        ["bad.gin:4: mnist.Train.early_stopping needs validation samples"],
+        ["bad.gin:4: mnist.Train.early_stopping = 3 has no effect unless mnist.Data.validation is not 0"],
     ),
     "an accuracy to stop at without validation": (
         "mnist.Data.validation = 0\nmnist.Train.stop_at = 0.98",
-        ["bad.gin:4: mnist.Train.stop_at needs validation samples"],
+        ["bad.gin:4: mnist.Train.stop_at = 0.98 has no effect unless"],
     ),
     "a named set that is not read through TFDS": (
         "mnist.Data.name = 'kmnist'",
-        ["bad.gin:3", 'set mnist.Data.source = "tfds"'],
+        ["bad.gin:3", "no effect unless mnist.Data.source is 'tfds'"],
     ),
 }
 
 
 @pytest.mark.parametrize(("lines", "says"), BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_bad_line_in_a_file_is_one_line_of_error_and_creates_nothing(
-    tmp_path, fails, nothing_runs, lines, says
-):
+def test_a_bad_line_is_a_one_line_error(tmp_path, fails, nothing_runs, lines, says):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "back.gin").write_text("include '../bad.gin'\n")
     (tmp_path / "folder" / "typo.gin").write_text("# A typo.\nmnist.Train.epohcs = 3\n")
@@ -388,7 +397,7 @@ BAD_FLAGS = {
     "a binding of spaces": ([JAX, "--gin_param=  "], ["--gin_param '  ': is empty"]),
     "a binding without a value": (
         [JAX, "--gin_param=mnist.Train.epochs"],
-        ["--gin_param 'mnist.Train.epochs': cannot be parsed: expected Section.field = value"],
+        ["--gin_param 'mnist.Train.epochs': cannot be parsed: expected one Section.field = value"],
     ),
     "a binding whose quotes the shell took": (
         [JAX, "--gin_param=mnist.Data.path=/data/mnist"],
@@ -429,10 +438,6 @@ def test_a_bad_command_line_is_one_line_of_error_and_creates_nothing(
 ):
     (tmp_path / "folder").mkdir()
     fails(*argv, says=says)
-
-
-def test_there_are_at_least_forty_bad_configurations():
-    assert len(BAD_LINES) + len(BAD_FILES) + len(BAD_FLAGS) >= 40
 
 
 def test_an_import_that_fails_is_one_line(tmp_path, fails, nothing_runs):

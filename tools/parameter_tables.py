@@ -1,48 +1,89 @@
-"""Writes the table of parameters into each experiment's README, from its configuration classes.
+"""Writes the tables of parameters into docs/settings.md and the READMEs of the experiments.
 
     python tools/parameter_tables.py            # rewrites the tables
     python tools/parameter_tables.py --check    # exit status 1 if one is out of date
 
-A table stands between the lines `<!-- parameters: MODULE -->` and `<!-- end of parameters -->`.
+A table stands between the lines `<!-- parameters: MODULE -->` and `<!-- end of parameters -->`. For
+`blacksmith.config.settings` it lists the sections that experiments share, for an experiment's `configs` its
+own sections and its changes to shared ones.
 """
 
 import importlib
 import re
 import sys
+import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "docs" / "settings.md", *(ROOT / "blacksmith" / "experiments").rglob("README.md")]
 BLOCK = re.compile(r"(<!-- parameters: (\S+) -->\n).*?(<!-- end of parameters -->)", re.DOTALL)
 
 
-def table(config_class: type) -> str:
-    """A Markdown table of every setting: name, default, meaning; * where a resume may change it."""
+def tables(module: str) -> str:
+    """Markdown tables of the sections of a module, one per section."""
+    from blacksmith import config
+    from blacksmith.config import settings
+
+    found = importlib.import_module(module)
+    if found is settings:
+        parts = [(cls, rows(cls, None)) for cls in settings.SHARED]
+    else:
+        parts = [
+            (cls, rows(cls, next((c for c in cls.__mro__ if c in settings.SHARED), None)))
+            for cls in config.sections(found.Config).values()
+        ]
+    header = "| parameter | default | meaning |\n| --- | --- | --- |"
+    blocks = [f"{title(cls)}\n\n{header}\n" + "\n".join(lines) for cls, lines in parts if lines]
+    return "\n\n".join(blocks) + "\n"
+
+
+def title(cls: type) -> str:
+    """The section's name, the first line of its docstring, and when it has an effect."""
     from blacksmith import config
 
-    lines = ["| parameter | default | meaning |", "| --- | --- | --- |"]
-    for section in config.sections(config_class).values():
-        for name, field in config.fields(section).items():
-            default = "required" if field.is_required() else f"`{field.get_default()!r}`"
-            star = " *" if config.may_change(section, name) else ""
-            lines.append(f"| `{section.gin_name}.{name}`{star} | {default} | {field.description} |")
-    return "\n".join(lines) + "\n"
+    line = f"**{cls.gin_name}**: " + cls.__doc__.strip().partition("\n")[0]
+    return f"{line} Only if {config.in_words(cls.gin_only_with)}." if cls.gin_only_with else line
+
+
+def rows(cls: type, shared: type | None) -> list[str]:
+    """One row per setting; of those inherited from `shared` only what differs."""
+    from blacksmith import config
+
+    lines = []
+    for name, field in config.fields(cls).items():
+        same = shared and config.fields(shared).get(name)
+        if same and (same.annotation, same.default, same.description, same.json_schema_extra) == (
+            field.annotation,
+            field.default,
+            field.description,
+            field.json_schema_extra,
+        ):
+            continue
+        default = "required" if field.is_required() else f"`{field.get_default()!r}`"
+        star = " *" if config.may_change(cls, name) else ""
+        choices = (
+            typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+        )
+        meaning = field.description
+        if any(choice not in meaning for choice in choices):
+            meaning += f"; one of {', '.join(choices)}"
+        if own := field.json_schema_extra["only_with"]:
+            meaning += f"; only if {config.in_words(own)}"
+        lines.append(f"| `{cls.gin_name}.{name}`{star} | {default} | {meaning} |")
+    lines += [f"| `{cls.gin_name}.{name}` | | not used: {why} |" for name, why in cls.gin_unused.items()]
+    return lines
 
 
 def rewritten(text: str) -> str:
-    """`text` with every table made anew."""
-
-    def fill(match: re.Match) -> str:
-        module = importlib.import_module(match[2])
-        return match[1] + "\n" + table(module.Config) + "\n" + match[3]
-
-    return BLOCK.sub(fill, text)
+    """`text` with all tables brought up to date."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{tables(match[2])}\n{match[3]}", text)
 
 
 def main() -> int:
-    """Rewrites or checks every README below `blacksmith/experiments`."""
+    """Rewrites or checks all pages."""
     sys.path.insert(0, str(ROOT))
     stale = []
-    for path in sorted((ROOT / "blacksmith" / "experiments").rglob("README.md")):
+    for path in sorted(PAGES):
         before = path.read_text(encoding="utf-8")
         after = rewritten(before)
         if after != before:

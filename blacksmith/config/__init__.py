@@ -1,5 +1,6 @@
 """Strict Gin configuration: Gin files, the sections they bind, and the sections that experiments share."""
 
+from blacksmith.config.conditions import NOT_NONE, POSITIVE, Is, in_words
 from blacksmith.config.gin_files import Binding, bindings_as_gin, bound, find_file, gin_directory, parse
 from blacksmith.config.sections import (
     as_dict,
@@ -16,7 +17,10 @@ from blacksmith.config.sections import (
 )
 
 __all__ = [
+    "NOT_NONE",
+    "POSITIVE",
     "Binding",
+    "Is",
     "as_dict",
     "as_gin",
     "bindings_as_gin",
@@ -28,6 +32,7 @@ __all__ = [
     "find_file",
     "forbidden_changes",
     "gin_directory",
+    "in_words",
     "may_change",
     "parse",
     "section",

@@ -1,7 +1,6 @@
-"""Gin files as bindings: parsed by Gin's own parser, resolved here without Gin's global registry.
+"""Gin files as bindings: parsed by Gin's own parser, without its global registry.
 
-Every mistake is one line that names the file and line, what is allowed and the closest match. Two
-configurations never influence each other.
+An error is one line with the file and line number, what is allowed and the closest match.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def gin_directory() -> Path:
-    """Where the shipped Gin files are: inside an installed package, else beside a checkout's."""
+    """The directory of the shipped Gin files: inside an installed package, or next to it in a checkout."""
     inside = _PACKAGE / "gin"
     return inside if inside.is_dir() else _PACKAGE.parent / "gin"
 
@@ -32,7 +31,7 @@ def find_file(name: str, *, beside: Path | None = None, where: str = "--gin_file
     leading ``gin/``).
 
     Raises:
-      ConfigError: there is none; names the closest shipped file.
+      ConfigError: there is no such file; suggests the closest shipped one.
     """
     shipped = gin_directory()
     inside = name.removeprefix("gin/")
@@ -69,25 +68,22 @@ class Macro:
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Keeps macros as names and refuses references: a setting is a plain value."""
+    """Keeps macros as names and refuses references."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
-        raise ValueError(
-            f"'@{scoped_configurable_name}' is a reference; settings are plain values "
-            "(numbers, strings, tuples, True, False, None, or %macro)"
-        )
+        raise ValueError(f"'@{scoped_configurable_name}' is a reference")
 
     def macro(self, macro_name: str) -> Any:
         return Macro(macro_name)
 
 
 def parse(files: Sequence[str], params: Sequence[str] = (), *, allow_imports: bool = False) -> list[Binding]:
-    """Reads Gin files, then ``--gin_param`` bindings; later ones override earlier ones.
+    """Reads Gin files, then ``--gin_param`` bindings; a later binding overrides an earlier one.
 
     Args:
       files: names as given by the user, see `find_file`.
       params: single bindings such as ``'mnist.Train.epochs = 3'``.
-      allow_imports: whether ``import`` statements may run.
+      allow_imports: whether ``import`` statements may run code.
 
     Raises:
       ConfigError: a file is missing, includes itself, has a syntax error, binds a setting twice, uses a
@@ -178,7 +174,7 @@ def _parse_text(
 
 
 def _statements(text: str, display: str, *, is_file: bool) -> Iterable[Any]:
-    """Gin's statements, with its several kinds of parse error turned into one."""
+    """Gin's statements; every kind of parse error becomes a `ConfigError`."""
     if not is_file and not text.strip():
         raise ConfigError(f"{display}: is empty; write 'Section.field = value'")
     line = 1
@@ -198,43 +194,29 @@ def _statements(text: str, display: str, *, is_file: bool) -> Iterable[Any]:
 
 
 def _syntax_message(error: Exception, source: str) -> str:
-    """What is wrong with the line `source`, in the terms of someone who writes settings."""
-    message = error.args[0] if isinstance(error, tokenize.TokenError) else getattr(error, "msg", str(error))
-    message = (message.strip() or type(error).__name__).splitlines()[0].partition("  Got ")[0].rstrip(".")
-    key, equals, value = (part.strip() for part in source.partition("#")[0].partition("="))
-    keyword, _, operand = key.partition(" ")
-    if keyword == "include":
-        return f'expected a file name in quotes: include "{operand or "file.gin"}"'
-    if keyword in ("import", "from"):
-        return "expected import package.module"
-    if "EOF in multi-line" in message:
-        return "a bracket or a quote is never closed"
-    if message.startswith("Expected indentation"):
-        return "after 'Section:' come indented lines 'field = value'"
-    if message.startswith("Expected ',' or"):
-        return f"{message[0].lower()}{message[1:]}; is a bracket left open?"
-    if not equals or message.startswith(
-        ("Couldn't parse", "Malformatted", "Invalid identifier", "Expected '='")
-    ):
-        return "expected Section.field = value"
-    if message == "Expected newline":
-        return "expected one setting a line, with a plain value: no arithmetic, nothing after it"
-    if message.startswith(("Unable to parse value", "malformed node")):
-        message = "expected a plain value (number, string, tuple, True, False, None or %macro)"
+    """What is wrong with the line `source`, for someone who writes settings."""
+    key, _, value = (part.strip() for part in source.partition("#")[0].partition("="))
+    reason = re.split(r"\.?\s+Got | on line |\n", str(error.args[0] if error.args else error))[0].rstrip(".")
     constants = {"true": "True", "false": "False", "none": "None", "null": "None"}
+    constants |= {"inf": "a finite number", "nan": "a finite number"}
+    if isinstance(error, tokenize.TokenError) or (value[:1] in ("'", '"') and value.count(value[0]) % 2):
+        return "a bracket or a quote is never closed"
+    if reason.startswith("Expected ','"):
+        return f"expected{reason[8:]}; a comma or a closing bracket is missing"
+    if key.partition(" ")[0] in ("include", "import", "from"):
+        return 'expected include "file.gin" or import package.module'
     if value.lower() in constants:
-        return f"{message}; write {constants[value.lower()]}"
-    if value[:1] in ("'", '"') and value.count(value[0]) % 2:
-        return f"{message}; the quote is not closed"
-    if value.lower() in ("inf", "nan"):
-        return f"{message}; numbers are finite"
+        return f"write {constants[value.lower()]} instead of {value}"
     if re.fullmatch(r"[A-Za-z_./~][\w./:~-]*", value):
-        return f'{message}; a string needs quotes: "{value}"'
-    return message
+        return f'a string needs quotes: "{value}"'
+    return (
+        f"expected one Section.field = value per line ({reason}); a value is a number, string, tuple, True, "
+        "False, None or %macro"
+    )
 
 
 def bound(bindings: Sequence[Binding], selector: str, field: str) -> Binding | None:
-    """The binding that decides ``selector.field``, its macros resolved, or None."""
+    """The last binding of ``selector.field`` with its macros resolved, or None."""
     found = [b for b in bindings if b.selector == selector and b.field == field]
     if not found:
         return None
@@ -245,14 +227,22 @@ def bound(bindings: Sequence[Binding], selector: str, field: str) -> Binding | N
 def resolve_macros(
     value: Any, macros: Mapping[str, Binding], binding: Binding, used: set[str], within: tuple[str, ...] = ()
 ) -> Any:
-    """`value`, found in `binding` and in the macros `within`, with macros replaced; adds them to `used`."""
+    """`value` with its macros replaced; adds their names to `used`.
+
+    Args:
+      value: the value of `binding`, or a part of it.
+      macros: all macros by name.
+      binding: where `value` stands, for messages.
+      used: collects the names of the macros that were replaced.
+      within: the macros being replaced, to detect one that refers to itself.
+    """
     if isinstance(value, Macro):
         name = value.name
         if name not in macros:
             raise ConfigError(f"{binding.where}: %{name} is not defined{closest(name, macros)}")
         if name in within:
             circle = " -> ".join(f"%{n}" for n in (*within[within.index(name) :], name))
-            raise ConfigError(f"{binding.where}: %{name} is defined by itself: {circle}")
+            raise ConfigError(f"{binding.where}: %{name} refers to itself: {circle}")
         used.add(name)
         return resolve_macros(macros[name].value, macros, macros[name], used, (*within, name))
     if isinstance(value, (list, tuple)):
@@ -263,7 +253,7 @@ def resolve_macros(
 
 
 def bindings_as_gin(bindings: Sequence[Binding]) -> str:
-    """What the user bound, in order, with includes inlined and a comment naming each source."""
+    """The bindings in order as one Gin file, with a comment before those of each source."""
     lines: list[str] = []
     last = ""
     macros = {b.selector: b for b in bindings if not b.field}

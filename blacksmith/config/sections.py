@@ -1,7 +1,7 @@
-"""Sections: the frozen, strictly typed dataclasses that a configuration is made of.
+"""Sections: the frozen, strictly typed dataclasses that make up a configuration.
 
-A section is declared with `section` and `setting`; `build` validates bindings against all sections of an
-experiment and freezes them. The launcher and the parity command call this module; it imports no framework.
+A section is declared with `section` and `setting`. `build` validates the bindings of Gin files against all
+sections of an experiment.
 """
 
 import dataclasses
@@ -10,32 +10,54 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from blacksmith.config import conditions
+from blacksmith.config.conditions import Conditions
 from blacksmith.config.gin_files import Binding, resolve_macros
 from blacksmith.errors import ConfigError, closest
 
 T = TypeVar("T")
 
 
-def section(name: str) -> typing.Callable[[type[T]], type[T]]:
-    """Declares a class to be the section that Gin files call `name`, for example ``mnist.Train``.
+def section(
+    name: str,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    unused: Mapping[str, str] | None = None,
+    moved: Mapping[str, str] | None = None,
+    only_with: Conditions | None = None,
+) -> Callable[[type[T]], type[T]]:
+    """Makes a class the section that Gin files call `name`, for example ``mnist.Train``.
 
-    The class becomes a frozen, strictly typed pydantic dataclass that refuses unknown fields.
+    The class becomes a frozen, strictly typed pydantic dataclass that refuses unknown fields. `build` calls
+    its method `check`, if it has one. A class that inherits from another section may change what it inherits.
+
+    Args:
+      name: the name in Gin files.
+      defaults: other defaults of inherited fields.
+      unused: inherited fields that this experiment has no use for, with the reason; setting one is an error.
+      moved: fields that existed once, with the full name that replaced them; an error says the new name.
+      only_with: the conditions under which the section's fields have an effect, see `setting`.
     """
 
     def decorate(cls: type[T]) -> type[T]:
+        for field, default in (defaults or {}).items():
+            inherited = cls.__pydantic_fields__[field]
+            cls.__annotations__[field] = inherited.annotation
+            setattr(cls, field, setting(default, inherited.description, **inherited.json_schema_extra))
         cls = pydantic_dataclass(
             cls,
             frozen=True,
             kw_only=True,
             config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False),
         )
-        cls.gin_name = name
+        cls.gin_name, cls.gin_unused, cls.gin_moved = name, dict(unused or {}), dict(moved or {})
+        cls.gin_only_with = only_with
         return cls
 
     return decorate
@@ -47,25 +69,27 @@ def setting(
     *,
     resume_may_change: bool = False,
     evaluation_may_change: bool = False,
+    only_with: Conditions | None = None,
     **constraints: Any,
 ) -> Any:
     """A field of a section.
 
     Args:
-      default: the value when no file binds it; ``...`` makes it required.
-      description: one line for the experiment's documentation, with the unit.
+      default: the value if no file binds it; ``...`` makes the field required.
+      description: one line for the documentation, with the unit.
       resume_may_change: whether a resumed run may differ from its checkpoint in this field.
-      evaluation_may_change: whether an evaluation of a checkpoint may, besides.
+      evaluation_may_change: whether ``--mode=eval`` and ``export`` may also differ from the checkpoint.
+      only_with: when the field has an effect: ``{"Optimizer.name": ("sgd", "rmsprop")}``. Otherwise any value
+        but the default is an error.
       **constraints: pydantic's (``gt``, ``ge``, ``lt``, ``le``, ``min_length``, ...).
     """
+    own = {
+        "resume_may_change": resume_may_change,
+        "evaluation_may_change": evaluation_may_change,
+        "only_with": only_with,
+    }
     return pydantic.Field(
-        default,
-        description=description,
-        json_schema_extra={
-            "resume_may_change": resume_may_change,
-            "evaluation_may_change": resume_may_change or evaluation_may_change,
-        },
-        **constraints,
+        default, description=description, json_schema_extra={**own, **constraints}, **constraints
     )
 
 
@@ -76,29 +100,28 @@ def sections(config_class: type) -> dict[str, type]:
 
 
 def fields(section_class: type) -> dict[str, pydantic.fields.FieldInfo]:
-    """The settings of a section, by name."""
-    return section_class.__pydantic_fields__
+    """The settings of a section by name, without those that are unused."""
+    every = section_class.__pydantic_fields__
+    return {name: field for name, field in every.items() if name not in section_class.gin_unused}
 
 
 def may_change(section_class: type, field: str, *, mode: str = "train") -> bool:
-    """Whether a run that goes on from a checkpoint may differ from it in this field.
-
-    In another mode than ``train`` the checkpoint is only evaluated or exported.
-    """
-    rule = "resume_may_change" if mode == "train" else "evaluation_may_change"
-    return bool(fields(section_class)[field].json_schema_extra[rule])
+    """Whether a run in `mode` may differ in this field from the checkpoint that it starts from."""
+    extra = fields(section_class)[field].json_schema_extra
+    return extra["resume_may_change"] or (mode != "train" and extra["evaluation_may_change"])
 
 
 def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str) -> T:
     """Validates all bindings against the sections of `config_class` and freezes them.
 
     Args:
-      config_class: a dataclass whose fields are sections; its `check()` holds the cross-field rules.
+      config_class: a dataclass whose fields are sections. If it has a method `check`, that holds the rules
+        that span sections.
       bindings: from `parse`.
-      experiment: the chosen experiment, for messages.
+      experiment: the experiment's name, for messages.
 
     Raises:
-      ConfigError: the first mistake found, and how many more there are.
+      ConfigError: the first mistake, and how many more there are.
     """
     by_name = {cls.gin_name: cls for cls in sections(config_class).values()}
     macros = {b.selector: b for b in bindings if not b.field}
@@ -111,14 +134,10 @@ def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str
             continue
         try:
             name = _section_name(binding, by_name, experiment)
-            allowed = fields(by_name[name])
-            if binding.field not in allowed:
-                raise ConfigError(
-                    f"{binding.where}: {name} has no field {binding.field!r}"
-                    f"{closest(binding.field, allowed)}; allowed: {', '.join(allowed)}"
-                )
-            values[name][binding.field] = resolve_macros(binding.value, macros, binding, used)
-            sources[name, binding.field] = binding
+            value = resolve_macros(binding.value, macros, binding, used)
+            if _check_field(binding, by_name[name], value):
+                values[name][binding.field] = value
+                sources[name, binding.field] = binding
         except ConfigError as error:
             mistakes.append(str(error))
     for name, macro in macros.items():
@@ -138,14 +157,51 @@ def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str
             mistakes += [_explain(parts, cls, sources) for parts in by_field.values()]
     if not mistakes:
         config = config_class(**built)
+        mistakes += [_located(message, sources) for message in _without_effect(config)]
+    if not mistakes:
         try:
-            config.check()
+            for checked in (*built.values(), config):
+                if hasattr(checked, "check"):
+                    checked.check()
         except ConfigError as error:
             mistakes.append(_located(str(error), sources))
     if mistakes:
         more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
         raise ConfigError(mistakes[0] + more)
     return config
+
+
+def _check_field(binding: Binding, cls: type, value: Any) -> bool:
+    """Whether a section takes this binding; False for an unused field that is set to None or its default."""
+    name, field, allowed = cls.gin_name, binding.field, fields(cls)
+    if field in allowed:
+        return True
+    if field in cls.gin_moved:
+        raise ConfigError(f"{binding.where}: {name}.{field} is now {cls.gin_moved[field]}")
+    if field in cls.gin_unused:
+        if value is None or value == cls.__pydantic_fields__[field].get_default():
+            return False
+        raise ConfigError(
+            f"{binding.where}: {name}.{field} = {value!r} has no effect here: {cls.gin_unused[field]}"
+        )
+    raise ConfigError(
+        f"{binding.where}: {name} has no field {field!r}{closest(field, allowed)}; "
+        f"allowed: {', '.join(allowed)}"
+    )
+
+
+def _without_effect(config: Any) -> Iterable[str]:
+    """A message for each setting that was changed while its `only_with` does not hold."""
+    parts = [getattr(config, name) for name in _names(config)]
+    values = {
+        f"{part.gin_name}.{field}": getattr(part, field) for part in parts for field in fields(type(part))
+    }
+    for part in parts:
+        for field, info in fields(type(part)).items():
+            key = f"{part.gin_name}.{field}"
+            only_with = info.json_schema_extra["only_with"] or part.gin_only_with
+            if only_with and values[key] != info.get_default() and not conditions.hold(only_with, values):
+                yield f"{key} = {values[key]!r} has no effect unless {conditions.in_words(only_with)}"
 
 
 def _section_name(binding: Binding, by_name: Mapping[str, type], experiment: str) -> str:
@@ -161,7 +217,7 @@ def _section_name(binding: Binding, by_name: Mapping[str, type], experiment: str
 
 
 def _closest_section(selector: str, names: Iterable[str]) -> str:
-    """Like `closest`, where the last part of a section's name may stand for the whole."""
+    """Like `closest`, but the last part of a section's name is enough."""
     whole = closest(selector, names)
     last = {n.rpartition(".")[2]: n for n in names}
     found = difflib.get_close_matches(selector.rpartition(".")[2], last, n=1, cutoff=0.55)
@@ -173,7 +229,7 @@ def _explain(
     cls: type,
     sources: Mapping[tuple[str, str], Binding],
 ) -> str:
-    """One readable line for pydantic's errors of one field; a union has one for each alternative."""
+    """One readable line for pydantic's errors of one field; a union has one per alternative."""
     error = errors[0]
     field = str(error["loc"][0]) if error["loc"] else ""
     index = _index(error)
@@ -202,12 +258,12 @@ def _explain(
 
 
 def _index(error: Mapping[str, Any]) -> str:
-    """Where in a tuple a value is wrong: ``[1]``, or nothing."""
+    """The position of the wrong value in a tuple, such as ``[1]``, or nothing."""
     return "".join(f"[{part}]" for part in error["loc"][1:] if isinstance(part, int))
 
 
 def _located(message: str, sources: Mapping[tuple[str, str], Binding]) -> str:
-    """A message about several fields, after the place where the first of those that a file binds is bound."""
+    """`message` after the place where the first of the fields that it names is bound."""
     for key in re.findall(r"([A-Za-z_][\w.]*)\.(\w+)", message):
         if key in sources:
             return f"{sources[key].where}: {message}"
@@ -216,13 +272,13 @@ def _located(message: str, sources: Mapping[tuple[str, str], Binding]) -> str:
 
 def as_dict(config: Any) -> dict[str, dict[str, Any]]:
     """The configuration as plain JSON values: ``{section attribute: {field: value}}``."""
-    return json.loads(
-        json.dumps({name: dataclasses.asdict(getattr(config, name)) for name in _names(config)})
-    )
+    parts = {name: getattr(config, name) for name in _names(config)}
+    values = {name: {f: getattr(part, f) for f in fields(type(part))} for name, part in parts.items()}
+    return json.loads(json.dumps(values))
 
 
 def as_gin(config: Any) -> str:
-    """The whole configuration, defaults included, as a Gin file that parses to the same one."""
+    """The whole configuration, defaults included, as a Gin file that parses to the same configuration."""
     lines = []
     for name in _names(config):
         part = getattr(config, name)
@@ -263,7 +319,7 @@ def changes(config: Any, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tu
 def forbidden_changes(
     config: Any, saved: Mapping[str, Mapping[str, Any]], *, mode: str = "train"
 ) -> dict[str, tuple[Any, Any]]:
-    """Those of `changes` that a run in `mode` must not make."""
+    """The `changes` that a run in `mode` must not make."""
     classes = {type(getattr(config, n)).gin_name: type(getattr(config, n)) for n in _names(config)}
     return {
         key: pair

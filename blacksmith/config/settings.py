@@ -1,38 +1,67 @@
-"""The configuration sections that experiments share: run, optimiser, schedule, checkpoints, logs."""
+"""The configuration sections that experiments share: run, training, optimizer, schedule, checkpoints, log.
 
-from collections.abc import Mapping
+An experiment uses a section as it is, or inherits from it to change it. docs/settings.md lists them all.
+"""
+
 from typing import Any, Literal
 
+from blacksmith.config.conditions import POSITIVE, Is, hold
 from blacksmith.config.sections import fields, section, setting
 from blacksmith.errors import ConfigError
 
-# The settings that only some optimisers have; the configuration refuses them elsewhere.
-_WITH_BETAS = ("adam", "adamw", "adamax", "nadam", "lion", "lamb")
-OWN_SETTINGS: dict[str, tuple[str, ...]] = {
-    "momentum": ("sgd", "rmsprop"),
-    "nesterov": ("sgd",),
-    "beta_1": _WITH_BETAS,
-    "beta_2": _WITH_BETAS,
-    "rho": ("rmsprop", "adadelta"),
-    "epsilon": ("adam", "adamw", "adamax", "nadam", "rmsprop", "adagrad", "adadelta", "lamb", "muon"),
-    "amsgrad": ("adam", "adamw"),
+_HAS_BETAS = {"Optimizer.name": ("adam", "adamw", "adamax", "nadam", "lion", "lamb")}
+_HAS_EPSILON = {
+    "Optimizer.name": ("adam", "adamw", "adamax", "nadam", "rmsprop", "adagrad", "adadelta", "lamb", "muon")
 }
+_DECAYS = {"Schedule.name": Is("not 'constant'", lambda name: name != "constant")}
 
 
 @section("Run")
 class RunConfig:
-    """Which experiment runs, on what, from which seed."""
+    """Which experiment runs, on which framework, from which seed."""
 
     experiment: str = setting(..., "the experiment's name, see --list", resume_may_change=True, min_length=1)
     backend: Literal["jax", "torch"] | None = setting(
-        None, "the framework; may be left out where there is only one", resume_may_change=True
+        None, "the framework; optional if the experiment has only one", resume_may_change=True
     )
-    seed: int = setting(0, "everything random comes from this one number", ge=0, le=2**63 - 1)
+    seed: int = setting(0, "everything random is derived from this number", ge=0, le=2**63 - 1)
+
+
+@section("Train")
+class TrainConfig:
+    """How long to train, and when to validate; each experiment has a `Train` section under its own name."""
+
+    epochs: int | None = setting(10, "passes over the training set", gt=0, resume_may_change=True)
+    steps: int | None = setting(
+        None,
+        "optimizer steps, instead of `epochs`",
+        gt=0,
+        resume_may_change=True,
+    )
+    batch_size: int = setting(128, "examples per optimizer step", gt=0)
+    evaluate_every_steps: int | None = setting(None, "validate every this many steps", gt=0)
+    early_stopping: int | None = setting(
+        None, "stop after this many validations in a row without a better `Checkpoint.metric`", gt=0
+    )
+    stop_at: float | None = setting(
+        None, "stop as soon as `Checkpoint.metric` is this good", resume_may_change=True
+    )
+
+    def check(self) -> None:
+        """Raises ConfigError if nothing says when training ends."""
+        if self.steps is None and self.epochs is None:
+            raise ConfigError(
+                f"{self.gin_name}.steps and {self.gin_name}.epochs are both None; set one of them"
+            )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The last optimizer step."""
+        return self.steps or self.epochs * steps_per_epoch
 
 
 @section("Optimizer")
 class OptimizerConfig:
-    """The optimiser and its settings, under the names Keras gives them."""
+    """The optimizer and its settings, under Keras's names."""
 
     name: Literal[
         "sgd",
@@ -47,75 +76,117 @@ class OptimizerConfig:
         "adafactor",
         "lamb",
         "muon",
-    ] = setting("adam", "the optimiser")
+    ] = setting("adam", "the optimizer")
     learning_rate: float = setting(1e-3, "peak learning rate", gt=0)
     weight_decay: float | None = setting(
-        None,
-        "decoupled weight decay, times the learning rate; None: Keras's default for the optimiser",
-        ge=0,
+        None, "decoupled weight decay, multiplied by the learning rate; None: the framework's default", ge=0
     )
-    momentum: float = setting(0.0, "momentum of sgd and rmsprop", ge=0, lt=1)
-    nesterov: bool = setting(False, "Nesterov momentum for sgd")
+    momentum: float = setting(0.0, "momentum", ge=0, lt=1, only_with={"Optimizer.name": ("sgd", "rmsprop")})
+    nesterov: bool = setting(
+        False, "Nesterov momentum", only_with={"Optimizer.name": "sgd", "Optimizer.momentum": POSITIVE}
+    )
     beta_1: float | None = setting(
-        None, "decay of the first moment; None: Keras's default for the optimiser", ge=0, lt=1
+        None, "decay of the first moment; None: the framework's default", ge=0, lt=1, only_with=_HAS_BETAS
     )
     beta_2: float | None = setting(
-        None, "decay of the second moment; None: Keras's default for the optimiser", ge=0, lt=1
+        None, "decay of the second moment; None: the framework's default", ge=0, lt=1, only_with=_HAS_BETAS
     )
     rho: float | None = setting(
-        None, "decay of rmsprop and adadelta; None: Keras's default for the optimiser", ge=0, lt=1
+        None,
+        "decay of the average of squared gradients; None: the framework's default",
+        ge=0,
+        lt=1,
+        only_with={"Optimizer.name": ("rmsprop", "adadelta")},
     )
     epsilon: float | None = setting(
-        None, "added to the denominator; None: Keras's default for the optimiser", gt=0
+        None, "added to the denominator; None: the framework's default", gt=0, only_with=_HAS_EPSILON
     )
-    amsgrad: bool = setting(False, "the AMSGrad variant of adam and adamw")
-    clip_norm: float | None = setting(None, "each gradient's norm is cut to this", gt=0)
-    global_clip_norm: float | None = setting(None, "the norm of all gradients together is cut to this", gt=0)
-    clip_value: float | None = setting(None, "each gradient element is cut to +-this", gt=0)
+    amsgrad: bool = setting(False, "the AMSGrad variant", only_with={"Optimizer.name": ("adam", "adamw")})
+    clip_norm: float | None = setting(None, "clip the norm of each gradient to this", gt=0)
+    global_clip_norm: float | None = setting(None, "clip the norm of all gradients together to this", gt=0)
+    clip_value: float | None = setting(None, "clip each element of the gradients to +-this", gt=0)
+
+    def check(self) -> None:
+        """Raises ConfigError for more than one way to clip."""
+        clips = [n for n in ("clip_norm", "global_clip_norm", "clip_value") if getattr(self, n) is not None]
+        if len(clips) > 1:
+            raise ConfigError(f"Optimizer.{' and Optimizer.'.join(clips)} are both set; set only one of them")
+
+    def own_settings(self) -> dict[str, Any]:
+        """The changed settings of the optimizer's formula, to be passed to its class."""
+        values = {f"Optimizer.{name}": getattr(self, name) for name in fields(OptimizerConfig)}
+        return {
+            name: values[f"Optimizer.{name}"]
+            for name, field in fields(OptimizerConfig).items()
+            if name not in ("name", "learning_rate", "clip_norm", "global_clip_norm", "clip_value")
+            and values[f"Optimizer.{name}"] != field.get_default()
+            and hold(field.json_schema_extra["only_with"] or {}, values)
+        }
+
+
+@section("Optimizer")
+class TorchOptimizerConfig(OptimizerConfig):
+    """An optimizer of `torch.optim`."""
+
+    name: Literal[
+        "sgd", "adam", "adamw", "adamax", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor"
+    ] = setting("adam", "the optimizer of `torch.optim`")
+    weight_decay: float | None = setting(
+        None,
+        "weight decay, decoupled for adamw and adafactor, else added to the gradient; None: the framework's "
+        "default",
+        ge=0,
+    )
 
 
 @section("Schedule")
 class ScheduleConfig:
-    """How the learning rate moves over the optimiser steps."""
+    """The learning rate over the optimizer steps."""
 
-    name: Literal["constant", "linear", "cosine"] = setting("constant", "shape of the decay after warm-up")
-    warmup_steps: int = setting(0, "steps over which the rate rises linearly from 0", ge=0)
+    name: Literal["constant", "linear", "cosine", "exponential"] = setting(
+        "constant",
+        "the shape of the decay after the warm-up; exponential: from the first step on",
+    )
+    warmup_steps: int = setting(0, "steps in which the rate rises linearly from 0", ge=0)
     decay_steps: int | None = setting(
         None,
-        "steps of the decay, warm-up excluded; None: to the end of the run",
+        "length of the decay; None: to the end of the run",
         gt=0,
-        resume_may_change=True,  # None and the number it stands for are the same; else see the experiments
+        resume_may_change=True,  # `check_same_decay` refuses a change of the actual length
+        only_with=_DECAYS,
     )
-    final_fraction: float = setting(0.0, "the rate after the decay, as a fraction of the peak", ge=0, le=1)
+    final_fraction: float = setting(
+        0.0, "the rate after the decay, as a fraction of the peak", ge=0, le=1, only_with=_DECAYS
+    )
+
+    def check(self) -> None:
+        """Raises ConfigError for an exponential decay to 0."""
+        if self.name == "exponential" and not self.final_fraction:
+            raise ConfigError("Schedule.name = 'exponential' needs Schedule.final_fraction above 0")
 
 
 @section("Checkpoint")
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
-    every_steps: int | None = setting(None, "write one every so many steps", gt=0, resume_may_change=True)
-    every_epochs: int | None = setting(1, "write one every so many epochs", gt=0, resume_may_change=True)
-    keep_last: int = setting(2, "how many of the newest are kept", ge=1, resume_may_change=True)
-    keep_best: int = setting(1, "how many of the best by `metric` are kept", ge=0, resume_may_change=True)
+    every_steps: int | None = setting(None, "save every this many steps", gt=0, resume_may_change=True)
+    every_epochs: int | None = setting(1, "save every this many epochs", gt=0, resume_may_change=True)
+    keep_last: int = setting(2, "how many of the newest to keep", ge=1, resume_may_change=True)
+    keep_best: int = setting(1, "how many of the best by `metric` to keep", ge=0, resume_may_change=True)
     metric: str = setting(
-        "val_accuracy",
-        "the validation metric that says which is best: val_loss, val_accuracy, ...",
-        min_length=1,
+        "val_accuracy", "the validation metric that decides which is best, such as val_loss", min_length=1
     )
     mode: Literal["auto", "min", "max"] = setting(
-        "auto", "whether less or more is better; auto: less for losses"
+        "auto", "whether a lower or higher metric is better; auto: lower for losses, else higher"
     )
 
 
 @section("Log")
 class LogConfig:
-    """What is written about the run as it goes."""
+    """What is logged during the run."""
 
     every_steps: int = setting(
-        50,
-        "training metrics are averaged over and written every so many steps",
-        gt=0,
-        resume_may_change=True,
+        50, "log training metrics, averaged, every this many steps", gt=0, resume_may_change=True
     )
     tensorboard: bool = setting(True, "write TensorBoard events", resume_may_change=True)
     wandb: Literal["off", "offline", "online"] = setting(
@@ -124,77 +195,27 @@ class LogConfig:
     wandb_project: str = setting("blacksmith", "the Weights & Biases project", resume_may_change=True)
     histograms_every: int | None = setting(
         None,
-        "write TensorBoard histograms of weights and gradients every so many steps",
+        "write histograms of weights and gradients every this many steps",
         gt=0,
         resume_may_change=True,
+        only_with=({"Log.tensorboard": True}, {"Log.wandb": ("offline", "online")}),
     )
     progress: Literal["auto", "bar", "lines", "off"] = setting(
-        "auto", "progress on the console; auto: a bar on a terminal", resume_may_change=True
+        "auto", "progress on the console; auto: a bar on a terminal, else lines", resume_may_change=True
     )
 
 
-def check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None:
-    """Refuses settings that would have no effect or contradict one another.
+SHARED = (RunConfig, TrainConfig, OptimizerConfig, ScheduleConfig, CheckpointConfig, LogConfig)
+
+
+def check_warmup(schedule: ScheduleConfig, end: int | None) -> None:
+    """Checks that the warm-up is shorter than a run of `end` optimizer steps; None: not known yet.
 
     Raises:
-      ConfigError: the first of them.
+      ConfigError: it leaves no step.
     """
-    clips = [n for n in ("clip_norm", "global_clip_norm", "clip_value") if getattr(optimizer, n) is not None]
-    if len(clips) > 1:
-        raise ConfigError(f"Optimizer.{' and Optimizer.'.join(clips)} are both set; choose one way to clip")
-    for name, having in OWN_SETTINGS.items():
-        value = getattr(optimizer, name)
-        if value != fields(OptimizerConfig)[name].default and optimizer.name not in having:
-            raise ConfigError(
-                f"Optimizer.{name} = {value!r} has no effect on {optimizer.name}; "
-                f"it belongs to {' and '.join(having)}"
-            )
-    if optimizer.nesterov and not optimizer.momentum:
-        raise ConfigError("Optimizer.nesterov = True needs Optimizer.momentum above 0")
-    if schedule.name == "constant":
-        for name in ("decay_steps", "final_fraction"):
-            value = getattr(schedule, name)
-            if value != fields(ScheduleConfig)[name].default:
-                raise ConfigError(
-                    f"Schedule.{name} = {value!r} has no effect on a constant schedule; it belongs to "
-                    "linear and cosine"
-                )
-
-
-def check_same_decay(
-    schedule: ScheduleConfig, before: Mapping[str, Any], steps_per_epoch: int, end: int
-) -> None:
-    """A decay to the end of the run cannot be resumed towards another end: its past would change.
-
-    Args:
-      schedule: of the run.
-      before: the configuration of the checkpoint that it goes on from, as a dictionary.
-      steps_per_epoch: optimiser steps.
-      end: the run's last step.
-
-    Raises:
-      ConfigError: the decay would have another length; names the one to set.
-    """
-    if schedule.name == "constant":
-        return
-    old_end = before["train"]["steps"] or before["train"]["epochs"] * steps_per_epoch
-    old = before["schedule"]["decay_steps"] or old_end - schedule.warmup_steps
-    new = schedule.decay_steps or end - schedule.warmup_steps
-    if new != old:
+    if end is not None and schedule.warmup_steps >= end:
         raise ConfigError(
-            f"the schedule {schedule.name!r} decayed over {old} steps and would now over {new}; "
-            f"set Schedule.decay_steps = {old}"
-        )
-
-
-def check_log(log: LogConfig) -> None:
-    """Refuses histograms that nothing would show.
-
-    Raises:
-      ConfigError: histograms without TensorBoard and Weights & Biases.
-    """
-    if log.histograms_every is not None and not log.tensorboard and log.wandb == "off":
-        raise ConfigError(
-            f"Log.histograms_every = {log.histograms_every} has no effect without Log.tensorboard or "
-            "Log.wandb"
+            f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step of the run's {end} for what "
+            "follows"
         )

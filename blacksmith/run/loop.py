@@ -19,12 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blacksmith.config.settings import check_same_decay
 from blacksmith.errors import ConfigError, RunError
 from blacksmith.run.checkpoint import Saved, direction
 from blacksmith.run.metrics import is_timed
 from blacksmith.run.progress import Progress
 from blacksmith.run.run import Run
+from blacksmith.run.schedule import check_same_decay
 
 
 class Batches(Protocol):

@@ -1,13 +1,12 @@
-"""Keras optimisers and learning-rate schedules from their configuration, the same on every backend."""
+"""Keras optimizers and learning-rate schedules from their configuration, the same on every backend."""
 
-import math
 import re
 
 import keras
 from keras import ops
 
-from blacksmith.config.settings import OWN_SETTINGS, OptimizerConfig, ScheduleConfig
-from blacksmith.errors import ConfigError
+from blacksmith.config.settings import OptimizerConfig, ScheduleConfig, check_warmup
+from blacksmith.run.schedule import decay, decay_length, decay_start
 
 _CLASSES = {
     "sgd": keras.optimizers.SGD,
@@ -26,106 +25,90 @@ _CLASSES = {
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up from 0, then a constant, linear or cosine decay, in float32.
-
-    Works on one step or an array of steps. With warm-up over W steps, step t < W has the rate
-    ``peak * (t + 1) / W``; the decay then runs over D steps to ``peak * final_fraction``.
+    """`blacksmith.run.schedule.learning_rate` in float32, for one step or an array of steps.
 
     Args:
-      name: ``constant``, ``linear`` or ``cosine``.
-      peak: the rate after warm-up.
-      warmup_steps: W, may be 0.
-      decay_steps: D.
+      name: the shape, see ``Schedule.name``.
+      peak: the rate after the warm-up.
+      warmup_steps: optimizer steps of the warm-up, may be 0.
+      decay_start: the step at which the decay starts.
+      decay_steps: length of the decay.
       final_fraction: what is left of the rate after the decay.
     """
 
     def __init__(
-        self, name: str, peak: float, warmup_steps: int, decay_steps: int, final_fraction: float
+        self,
+        name: str,
+        peak: float,
+        warmup_steps: int,
+        decay_start: int,
+        decay_steps: int,
+        final_fraction: float,
     ) -> None:
         super().__init__()
         self.name = name
         self.peak = peak
         self.warmup_steps = warmup_steps
+        self.decay_start = decay_start
         self.decay_steps = decay_steps
         self.final_fraction = final_fraction
 
     def __call__(self, step: object) -> object:
         """The learning rate at `step`, counted from 0."""
         step = ops.cast(step, "float32")
-        progress = ops.clip((step - self.warmup_steps) / self.decay_steps, 0.0, 1.0)
-        if self.name == "constant":
-            fraction = ops.ones_like(progress)
-        elif self.name == "linear":
-            fraction = 1.0 - (1.0 - self.final_fraction) * progress
-        else:
-            half = 0.5 * (1.0 - self.final_fraction)
-            fraction = self.final_fraction + half * (1.0 + ops.cos(math.pi * progress))
-        rate = self.peak * fraction
+        progress = ops.clip((step - self.decay_start) / self.decay_steps, 0.0, 1.0)
+        rate = self.peak * decay(self.name, progress, self.final_fraction, ops.cos)
         if self.warmup_steps:
-            warm = self.peak * (step + 1.0) / self.warmup_steps
-            rate = ops.where(step < self.warmup_steps, warm, rate)
+            peak = rate if self.name == "exponential" else self.peak
+            rate = ops.where(step < self.warmup_steps, peak * (step + 1.0) / self.warmup_steps, rate)
         return rate
 
     def get_config(self) -> dict:
         """What `from_config` needs."""
-        return {
-            "name": self.name,
-            "peak": self.peak,
-            "warmup_steps": self.warmup_steps,
-            "decay_steps": self.decay_steps,
-            "final_fraction": self.final_fraction,
-        }
+        names = ("name", "peak", "warmup_steps", "decay_start", "decay_steps", "final_fraction")
+        return {name: getattr(self, name) for name in names}
 
 
 def make_optimizer(
     config: OptimizerConfig, schedule: ScheduleConfig, total_steps: int
 ) -> keras.optimizers.Optimizer:
-    """The optimiser that the configuration names, not yet built.
+    """The optimizer that the configuration names, not yet built.
 
     Args:
       config: name and settings.
       schedule: the learning rate over time.
-      total_steps: optimiser steps of the whole run, for a decay "to the end".
+      total_steps: optimizer steps of the whole run, for a decay "to the end".
 
     Raises:
       ConfigError: the warm-up is longer than the run.
     """
     rate: float | Schedule = config.learning_rate
     if schedule.name != "constant" or schedule.warmup_steps:
-        decay = schedule.decay_steps or total_steps - schedule.warmup_steps
-        if decay < 1:
-            raise ConfigError(
-                f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step of the run's "
-                f"{total_steps} for what follows"
-            )
+        check_warmup(schedule, total_steps)
         rate = Schedule(
             schedule.name,
             config.learning_rate,
             schedule.warmup_steps,
-            decay,
+            decay_start(schedule),
+            decay_length(schedule, total_steps),
             schedule.final_fraction,
         )
-    settings = {
-        "learning_rate": rate,
-        "weight_decay": config.weight_decay,
+    clips = {
         "clipnorm": config.clip_norm,
         "global_clipnorm": config.global_clip_norm,
         "clipvalue": config.clip_value,
-        "name": "optimizer",
     }
-    settings |= {
-        name: getattr(config, name) for name, having in OWN_SETTINGS.items() if config.name in having
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    return _CLASSES[config.name](**settings)
+    return _CLASSES[config.name](
+        learning_rate=rate, name="optimizer", **config.own_settings(), **{k: v for k, v in clips.items() if v}
+    )
 
 
 def named_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> dict[str, keras.Variable]:
-    """The optimiser's variables by backend-neutral names such as ``hidden_1_kernel_momentum``.
+    """The optimizer's variables by backend-neutral names such as ``hidden_1_kernel_momentum``.
 
-    The optimiser's and the model's own names are left out; where Keras gives two variables one name, the
-    second becomes ``name.2``. A variable that Keras numbers for want of a name (``variable_7``) loses the
-    number, which depends on what the process made before.
+    The optimizer's and the model's own names are left out. If Keras gives two variables the same name, the
+    second becomes ``name.2``. A variable that Keras only numbers (``variable_7``) loses the number, which
+    depends on what the process created before.
     """
     named: dict[str, keras.Variable] = {}
     for variable in optimizer.variables:

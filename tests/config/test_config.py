@@ -9,6 +9,7 @@ import pytest
 
 from blacksmith import config as configuration
 from blacksmith import launch
+from blacksmith.config.conditions import Is
 from blacksmith.config.sections import section, setting
 from blacksmith.errors import ConfigError
 
@@ -111,35 +112,35 @@ def fails(*words):
         ("(1,\n  2,  # two\n)", (1, 2)),
     ],
 )
-def test_a_plain_value_is_read_as_python_reads_it(write, text, value):
+def test_values_are_python_literals(write, text, value):
     write("a.gin", f"toy.Data.x = {text}  # a comment\n")
     assert parsed("a.gin") == {"toy.Data.x": value}
 
 
-def test_a_block_sets_several_fields_of_one_section(write):
+def test_a_block_sets_several_fields(write):
     write("a.gin", "toy.Train:\n  # games\n  epochs = 3\n\n  rate = 0.1\ntoy.Data.count = 5\n")
     assert parsed("a.gin") == {"toy.Train.epochs": 3, "toy.Train.rate": 0.1, "toy.Data.count": 5}
 
 
-def test_a_file_may_start_with_a_byte_order_mark_and_have_windows_line_ends(write, tmp_path):
+def test_byte_order_mark_and_windows_line_ends(write, tmp_path):
     (tmp_path / "a.gin").write_bytes(b"\xef\xbb\xbftoy.Data.count = 5\r\ntoy.Train.epochs = 2\r\n")
     assert parsed("a.gin") == {"toy.Data.count": 5, "toy.Train.epochs": 2}
 
 
-def test_each_binding_knows_its_file_and_line(write):
+def test_a_binding_knows_its_file_and_line(write):
     write("a.gin", "# one\ntoy.Data.count = 5\ntoy.Train:\n  epochs = 3\n")
     bindings = configuration.parse(["a.gin"], ["toy.Data.count = 6"])
     assert [b.where for b in bindings] == ["a.gin:2", "a.gin:4", "--gin_param 'toy.Data.count = 6'"]
 
 
-def test_an_include_is_found_beside_the_including_file(write):
+def test_an_include_is_found_next_to_its_file(write):
     write("deep/base.gin", "toy.Data.count = 5\n")
     write("deep/a.gin", "include 'base.gin'\n")
     write("base.gin", "toy.Data.count = 6\n")
     assert parsed("deep/a.gin") == {"toy.Data.count": 5}
 
 
-def test_an_include_may_climb_and_is_named_as_the_flag_would_name_it(write):
+def test_an_include_may_be_in_a_parent_directory(write):
     write("common/base.gin", "toy.Data.cuont = 5\n")
     write("mine/a.gin", "include '../common/base.gin'\n")
     (binding,) = configuration.parse(["mine/a.gin"])
@@ -147,12 +148,12 @@ def test_an_include_may_climb_and_is_named_as_the_flag_would_name_it(write):
 
 
 @pytest.mark.parametrize("name", ["include/mnist.gin", "gin/include/mnist.gin"])
-def test_an_include_is_found_among_the_shipped_files(write, name):
+def test_an_include_is_found_among_shipped_files(write, name):
     write("a.gin", f"include '{name}'\n")
     assert "mnist.Train.epochs" in parsed("a.gin")
 
 
-def test_a_file_included_by_two_others_is_no_cycle(write):
+def test_including_a_file_twice_is_no_cycle(write):
     write("base.gin", "toy.Data.count = 5\n")
     write("b.gin", "include 'base.gin'\n")
     write("c.gin", "include 'base.gin'\ntoy.Data.count = 6\n")
@@ -160,26 +161,13 @@ def test_a_file_included_by_two_others_is_no_cycle(write):
     assert parsed("a.gin") == {"toy.Data.count": 6}
 
 
-def test_a_cycle_of_includes_is_shown_with_the_line_that_closes_it(write):
-    write("a.gin", "include 'deep/b.gin'\n")
-    write("deep/b.gin", "# b\ninclude '../a.gin'\n")
-    with fails("deep/b.gin:2: a.gin includes itself", "a.gin -> b.gin -> a.gin"):
-        configuration.parse(["a.gin"])
-
-
-def test_a_missing_include_names_the_line_and_the_closest_shipped_file(write):
-    write("a.gin", "toy.Data.count = 5\ninclude 'include/mnits.gin'\n")
-    with fails("a.gin:2: no Gin file 'include/mnits.gin'", "did you mean 'include/mnist.gin'?"):
-        configuration.parse(["a.gin"])
-
-
-def test_the_including_file_overrides_what_it_includes(write):
+def test_the_including_file_overrides_the_included(write):
     write("base.gin", "toy.Data.count = 5\ntoy.Train.epochs = 2\n")
     write("a.gin", "include 'base.gin'\ntoy.Data.count = 6\n")
     assert parsed("a.gin") == {"toy.Data.count": 6, "toy.Train.epochs": 2}
 
 
-def test_a_later_file_overrides_an_earlier_one_and_a_parameter_overrides_files(write):
+def test_later_files_and_parameters_override(write):
     write("a.gin", "toy.Data.count = 5\ntoy.Train.epochs = 2\n")
     write("b.gin", "toy.Data.count = 6\ntoy.Train.epochs = 3\n")
     assert parsed("a.gin", "b.gin") == {"toy.Data.count": 6, "toy.Train.epochs": 3}
@@ -189,24 +177,10 @@ def test_a_later_file_overrides_an_earlier_one_and_a_parameter_overrides_files(w
     }
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "toy.Data.count = 5\n\ntoy.Data.count = 6\n",
-        "toy.Data.count = 5\ntoy.Data:\n  count = 6\n",
-        "count = 5\n\ncount = 6\n",
-    ],
-)
-def test_a_setting_or_macro_bound_twice_in_one_file_is_refused_with_both_lines(write, text):
-    write("a.gin", text)
-    with fails("a.gin:3: ", "count was already set at a.gin:1"):
-        configuration.parse(["a.gin"])
-
-
 # Macros
 
 
-def test_macros_are_replaced_wherever_they_stand(write):
+def test_macros_are_replaced_at_any_depth(write):
     write(
         "a.gin",
         "width = 8\nwidths = (%width, (%width, [%width]))\n"
@@ -215,35 +189,17 @@ def test_macros_are_replaced_wherever_they_stand(write):
     assert parsed("a.gin") == {"toy.Train.hidden": (8, (8, [8])), "toy.Data.x": {"a": 8}}
 
 
-def test_a_macro_may_be_defined_after_its_use_and_redefined_by_the_including_file(write):
+def test_a_macro_may_be_defined_later_and_again(write):
     write("base.gin", "toy.Data.count = %count\ncount = 5\n")
     write("a.gin", "include 'base.gin'\ncount = 6\n")
     assert parsed("a.gin") == {"toy.Data.count": 6}
     assert parsed("a.gin", params=["count = 7"]) == {"toy.Data.count": 7}
 
 
-def test_one_macro_may_serve_several_settings(write):
+def test_one_macro_for_several_settings(write):
     write("a.gin", "n = 3\ntoy.Data.count = %n\ntoy.Train.epochs = %n\ntoy.Train.hidden = (%n, %n)\n")
     config = configuration.build(Config, configuration.parse(["a.gin"]), experiment="toy")
     assert (config.data.count, config.train.epochs, config.train.hidden) == (3, 3, (3, 3))
-
-
-def test_an_undefined_macro_is_named_where_it_stands_with_the_closest_one():
-    with fails("--gin_param 'toy.Data.count = %cuont': %cuont is not defined", "did you mean 'count'?"):
-        built("count = 3", "toy.Data.count = %cuont")
-    with fails("--gin_param 'n = (1, %m)': %m is not defined"):
-        built("n = (1, %m)", "toy.Train.hidden = %n")
-
-
-@pytest.mark.parametrize("macros", [["n = %n"], ["n = %m", "m = %n"], ["n = (1, %m)", "m = [%n]"]])
-def test_a_macro_defined_by_itself_is_refused(macros):
-    with fails("%n is defined by itself: %n -> "):
-        built(*macros, "toy.Data.count = %n")
-
-
-def test_an_unused_macro_is_refused_since_it_may_be_a_setting_without_its_section():
-    with fails("--gin_param 'epochs = 3': the macro 'epochs' is never used", "write toy.Train.epochs"):
-        built("epochs = 3")
 
 
 # Imports
@@ -252,7 +208,7 @@ def test_an_unused_macro_is_refused_since_it_may_be_a_setting_without_its_sectio
 @pytest.mark.parametrize(
     ("statement", "module"), [("import a_module", "a_module"), ("from a_package import b", "a_package.b")]
 )
-def test_an_import_runs_only_with_permission(write, tmp_path, monkeypatch, statement, module):
+def test_imports_run_only_with_permission(write, tmp_path, monkeypatch, statement, module):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     write("a_module.py", "")
@@ -270,7 +226,7 @@ def test_an_import_runs_only_with_permission(write, tmp_path, monkeypatch, state
             sys.modules.pop(name, None)
 
 
-def test_permission_holds_for_included_files_and_a_missing_module_is_one_line(write):
+def test_imports_in_included_files(write):
     write("base.gin", "import no_such_module\n")
     write("a.gin", "include 'base.gin'\n")
     with fails("base.gin:1: imports 'no_such_module'", "--allow_imports"):
@@ -285,31 +241,11 @@ def test_permission_holds_for_included_files_and_a_missing_module_is_one_line(wr
 @pytest.mark.parametrize(
     ("param", "words"),
     [
-        ("toy.Data.count = 3.0", ["toy.Data.count = 3.0: must be an integer (how many toys)"]),
-        ("toy.Data.count = True", ["toy.Data.count = True: must be an integer"]),
-        ("toy.Data.count = '3'", ["toy.Data.count = '3': must be an integer"]),
-        ("toy.Data.count = None", ["toy.Data.count = None: must be an integer"]),
-        ("toy.Data.count = 0", ["toy.Data.count = 0: must be greater than or equal to 1"]),
-        ("toy.Data.count = 101", ["toy.Data.count = 101: must be less than or equal to 100"]),
-        ("toy.Data.path = 3", ["toy.Data.path = 3: must be a string"]),
-        ("toy.Data.path = b'a'", ["toy.Data.path = b'a': must be a string"]),
-        ("toy.Data.validation = 0.5", ["must be an integer or 'test'"]),
-        ("toy.Data.validation = 'tset'", ["= 'tset'", "must be an integer or 'test'"]),
-        ("toy.Data.kind = 'bal'", ["must be 'train', 'doll' or 'ball'", "did you mean 'ball'?"]),
-        ("toy.Data.kind = 'Ball'", ["did you mean 'ball'?"]),
+        ("toy.Data.count = 101", ["toy.Data.count = 101: must be less than or equal to 100 (how many toys)"]),
         ("toy.Data.kind = ('ball',)", ["= ('ball',): must be 'train', 'doll' or 'ball'"]),
-        ("toy.Train.rate = True", ["toy.Train.rate = True: must be a number"]),
-        ("toy.Train.rate = '0.1'", ["must be a number"]),
         ("toy.Train.rate = 0", ["must be greater than 0"]),
-        ("toy.Train.rate = 10.0", ["must be less than 10"]),
-        ("toy.Train.rate = 1e999", ["must be a finite number"]),
-        ("toy.Train.shuffle = 1", ["toy.Train.shuffle = 1: must be a boolean"]),
-        ("toy.Train.shuffle = 'True'", ["must be a boolean"]),
-        ("toy.Train.hidden = [3, 4]", ["= [3, 4]: must be a tuple; write (3, 4)"]),
         ("toy.Train.hidden = [3]", ["must be a tuple; write (3,)"]),
-        ("toy.Train.hidden = (3)", ["= 3: must be a tuple; write (3,)"]),
         ("toy.Train.hidden = {}", ["must be a tuple"]),
-        ("toy.Train.hidden = (3, 4.0)", ["toy.Train.hidden[1] = 4.0: must be an integer (widths)"]),
         ("toy.Train.hidden = (None, 'a')", ["toy.Train.hidden[0] = None: must be an integer (widths)"]),
         (
             "toy.Train.scales = (1.0,)",
@@ -318,72 +254,129 @@ def test_permission_holds_for_included_files_and_a_missing_module_is_one_line(wr
         ("toy.Train.scales = (1.0, 2.0, 3.0)", ["toy.Train.scales = (1.0, 2.0, 3.0): ", "at most 2 items"]),
     ],
 )
-def test_a_value_of_the_wrong_type_or_range_is_refused_with_what_is_allowed(param, words):
+def test_wrong_values_are_refused(param, words):
     with fails(f"--gin_param {param!r}: ", *words):
         built(param)
 
 
-def test_an_integer_is_taken_for_a_float_and_becomes_one():
+def test_an_integer_becomes_a_float():
     config = built("toy.Train.rate = 1", "toy.Train.scales = (1, 2)")
     assert repr(config.train.rate) == "1.0"
     assert repr(config.train.scales) == "(1.0, 2.0)"
 
 
-def test_each_alternative_of_a_union_is_taken():
+def test_each_alternative_of_a_union_is_accepted():
     assert built("toy.Data.validation = 7").data.validation == 7
     assert built("toy.Data.validation = 'test'").data.validation == "test"
     assert built("toy.Data.path = 'here'").data.path == "here"
     assert built("toy.Data.path = None").data.path is None
 
 
-def test_what_nothing_binds_has_its_default():
+def test_unbound_fields_have_their_defaults():
     assert built() == Config(data=Data(), train=Train())
 
 
-def test_a_rule_across_fields_is_reported_where_the_first_field_is_bound():
-    with fails("--gin_param 'toy.Train.epochs = 9': toy.Train.epochs = 9 is more than toy.Data.count = 3"):
-        built("toy.Train.epochs = 9")
-    with fails("--gin_param 'toy.Train.epochs = 2': toy.Train.epochs = 2 is more than toy.Data.count = 1"):
-        built("toy.Data.count = 1", "toy.Train.rate = 1.0", "toy.Train.epochs = 2")
-
-
-def test_the_first_mistake_is_shown_and_the_others_are_counted():
+def test_the_first_mistake_is_shown_with_a_count():
     with fails("'toy.Data.cuont = 3'", "(and 2 more)"):
         built("toy.Data.cuont = 3", "toy.Train.rate = 'a'", "toy.Train.hidden = [1]")
 
 
-# Names
+# Sections that change what they inherit, and settings that need others
 
 
-def test_an_unknown_field_names_those_there_are_and_the_closest():
-    with fails("toy.Data has no field 'cuont' (did you mean 'count'?); allowed: path, count, validation"):
-        built("toy.Data.cuont = 3")
+@section("toy.Train", defaults={"rate": 2.0, "epochs": 4}, unused={"hidden": "toys have no layers"})
+class Play(Train):
+    """Other defaults, and no use for one field."""
 
 
-def test_an_unknown_section_names_those_there_are_and_the_closest():
-    with fails("'toy' has no section 'toy.Date' (did you mean 'toy.Data'?); allowed: toy.Data, toy.Train"):
-        built("toy.Date.count = 3")
+@section("toy.Paint", moved={"colour": "toy.Paint.color"}, only_with={"toy.Data.kind": ("doll", "train")})
+class Paint:
+    """How toys are painted."""
+
+    color: str = setting("red", "of the toy")
+    gloss: float = setting(
+        0.0,
+        "of the paint",
+        ge=0,
+        only_with=({"toy.Data.count": Is("above 5", lambda n: n > 5)}, {"toy.Data.path": None}),
+    )
+
+    def check(self):
+        """Raises ConfigError for a color that cannot be glossy."""
+        if self.color == "rust" and self.gloss:
+            raise ConfigError("toy.Paint.gloss does not fit toy.Paint.color = 'rust'")
 
 
-@pytest.mark.parametrize("selector", ["Data", "toy.data", "data", "toy.sub.Data"])
-def test_a_section_has_one_name_and_no_abbreviation(selector):
-    with fails(f"has no section {selector!r} (did you mean 'toy.Data'?)"):
-        built(f"{selector}.count = 3")
+@dataclasses.dataclass(frozen=True)
+class PlayConfig:
+    """Without a `check` of its own."""
+
+    data: Data
+    train: Play
+    paint: Paint
 
 
-def test_a_section_cannot_be_bound_itself():
-    with fails("toy.Data is a section; write toy.Data.<field> = value"):
-        built("toy.Data = 3")
+def play(*params):
+    """A `PlayConfig` of single bindings."""
+    return configuration.build(PlayConfig, configuration.parse([], params), experiment="toy")
 
 
-def test_a_scope_is_refused_with_the_name_to_write():
-    with fails("a/toy.Data.count has the scope 'a'", "write toy.Data.count"):
-        built("a/toy.Data.count = 3")
+def test_a_section_inherits_with_other_defaults():
+    config = play()
+    assert (config.train.rate, config.train.epochs, config.train.shuffle) == (2.0, 4, True)
+    assert configuration.may_change(Play, "epochs")
+    with fails("toy.Train.rate = 11.0: must be less than 10 (speed of play)"):
+        play("toy.Train.rate = 11.0")
+    assert Train().rate == 0.5
 
 
-def test_a_private_attribute_is_no_field():
-    with fails("toy.Data has no field '__class__'"):
-        built("toy.Data.__class__ = 3")
+def test_an_unused_setting_is_refused_with_the_reason():
+    with fails("toy.Train.hidden = (3,) has no effect here: toys have no layers"):
+        play("toy.Train.hidden = (3,)")
+    assert play("toy.Train.hidden = None") == play("toy.Train.hidden = (4, 4)") == play()
+    assert "hidden" not in configuration.as_gin(play())
+    assert "hidden" not in configuration.as_dict(play())["train"]
+
+
+def test_an_old_name_says_the_new_one():
+    with fails("--gin_param \"toy.Paint.colour = 'red'\": toy.Paint.colour is now toy.Paint.color"):
+        play("toy.Paint.colour = 'red'")
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (
+            ["toy.Paint.color = 'blue'"],
+            "toy.Paint.color = 'blue' has no effect unless toy.Data.kind is 'doll' or 'train'",
+        ),
+        (
+            ["toy.Data.path = 'a'", "toy.Paint.gloss = 0.5"],
+            "toy.Paint.gloss = 0.5 has no effect unless toy.Data.count is above 5 or toy.Data.path is None",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused(params, words):
+    with fails(f"--gin_param {params[-1]!r}: {words}"):
+        play(*params)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        ["toy.Paint.color = 'red'"],  # the default is never an error
+        ["toy.Paint.color = 'blue'", "toy.Data.kind = 'doll'"],
+        ["toy.Paint.gloss = 0.5"],
+        ["toy.Paint.gloss = 0.5", "toy.Data.path = 'a'", "toy.Data.count = 6"],
+    ],
+)
+def test_a_setting_with_effect_is_accepted(params):
+    play(*params)
+
+
+def test_a_section_checks_its_own_rules():
+    with fails("--gin_param 'toy.Paint.gloss = 0.5': toy.Paint.gloss does not fit"):
+        play("toy.Data.kind = 'doll'", "toy.Paint.gloss = 0.5", "toy.Paint.color = 'rust'")
 
 
 # Frozen
@@ -400,13 +393,13 @@ def test_a_configuration_is_frozen():
     assert config.data.count == 3
 
 
-def test_a_section_made_in_python_is_as_strict_as_a_file():
+def test_sections_are_strict_in_python_too():
     for wrong in ({"count": 3.0}, {"cuont": 3}, {"kind": "car"}):
         with pytest.raises(ValueError):
             Data(**wrong)
 
 
-def test_two_configurations_do_not_influence_each_other():
+def test_configurations_are_independent():
     @section("toy.Data")
     class OtherData:
         """Another section under the same name."""
@@ -442,7 +435,7 @@ AWKWARD = (
 
 
 @pytest.mark.parametrize("params", [(), AWKWARD, ("toy.Train.hidden = ()", "toy.Train.rate = 1")])
-def test_a_configuration_written_as_gin_is_read_back_the_same(write, params):
+def test_as_gin_is_read_back_unchanged(write, params):
     config = built(*params)
     write("saved.gin", configuration.as_gin(config))
     again = configuration.build(Config, configuration.parse(["saved.gin"]), experiment="toy")
@@ -451,7 +444,7 @@ def test_a_configuration_written_as_gin_is_read_back_the_same(write, params):
     assert configuration.config_hash(again) == configuration.config_hash(config)
 
 
-def test_a_configuration_written_as_gin_holds_every_field():
+def test_as_gin_has_every_field():
     text = configuration.as_gin(built("toy.Data.count = 5"))
     for line in ("toy.Data.count = 5", "toy.Data.path = None", "toy.Train.hidden = (4, 4)"):
         assert line in text.splitlines()
@@ -460,7 +453,7 @@ def test_a_configuration_written_as_gin_holds_every_field():
 
 
 @pytest.mark.parametrize("gin_file", ["gin/mnist_jax.gin", "gin/mnist_torch.gin", "gin/mnist_lightning.gin"])
-def test_what_dry_run_prints_is_the_same_configuration(write, capsys, gin_file):
+def test_dry_run_output_is_the_same_configuration(write, capsys, gin_file):
     argv = ["launch", f"--gin_file={gin_file}", "--gin_param=mnist.Model.hidden = (7,)", "--dry_run"]
     assert launch.main(argv) == 0
     write("printed.gin", capsys.readouterr().out)
@@ -471,7 +464,7 @@ def test_what_dry_run_prints_is_the_same_configuration(write, capsys, gin_file):
     assert (again.experiment, again.backend) == (first.experiment, first.backend)
 
 
-def test_what_the_user_bound_is_written_with_sources_and_read_back_the_same(write):
+def test_bindings_are_written_with_their_sources(write):
     write("base.gin", "n = 4\ntoy.Data.count = 50\ntoy.Train.hidden = (%n, %n)\n")
     write("a.gin", "include 'base.gin'\ntoy.Data.count = 60\ntoy.Data.path = 'a--b'\n")
     bindings = configuration.parse(["a.gin"], ["toy.Train.epochs = 7"])
@@ -494,7 +487,7 @@ def test_what_the_user_bound_is_written_with_sources_and_read_back_the_same(writ
     )
 
 
-def test_a_file_whose_name_has_dashes_is_one_source(write):
+def test_a_file_name_with_dashes(write):
     write("a--b.gin", "toy.Data.count = 60\ntoy.Train.epochs = 2\n")
     text = configuration.bindings_as_gin(configuration.parse(["a--b.gin"]))
     assert text == "# a--b.gin\ntoy.Data.count = 60\ntoy.Train.epochs = 2\n"
@@ -503,14 +496,14 @@ def test_a_file_whose_name_has_dashes_is_one_source(write):
 # Comparing
 
 
-def test_as_dict_is_plain_json_by_attribute():
+def test_as_dict_is_plain_json():
     assert configuration.as_dict(built("toy.Data.count = 5")) == {
         "data": {"path": None, "count": 5, "validation": 0, "kind": "ball"},
         "train": {"epochs": 1, "rate": 0.5, "shuffle": True, "hidden": [4, 4], "scales": [0.5, 2.0]},
     }
 
 
-def test_the_hash_is_that_of_the_fields_that_a_resume_must_keep():
+def test_the_hash_covers_what_a_resume_must_keep():
     plain = configuration.config_hash(built())
     assert configuration.config_hash(built("toy.Data.count = 3", "toy.Train.hidden = (4, 4)")) == plain
     assert configuration.config_hash(built("toy.Train.epochs = 2")) == plain
@@ -518,7 +511,7 @@ def test_the_hash_is_that_of_the_fields_that_a_resume_must_keep():
     assert configuration.config_hash(built("toy.Data.path = 'a'")) != plain
 
 
-def test_changes_lists_saved_and_new_values_and_forbidden_changes_only_the_binding_ones():
+def test_changes_and_forbidden_changes():
     saved = configuration.as_dict(built())
     config = built("toy.Train.epochs = 2", "toy.Train.hidden = (5,)", "toy.Data.path = 'a'")
     assert configuration.changes(config, saved) == {
@@ -533,7 +526,7 @@ def test_changes_lists_saved_and_new_values_and_forbidden_changes_only_the_bindi
     assert configuration.changes(built(), saved) == {}
 
 
-def test_a_field_that_was_not_there_yet_counts_as_having_had_its_default():
+def test_a_field_missing_in_a_saved_one_had_its_default():
     saved = configuration.as_dict(built())
     del saved["train"]["hidden"]
     del saved["data"]
@@ -543,7 +536,7 @@ def test_a_field_that_was_not_there_yet_counts_as_having_had_its_default():
     }
 
 
-def test_backend_device_logs_cadence_and_end_may_change_on_resume_and_nothing_else():
+def test_what_may_change_on_resume():
     first = launch.resolve(["gin/mnist_jax.gin"], [])
     may_change = {
         f"{cls.gin_name}.{field}"

@@ -37,7 +37,7 @@ SMALL = [
     "nerf.Grid.occupancy_resolution = 32",
     "nerf.Train.steps = 60",
     "nerf.Train.samples = 8192",
-    "nerf.Train.warmup_steps = 5",
+    "Schedule.warmup_steps = 5",
     "nerf.Train.evaluate_every_steps = 20",
     "nerf.Train.validation_views = 2",
     "nerf.Results.video_frames = 0",
@@ -343,9 +343,10 @@ def test_the_published_settings_are_ours():
     assert (config.mlp.depth, config.mlp.width) == (8, 256)
     assert (config.mlp.position_frequencies, config.mlp.direction_frequencies) == (10, 4)
     assert (config.mlp.coarse_samples, config.mlp.fine_samples) == (64, 128)
-    train = config.train
-    assert (train.rays, train.network_learning_rate, train.final_fraction) == (4096, 5e-4, 0.1)
-    assert (train.beta_1, train.beta_2, train.epsilon) == (0.9, 0.999, 1e-7)
+    optimizer, schedule = config.optimizer, config.schedule
+    assert (config.train.rays, optimizer.name, optimizer.learning_rate) == (4096, "adam", 5e-4)
+    assert (optimizer.beta_1, optimizer.beta_2, optimizer.epsilon) == (None, 0.999, 1e-7)  # None is 0.9
+    assert (schedule.name, schedule.warmup_steps, schedule.final_fraction) == ("exponential", 0, 0.1)
     assert (config.data.near, config.data.far, config.data.background) == (2.0, 6.0, "white")
 
 
@@ -366,7 +367,7 @@ def test_the_gpu_preset_takes_its_steps_on_a_cpu(run, tmp_path):
     settings = [
         "nerf.Train.steps = 8",
         "nerf.Train.samples = 20000",
-        "nerf.Train.warmup_steps = 2",
+        "Schedule.warmup_steps = 2",
         "nerf.Grid.resolutions = (16, 20, 24, 32)",
         "nerf.Grid.occupancy_resolution = 32",
         "nerf.Grid.rows = 40000",
@@ -473,13 +474,16 @@ def test_float16_needs_a_gpu(run):
         ("nerf_blender", 'nerf.Model.field = "hash"', "grid"),
         ("nerf_blender", 'Checkpoint.metric = "val_accuracy"', "val_psnr"),
         ("nerf_blender", "Checkpoint.every_epochs = 2", "every_steps"),
-        ("nerf_blender", "nerf.Train.warmup_steps = 100000", "warmup_steps"),
+        ("nerf_blender", "nerf.Train.epochs = 2", "nerf.Train.steps"),
+        ("nerf_blender", "nerf.Train.epsilon = 1e-7", "is now Optimizer.epsilon"),
+        ("nerf_blender", "Optimizer.clip_value = 1.0", "not clipped"),
+        ("nerf_blender", "Schedule.warmup_steps = 100000", "warmup_steps"),
         ("nerf_blender", "nerf.View.port = 70000", "nerf.View.port"),
         ("nerf_blender", 'Run.backend = "jax"', "torch"),
         ("nerf_vanilla", "nerf.Grid.features = 16", "no effect"),
         ("nerf_vanilla", "nerf.Train.samples = 1000", "no effect"),
         ("nerf_vanilla", "nerf.Train.density_learning_rate = 0.1", "no effect"),
-        ("nerf_vanilla", "nerf.Data.hull = True", "no effect"),
+        ("nerf_vanilla", "nerf.Data.hull = False", "no effect"),
     ],
 )
 def test_a_wrong_setting_is_one_line(file, binding, named):

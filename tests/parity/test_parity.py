@@ -48,7 +48,7 @@ for name in ("epsilon", "batches"):
             name=f"broken/{name}",
             summary="for a test",
             configs=configs.__name__,
-            entry=f"broken_backends:{name}",
+            modes={"train": f"broken_backends:{name}"},
             backends={"torch": registry.Needs("torch", ("keras", "torch"))},
             checkpoint_format="keras-arrays-1",
             uses_keras=True,
@@ -102,7 +102,7 @@ def test_three_backends_agree(tmp_path, capsys, optimizer):
 @pytest.mark.parametrize(("broken", "column"), [("epsilon", "loss"), ("batches", "batches")])
 def test_a_broken_backend_is_caught(tmp_path, monkeypatch, capsys, broken, column):
     # What the plugin adds to this process's registry is forgotten after the test.
-    monkeypatch.setattr(registry, "_EXPERIMENTS", dict(registry._EXPERIMENTS))
+    monkeypatch.setattr(registry, "_ADDED", dict(registry._ADDED))
     monkeypatch.delitem(sys.modules, "broken_backends", raising=False)
     (tmp_path / "broken_backends.py").write_text(BROKEN)
     monkeypatch.syspath_prepend(str(tmp_path))

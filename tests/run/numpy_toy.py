@@ -23,15 +23,11 @@ DEFAULTS = (
 
 
 @section("toy.Train")
-class Train:
+class Train(settings.TrainConfig):
     """How it trains."""
 
     epochs: int = setting(4, "passes over the rows", resume_may_change=True)
-    steps: int | None = setting(None, "optimizer steps, instead of `epochs`", resume_may_change=True)
-    learning_rate: float = setting(0.1, "learning rate")
-    evaluate_every_steps: int | None = setting(None, "steps between validations; None: each epoch")
-    early_stopping: int | None = setting(None, "validations without improvement")
-    stop_at: float | None = setting(None, "target of Checkpoint.metric", resume_may_change=True)
+    learning_rate: float = setting(0.1, "learning rate of the first step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +39,6 @@ class Config:
     schedule: settings.ScheduleConfig
     checkpoint: settings.CheckpointConfig
     log: settings.LogConfig
-
-    def check(self) -> None:
-        """Nothing to check."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +102,7 @@ class Toy:
             self.state = np.load(run.resumed.path / "arrays.npy")
         self.events: list[tuple[str, int]] = []
         self.blocks: list[tuple[int, int]] = []
-        end = run.config.train.steps or run.config.train.epochs * self.order.steps_per_epoch
+        end = run.config.train.total_steps(self.order.steps_per_epoch)
         usual = {"validate": self.validate, "learning_rate": self.rate, "histograms": self.histograms}
         usual["examples_of"] = lambda step: f"rows {self.order.rows(step).tolist()}"
         self.loop = Loop(run, self.order, end=end, save=self.save, **usual | options)

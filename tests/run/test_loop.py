@@ -33,10 +33,18 @@ VARIANTS = {
 }
 
 
+class NoWriter:
+    """In place of TensorBoard's."""
+
+    def __init__(self, directory, purge_step):
+        self.scalars = self.histogram = self.flush = self.close = lambda *_: None
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Hundreds of runs: without waiting for the disk or asking Git."""
+    """Makes hundreds of runs affordable: no waiting for the disk, no TensorBoard, no Git."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(metrics, "TensorBoardWriter", NoWriter)
     monkeypatch.setattr(provenance, "describe", lambda directory, **facts: facts)
 
 
@@ -76,7 +84,7 @@ def outcome(stream):
         (["Checkpoint.every_epochs = None"], [3, 6, 9, 12, 14], [14], []),
         (BY_STEPS, [4, 8, 12, 14], [3, 6, 9, 12, 14], []),
         (["Checkpoint.every_steps = 4"], [3, 6, 9, 12, 14], [3, 4, 6, 8, 9, 12, 14], []),
-        (["Log.histograms_every = 5"], [3, 6, 9, 12, 14], [3, 6, 9, 12, 14], [0, 5, 10]),
+        (["Log.tensorboard = True", "Log.histograms_every = 5"], [3, 6, 9, 12, 14], [3, 6, 9, 12, 14], [0, 5, 10]),
         (["toy.Train.evaluate_every_steps = 20"], [14], [3, 6, 9, 12, 14], []),
     ],
 )
@@ -392,8 +400,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path, block, bad, va
             loss = super().step(step)
             return np.float32(value) if step == bad - 1 else loss
 
-    bindings = (STEPS, "Log.every_steps = 100", "Checkpoint.keep_last = 100", "Log.histograms_every = 1")
-    with make_run(tmp_path, *bindings).opened() as run:
+    bindings = (STEPS, "Log.every_steps = 100", "Checkpoint.keep_last = 100")
+    histograms = ("Log.tensorboard = True", "Log.histograms_every = 7")
+    with make_run(tmp_path, *bindings, *histograms).opened() as run:
         toy = Diverging(run, block=block)
         with pytest.raises(RunError, match=rf"loss {value} at step {bad} \(rows \[.*lower learning rate") as e:
             toy.train()
@@ -522,8 +531,8 @@ def test_rates_leave_out_the_first_step_and_what_is_no_training(tmp_path, monkey
     monkeypatch.setattr(Timed, "clock", Clock(), raising=False)
     monkeypatch.setattr(Timed, "on_device", on_device)
     monkeypatch.setattr(time, "perf_counter", Timed.clock)
-    bindings = (STEPS, f"Log.every_steps = {every}", "Checkpoint.every_steps = 2", "Log.histograms_every = 5")
-    train(tmp_path, *bindings, toy=Timed)
+    bindings = (STEPS, f"Log.every_steps = {every}", "Checkpoint.every_steps = 2")
+    train(tmp_path, *bindings, "Log.tensorboard = True", "Log.histograms_every = 5", toy=Timed)
     order, start = Order(10, 4, 0), 1
     for line in _lines(tmp_path, "train"):
         if line["step"] == 1:

@@ -542,7 +542,7 @@ def plugin(tmp_path, monkeypatch):
 
     def register(number):
         (tmp_path / "full_disk.py").write_text(EXPERIMENT % (number, number))
-        monkeypatch.setattr(registry, "_EXPERIMENTS", dict(registry._EXPERIMENTS))
+        monkeypatch.setattr(registry, "_ADDED", dict(registry._ADDED))
         monkeypatch.delitem(sys.modules, "full_disk", raising=False)
         monkeypatch.syspath_prepend(tmp_path)
         registry.add(
@@ -550,7 +550,7 @@ def plugin(tmp_path, monkeypatch):
                 name="test/full",
                 summary="a disk that fills up",
                 configs="blacksmith.experiments.keras.mnist.configs",
-                entry="full_disk:main",
+                modes={"train": "full_disk:main"},
                 backends={"jax": registry.Needs("jax", ())},
                 checkpoint_format="test",
             )

@@ -10,6 +10,8 @@ PEAK, TOTAL = 0.02, 20
 
 def by_hand(name, step, warmup=0, decay=TOTAL, final=0.0):
     """The rate at `step`, from 0, in double precision."""
+    if name == "exponential":
+        return PEAK * (min(1, (step + 1) / warmup) if warmup else 1) * final ** min(step / decay, 1.0)
     if step < warmup:
         return PEAK * (step + 1) / warmup
     progress = min((step - warmup) / decay, 1.0)
@@ -31,6 +33,8 @@ SCHEDULES = [
     ({"name": "cosine"}, {}),
     ({"name": "cosine", "warmup_steps": 5, "final_fraction": 0.1}, {"warmup": 5, "decay": 15, "final": 0.1}),
     ({"name": "cosine", "warmup_steps": 2, "decay_steps": 8}, {"warmup": 2, "decay": 8}),
+    ({"name": "exponential", "final_fraction": 0.1}, {"final": 0.1}),
+    ({"name": "exponential", "warmup_steps": 4, "final_fraction": 0.5}, {"warmup": 4, "final": 0.5}),
 ]
 
 

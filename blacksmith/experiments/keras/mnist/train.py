@@ -56,7 +56,7 @@ def prepare(config: Config, data: mnist.Mnist) -> Setup:
             f"mnist.Train.batch_size = {config.train.batch_size} is more than {len(train)} training samples"
         )
     order = Order(len(train), config.train.batch_size, config.run.seed)
-    end = config.train.steps or config.train.epochs * order.steps_per_epoch
+    end = config.train.total_steps(order.steps_per_epoch)
     augmentation = None
     if settings.shift or settings.rotate:
         augmentation = ShiftAndRotate(

@@ -4,38 +4,53 @@ import dataclasses
 import math
 from typing import Literal
 
-from blacksmith.config.sections import fields, section, setting
-from blacksmith.config.settings import CheckpointConfig, LogConfig, RunConfig, check_log
+from blacksmith.config.sections import section, setting
+from blacksmith.config.settings import (
+    CheckpointConfig,
+    LogConfig,
+    RunConfig,
+    ScheduleConfig,
+    TorchOptimizerConfig,
+    TrainConfig,
+    check_warmup,
+)
 from blacksmith.errors import ConfigError
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 
+_GRID, _MLP = {"nerf.Model.field": "grid"}, {"nerf.Model.field": "mlp"}
+_STEPS = "training is counted in steps"
+_CLIPPING = "gradients are not clipped"
+
 
 @section("nerf.Data")
 class Data:
-    """The scene: a directory in Blender's NeRF format, or the anvil that comes with the package."""
+    """The scene: a directory in Blender's NeRF format, or the bundled anvil."""
 
     scene: str | None = setting(
         None, "directory with transforms_{train,val,test}.json; None: the anvil", evaluation_may_change=True
     )
     downscale: int = setting(
-        1, "pictures are made smaller by this whole factor, each way", ge=1, evaluation_may_change=True
+        1, "shrink the images by this whole factor in both directions", ge=1, evaluation_may_change=True
     )
     background: Literal["white", "black", "random"] = setting(
-        "white", "what is behind the scene; random: another one for each ray, and white in evaluation"
+        "white", "color behind the scene; random: a color per ray in training, white in evaluation"
     )
     hull: bool = setting(
         True,
-        "start from the visual hull of the training pictures' alpha; the standard protocol does not read it",
+        "start from the visual hull of the training images' alpha, which the standard protocol does not read",
+        only_with=_GRID,
     )
     bounds: tuple[float, ...] | None = setting(
         None,
-        "the box that holds the scene, (x0, y0, z0, x1, y1, z1) in world units; None: what all cameras see",
+        "box that contains the scene, (x0, y0, z0, x1, y1, z1) in world units; None: what all cameras see",
     )
     near: float | None = setting(
-        None, "rays begin at this distance, in world units; None: before the box", ge=0
+        None, "distance at which rays start, in world units; None: in front of the box", ge=0
     )
-    far: float | None = setting(None, "rays end at this distance, in world units; None: behind the box", gt=0)
+    far: float | None = setting(
+        None, "distance at which rays end, in world units; None: behind the box", gt=0
+    )
 
 
 @section("nerf.Model")
@@ -47,114 +62,157 @@ class Model:
     )
 
 
-@section("nerf.Grid")
+@section("nerf.Grid", only_with=_GRID)
 class Grid:
-    """The grid field, and its way from coarse to fine."""
+    """The grid field and its coarse-to-fine schedule."""
 
     resolutions: tuple[int, ...] = setting(
-        (48, 80, 128), "side of each level, as that of a cube with as many vertices"
+        (48, 80, 128), "resolution of each level, as the side of a cube with the same number of vertices"
     )
     upsample_at: tuple[float, ...] = setting(
-        (0.12, 0.35), "when each finer level begins, as a fraction of the training"
+        (0.12, 0.35), "when each finer level starts, as a fraction of the training"
     )
     occupancy_resolution: int = setting(128, "cells along each side of the occupancy grid", ge=8, le=512)
     refresh_at: tuple[float, ...] = setting(
-        (0.4, 0.6, 0.8), "when the occupancy is brought up to date, as fractions of the training"
+        (0.4, 0.6, 0.8), "when the occupancy grid is updated, as fractions of the training"
     )
     interpolate_at: float = setting(
         0.7,
-        "when samples begin to interpolate the features of eight vertices, as a fraction of the training; "
-        "before, they take those of one, drawn: faster, and blurred",
+        "when samples start to interpolate the features of eight vertices, as a fraction of the training; "
+        "before that they read one random vertex, which is faster but blurs",
         ge=0,
         le=1,
     )
     refresh_threshold: float = setting(
-        5e-3, "cells stay occupied above this opacity over a 96th of the box", gt=0, lt=1
+        5e-3, "cells stay occupied above this opacity over 1/96 of the box", gt=0, lt=1
     )
-    features: int = setting(12, "numbers at each vertex; the first three are a colour", ge=3)
+    features: int = setting(12, "numbers per vertex; the first three are a color", ge=3)
     rows: int | None = setting(
         None,
         "vertices that can have features; None: those of the hull, or a quarter of the finest grid",
         gt=0,
     )
-    width: int = setting(64, "of the two hidden layers of the colour network", gt=0)
-    alpha: float = setting(3e-3, "opacity of a 96th of the box before training", gt=0, lt=1)
-    alpha_floor: float = setting(1e-3, "samples less opaque than this are left out", ge=0, lt=1)
-    weight_floor: float = setting(2e-4, "samples that weigh less than this have no colour", ge=0, lt=1)
-    train_step: float = setting(1.0, "distance of the samples in training, in voxels", gt=0)
+    width: int = setting(64, "width of the two hidden layers of the color network", gt=0)
+    alpha: float = setting(3e-3, "opacity of 1/96 of the box before training", gt=0, lt=1)
+    alpha_floor: float = setting(1e-3, "skip samples that are less opaque than this", ge=0, lt=1)
+    weight_floor: float = setting(2e-4, "samples with less weight than this get no color", ge=0, lt=1)
+    train_step: float = setting(1.0, "distance between samples in training, in voxels", gt=0)
     render_step: float = setting(
-        0.5, "distance of the samples in evaluation, in voxels", gt=0, evaluation_may_change=True
+        0.5, "distance between samples in evaluation, in voxels", gt=0, evaluation_may_change=True
     )
 
 
-@section("nerf.Mlp")
+@section("nerf.Mlp", only_with=_MLP)
 class Mlp:
-    """The paper's field."""
+    """The field of the NeRF paper."""
 
-    width: int = setting(256, "of the hidden layers", gt=1)
+    width: int = setting(256, "width of the hidden layers", gt=1)
     depth: int = setting(8, "hidden layers before the density", gt=1)
-    position_frequencies: int = setting(10, "octaves of the encoded position", gt=0)
-    direction_frequencies: int = setting(4, "octaves of the encoded direction", gt=0)
-    coarse_samples: int = setting(64, "samples of a ray for the coarse network", gt=2)
-    fine_samples: int = setting(128, "further samples for the fine network", gt=0)
+    position_frequencies: int = setting(10, "octaves in the encoding of the position", gt=0)
+    direction_frequencies: int = setting(4, "octaves in the encoding of the direction", gt=0)
+    coarse_samples: int = setting(64, "samples per ray for the coarse network", gt=2)
+    fine_samples: int = setting(128, "additional samples per ray for the fine network", gt=0)
 
 
-@section("nerf.Train")
-class Train:
+@section(
+    "nerf.Train",
+    defaults={"epochs": None},
+    unused={"epochs": f"{_STEPS}; set nerf.Train.steps", "batch_size": "set nerf.Train.rays"},
+    moved={
+        "network_learning_rate": "Optimizer.learning_rate",
+        "beta_1": "Optimizer.beta_1",
+        "beta_2": "Optimizer.beta_2",
+        "epsilon": "Optimizer.epsilon",
+        "warmup_steps": "Schedule.warmup_steps",
+        "final_fraction": "Schedule.final_fraction",
+    },
+)
+class Train(TrainConfig):
     """The training loop."""
 
-    steps: int = setting(1000, "optimiser steps", gt=0)
-    rays: int = setting(16384, "rays of a step; the most, where `samples` is set", gt=0)
+    # A resumed run must not change it: levels and updates of the grid are fractions of it.
+    steps: int = setting(1000, "optimizer steps", gt=0)
+    rays: int = setting(16384, "rays per step; the maximum if `samples` is set", gt=0)
     samples: int | None = setting(
-        65536, "samples that a step is to have, by which its number of rays follows; None: `rays` it is", gt=0
+        65536,
+        "samples per step, from which the number of rays follows; None: always `rays`",
+        gt=0,
+        only_with=_GRID,
     )
-    density_learning_rate: float = setting(0.5, "of the grid's density", gt=0)
-    feature_learning_rate: float = setting(0.1, "of the grid's features", gt=0)
-    network_learning_rate: float = setting(2e-3, "of the networks", gt=0)
-    final_fraction: float = setting(
-        0.1, "the rates fall exponentially to this fraction of themselves at the end", gt=0, le=1
+    density_learning_rate: float = setting(
+        0.5, "peak learning rate of the grid's density", gt=0, only_with=_GRID
     )
-    warmup_steps: int = setting(20, "steps over which the rates rise linearly", ge=0)
-    beta_1: float = setting(0.9, "Adam's decay of the first moment", ge=0, lt=1)
-    beta_2: float = setting(0.99, "Adam's decay of the second moment", ge=0, lt=1)
-    epsilon: float = setting(1e-8, "added to Adam's denominator", gt=0)
+    feature_learning_rate: float = setting(
+        0.1, "peak learning rate of the grid's features", gt=0, only_with=_GRID
+    )
     distortion: float = setting(
-        0.0, "weight of the distortion loss, which pulls the weights of a ray together", ge=0
+        0.0, "weight of the distortion loss, which concentrates the weights along a ray", ge=0
     )
-    total_variation: float = setting(0.0, "weight of the density's total variation; grid only", ge=0)
+    total_variation: float = setting(0.0, "weight of the density's total variation", ge=0, only_with=_GRID)
     opacity_entropy: float = setting(
-        0.0, "weight of the opacity's entropy, which pulls rays to empty or opaque", ge=0
+        0.0, "weight of the entropy of the opacity, which makes rays empty or opaque", ge=0
     )
     precision: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "of the networks; weights, grids and compositing stay float32"
+        "float32", "precision of the networks; weights, grids and compositing stay float32"
     )
     evaluate_every_steps: int | None = setting(
-        None, "render validation views every so many steps; None: ten times in all", gt=0
+        None, "render the validation views every this many steps; None: ten times in all", gt=0
     )
-    validation_views: int = setting(3, "how many, spread over the validation set", ge=1)
+    validation_views: int = setting(3, "how many views, evenly spaced in the validation set", ge=1)
+
+
+@section(
+    "Optimizer",
+    defaults={"beta_2": 0.99},
+    unused={"clip_norm": _CLIPPING, "global_clip_norm": _CLIPPING, "clip_value": _CLIPPING},
+)
+class Optimizer(TorchOptimizerConfig):
+    """The optimizer: Adam."""
+
+    learning_rate: float = setting(
+        2e-3, "peak learning rate of the networks; the grid's are in `nerf.Train`", gt=0
+    )
+
+
+@section("Schedule", defaults={"name": "exponential", "warmup_steps": 20, "final_fraction": 0.1})
+class Schedule(ScheduleConfig):
+    """The learning rates over the optimizer steps."""
+
+
+@section(
+    "Checkpoint",
+    defaults={"every_epochs": None},
+    unused={"every_epochs": f"{_STEPS}; set Checkpoint.every_steps"},
+)
+class Checkpoint(CheckpointConfig):
+    """When checkpoints are written and which are kept."""
+
+    metric: Literal["val_psnr", "val_loss"] = setting(
+        "val_psnr", "the validation metric that decides which is best"
+    )
 
 
 @section("nerf.Results")
 class Results:
-    """What is made of a trained field."""
+    """What is made from a trained field."""
 
     lpips_weights: str | None = setting(
         None,
-        "AlexNet's ImageNet weights for LPIPS (alexnet-owt-7be5be79.pth); None: the cache, if they are there",
+        "AlexNet's ImageNet weights for LPIPS (alexnet-owt-7be5be79.pth); None: those in the cache, if any",
         resume_may_change=True,
     )
-    video_frames: int = setting(60, "of the orbit video; 0: no video", ge=0, resume_may_change=True)
+    video_frames: int = setting(60, "frames of the orbit video; 0: no video", ge=0, resume_may_change=True)
     video_fps: int = setting(20, "frames per second of the video", gt=0, resume_may_change=True)
     video_elevation: float = setting(
         25.0,
-        "degrees above the horizon that the video is seen from",
+        "elevation of the video's camera above the horizon, in degrees",
         gt=-90,
         lt=90,
         resume_may_change=True,
     )
     video_width: int | None = setting(
         None,
-        "of the video, in pixels; None: that of the pictures",
+        "width of the video in pixels; None: the width of the images",
         gt=0,
         resume_may_change=True,
     )
@@ -166,7 +224,7 @@ class Results:
     )
     mesh_opacity: float = setting(
         0.1,
-        "the mesh lies where a 96th of the box would be this opaque",
+        "the mesh lies where 1/96 of the box would be this opaque",
         gt=0,
         lt=1,
         resume_may_change=True,
@@ -179,16 +237,16 @@ class View:
 
     host: str = setting(
         "127.0.0.1",
-        "address to listen on; 0.0.0.0 lets other machines in, without a password",
+        "address to listen on; 0.0.0.0 admits other machines, without a password",
         min_length=1,
         resume_may_change=True,
     )
-    port: int = setting(8080, "TCP port; 0 takes a free one", ge=0, le=65535, resume_may_change=True)
+    port: int = setting(8080, "TCP port; 0: any free port", ge=0, le=65535, resume_may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that the NeRF experiment is given."""
+    """All settings of the NeRF experiment."""
 
     run: RunConfig
     data: Data
@@ -196,19 +254,31 @@ class Config:
     grid: Grid
     mlp: Mlp
     train: Train
+    optimizer: Optimizer
+    schedule: Schedule
     results: Results
     view: View
-    checkpoint: CheckpointConfig
+    checkpoint: Checkpoint
     log: LogConfig
 
     @property
     def background(self) -> tuple[float, float, float]:
-        """The background of evaluation, red, green and blue from 0 to 1."""
+        """The background in evaluation: red, green and blue from 0 to 1."""
         return BACKGROUNDS.get(self.data.background, BACKGROUNDS["white"])
 
     @property
+    def hull(self) -> bool:
+        """Whether the visual hull is used; only the grid field can."""
+        return self.data.hull and self.model.field == "grid"
+
+    @property
+    def samples(self) -> int | None:
+        """Samples per step, or None if the number of rays is fixed, as for the mlp field."""
+        return self.train.samples if self.model.field == "grid" else None
+
+    @property
     def evaluate_every(self) -> int:
-        """Steps between two looks at the validation views."""
+        """Steps between two validations."""
         return self.train.evaluate_every_steps or max(1, math.ceil(self.train.steps / 10))
 
     def check(self) -> None:
@@ -217,69 +287,28 @@ class Config:
         Raises:
           ConfigError: the first that is broken.
         """
-        check_log(self.log)
-        data, train = self.data, self.train
-        if self.checkpoint.metric not in ("val_psnr", "val_loss"):
-            raise ConfigError(
-                f"Checkpoint.metric = {self.checkpoint.metric!r}: this experiment has val_psnr and val_loss"
-            )
-        if self.checkpoint.every_epochs not in (None, fields(CheckpointConfig)["every_epochs"].default):
-            raise ConfigError(
-                f"Checkpoint.every_epochs = {self.checkpoint.every_epochs} has no effect here, where "
-                "training is counted in steps; set Checkpoint.every_steps"
-            )
+        data = self.data
         if data.bounds is not None:
             low, high = data.bounds[:3], data.bounds[3:]
             if len(data.bounds) != 6 or any(not a < b for a, b in zip(low, high)):
                 raise ConfigError(
-                    f"nerf.Data.bounds = {data.bounds}: must be (x0, y0, z0, x1, y1, z1), each first "
-                    "below its second"
+                    f"nerf.Data.bounds = {data.bounds}: must be (x0, y0, z0, x1, y1, z1) with x0 < x1, "
+                    "y0 < y1 and z0 < z1"
                 )
         if data.near is not None and data.far is not None and data.near >= data.far:
             raise ConfigError(f"nerf.Data.near = {data.near} is not below nerf.Data.far = {data.far}")
-        self._check_unused()
         if self.model.field == "grid":
             self._check_grid()
-        elif train.samples is not None:
-            raise ConfigError(
-                f"nerf.Train.samples = {train.samples} has no effect on the mlp field, whose rays all "
-                "have the same number; set it to None, and nerf.Train.rays"
-            )
-        if train.warmup_steps >= train.steps:
-            raise ConfigError(
-                f"nerf.Train.warmup_steps = {train.warmup_steps} is not less than "
-                f"nerf.Train.steps = {train.steps}"
-            )
-
-    def _check_unused(self) -> None:
-        """Refuses settings of the field that is not chosen."""
-        if self.model.field == "mlp" and self.data.hull:
-            raise ConfigError(
-                "nerf.Data.hull = True has no effect on nerf.Model.field = 'mlp'; set it to False"
-            )
-        unused = {
-            "grid": [("nerf.Mlp", self.mlp)],
-            "mlp": [("nerf.Grid", self.grid), ("nerf.Train", self.train)],
-        }[self.model.field]
-        of_grid = ("density_learning_rate", "feature_learning_rate", "total_variation")
-        for title, values in unused:
-            for name, field in fields(type(values)).items():
-                if title == "nerf.Train" and name not in of_grid:
-                    continue
-                value = getattr(values, name)
-                if value != field.default:
-                    raise ConfigError(
-                        f"{title}.{name} = {value!r} has no effect on nerf.Model.field = {self.model.field!r}"
-                    )
+        check_warmup(self.schedule, self.train.steps)
 
     def _check_grid(self) -> None:
         grid = self.grid
         if not grid.resolutions or any(b <= a for a, b in zip((3, *grid.resolutions), grid.resolutions)):
-            raise ConfigError(f"nerf.Grid.resolutions = {grid.resolutions}: must rise, from 4 at least")
+            raise ConfigError(f"nerf.Grid.resolutions = {grid.resolutions}: must rise, starting at 4 or more")
         if len(grid.upsample_at) != len(grid.resolutions) - 1:
             raise ConfigError(
-                f"nerf.Grid.upsample_at = {grid.upsample_at}: there are {len(grid.resolutions) - 1} levels "
-                "after the first"
+                f"nerf.Grid.upsample_at = {grid.upsample_at}: must have one entry per level after the first, "
+                f"which is {len(grid.resolutions) - 1}"
             )
         for name in ("upsample_at", "refresh_at"):
             times = getattr(grid, name)

@@ -14,8 +14,8 @@ def open_scene_of(run: Run) -> Scene:
     Raises:
       DataError: it is missing or broken.
     """
-    data = run.config.data
-    needs_alpha = data.hull or data.background == "random"
+    data, hull = run.config.data, run.config.hull
+    needs_alpha = hull or data.background == "random"
     scene = open_scene(data.scene, downscale=data.downscale, needs_alpha=needs_alpha)
     smallest = scores.SSIM_WINDOW_PIXELS
     if min(scene.info["width"], scene.info["height"]) < smallest:
@@ -23,7 +23,7 @@ def open_scene_of(run: Run) -> Scene:
             f"{scene.path}: pictures of {scene.info['width']}x{scene.info['height']} pixels are too small "
             f"for SSIM, which needs {smallest}; lower nerf.Data.downscale"
         )
-    run.use_data({**scene.info, "alpha_hull": data.hull}, scene.describe())
+    run.use_data({**scene.info, "alpha_hull": hull}, scene.describe())
     return scene
 
 

@@ -32,6 +32,8 @@ from blacksmith.models.pytorch.nerf.rendering import distortion, render_image
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import generator, seed_words
 from blacksmith.run.run import Run
+from blacksmith.run.schedule import learning_rate
+from blacksmith.trainers.native_optimizers import make_optimizer
 
 CHECKED_AT = 0.05
 """When a field is looked at for having collapsed, as a fraction of the training."""
@@ -80,19 +82,18 @@ class NerfModule(L.LightningModule):
     # --- what Lightning calls ---
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Adam with a rate for each kind of parameter; all of them rise, then fall exponentially."""
-        train, field = self._config.train, self.field
+        """The optimizer with a learning rate per kind of parameter, all on the same schedule."""
+        config, field = self._config, self.field
+        train, rate = config.train, config.optimizer.learning_rate
         if isinstance(field, GridField):
             groups = [
                 {"params": [field.density_table], "lr": train.density_learning_rate},
                 {"params": [field.feature_table], "lr": train.feature_learning_rate},
-                {"params": list(field.decoder.parameters()), "lr": train.network_learning_rate},
+                {"params": list(field.decoder.parameters()), "lr": rate},
             ]
         else:
-            groups = [{"params": list(field.parameters()), "lr": train.network_learning_rate}]
-        fused = self._rays.pixels.device.type in ("cpu", "cuda")
-        betas = (train.beta_1, train.beta_2)
-        optimizer = torch.optim.Adam(groups, betas=betas, eps=train.epsilon, fused=fused)
+            groups = [{"params": list(field.parameters()), "lr": rate}]
+        optimizer = make_optimizer(config.optimizer, groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -230,10 +231,8 @@ class NerfModule(L.LightningModule):
         return self._check_at * (1 + len(self.restarts))
 
     def _rate(self, step: int) -> float:
-        train = self._config.train
-        begun = self.restarts[-1]["step"] if self.restarts else 0
-        rising = min(1.0, (step - begun + 1) / train.warmup_steps) if train.warmup_steps else 1.0
-        return max(rising, 0.0) * train.final_fraction ** (step / train.steps)
+        config, begun = self._config, self.restarts[-1]["step"] if self.restarts else 0
+        return learning_rate(config.schedule, 1.0, step, config.train.steps, restarted_at=begun)
 
     def _regularisation(self, traced: Any) -> Tensor | float:
         train, total = self._config.train, 0.0
@@ -254,12 +253,12 @@ class NerfModule(L.LightningModule):
 
     def _choose_size(self, rays: int) -> None:
         """As many rays next as should give the samples that a step is to have."""
-        train = self._config.train
-        if train.samples is None:
+        samples, most = self._config.samples, self._config.train.rays
+        if samples is None:
             return
         now = max(self._dense / rays, 1.0)
         self._per_ray = now if not self._per_ray else _SMOOTHING * self._per_ray + (1 - _SMOOTHING) * now
-        self._loader.size = min(max(_FEWEST_RAYS, int(train.samples / self._per_ray)), train.rays)
+        self._loader.size = min(max(_FEWEST_RAYS, int(samples / self._per_ray)), most)
 
     def _use_pool(self, *, anew: bool = True) -> None:
         """Draws from the rays that can meet something; all of them for the mlp field."""
@@ -299,8 +298,8 @@ class NerfModule(L.LightningModule):
         step = self.global_step
         if self.restarts:
             raise RunError(
-                f"the field has collapsed again ({reason}); lower nerf.Train's learning rates, raise "
-                "nerf.Grid.alpha, or check that cameras and pictures belong together"
+                f"the field has collapsed again ({reason}); lower the learning rates in Optimizer "
+                "and nerf.Train, raise nerf.Grid.alpha, or check that cameras and pictures belong together"
             )
         self._loader.attempt += 1
         self.restarts.append({"step": step, "reason": reason, "attempt": self._loader.attempt})

@@ -58,7 +58,7 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
     pictures = scene.views("train")
     held_out = scene.views("val", evenly_spaced(len(scene.cameras("val")), settings.validation_views))
     rays = RayBank(pictures, run.device)
-    first = settings.rays if settings.samples is None else min(1024, settings.rays)
+    first = settings.rays if config.samples is None else min(1024, settings.rays)
     loader = RayLoader(settings.steps, config.run.seed, first, rays=len(rays))
     if run.resumed is None:
         field = fields.for_scene(config, pictures, run.device)

@@ -5,7 +5,6 @@ Each step computes once what all prompts begin with, and the language-model head
 """
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,20 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blacksmith.config.settings import check_warmup
 from blacksmith.datasets import sst2
-from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama.batches import collate, collate_whole, padding
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model
-from blacksmith.experiments.pytorch.llama.configs import evaluate_every, total_steps
+from blacksmith.experiments.pytorch.llama.configs import evaluate_every
 from blacksmith.experiments.pytorch.llama.data import drop_short, encode_eval, encode_training, read_data
 from blacksmith.experiments.pytorch.llama.evaluate import autocast, score, test
-from blacksmith.experiments.pytorch.llama.optimizer import Averages, learning_rate, make_optimizer
+from blacksmith.experiments.pytorch.llama.optimizer import Averages
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.prefix import token_losses
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import LengthOrder, seed_words
 from blacksmith.run.run import Run
+from blacksmith.run.schedule import learning_rate
+from blacksmith.trainers.native_optimizers import clip_gradients, make_optimizer
 
 
 def train(run: Run) -> int:
@@ -47,15 +48,12 @@ def train(run: Run) -> int:
     prefix = training.shared_prefix() if settings.shared_prefix else []
     pad = padding(tokenizer)
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
-    end = total_steps(settings, order.steps_per_epoch)
-    if config.schedule.warmup_steps >= end:
-        raise ConfigError(
-            f"Schedule.warmup_steps = {config.schedule.warmup_steps} leaves no step of the run's {end}"
-        )
+    end = settings.total_steps(order.steps_per_epoch)
+    check_warmup(config.schedule, end)
 
     # What is trained.
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizer = make_optimizer(settings, weights)
+    optimizer = make_optimizer(config.optimizer, weights.values())
     averages = Averages(weights, settings.average)
     state = TrainState(model, loading.fingerprint(model, tokenizer), weights, optimizer, averages)
     if run.resumed is not None:
@@ -63,7 +61,7 @@ def train(run: Run) -> int:
     describe(model, weights, training, prefix, end)
 
     def rate_of(step: int) -> float:
-        return learning_rate(config.schedule, settings.learning_rate, step, end)
+        return learning_rate(config.schedule, config.optimizer.learning_rate, step, end)
 
     def validate() -> dict[str, float] | None:
         if loop.step == 0:
@@ -113,7 +111,7 @@ def train(run: Run) -> int:
                         tokens += input_ids.numel()
                 part_loss.backward()
                 loss += part_loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(weights.values(), settings.clip_norm or math.inf)
+            norm = clip_gradients(config.optimizer, weights.values())
             optimizer.step()
             averages.update(step + 1)
             profile_step()

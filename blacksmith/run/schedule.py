@@ -1,0 +1,88 @@
+"""Learning-rate schedules: one formula per shape, for native loops in float64 and for Keras in float32."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from blacksmith.config.settings import ScheduleConfig
+from blacksmith.errors import ConfigError
+
+
+def learning_rate(
+    schedule: ScheduleConfig, peak: float, step: int, end: int, *, restarted_at: int = 0
+) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    In a warm-up of W steps the rate is ``peak * (step + 1) / W``. A linear or cosine decay follows it. An
+    exponential decay starts at step 0, so that while warming up the rate is the product of both.
+
+    Args:
+      schedule: the shape, its warm-up, its length and what is left at its end.
+      peak: the rate after the warm-up.
+      step: the optimizer step.
+      end: optimizer steps of the whole run.
+      restarted_at: where training started over: the warm-up is repeated there, the decay continues.
+    """
+    warmup, since = schedule.warmup_steps, max(0, step - restarted_at + 1)
+    progress = min(1.0, max(0.0, (step - decay_start(schedule)) / decay_length(schedule, end)))
+    left = decay(schedule.name, progress, schedule.final_fraction)
+    if not warmup or since > warmup:
+        return peak * left
+    # Each in its own order of operations: a run must reproduce to the bit.
+    return peak * (since / warmup * left) if schedule.name == "exponential" else peak * left * since / warmup
+
+
+def decay(name: str, progress: Any, final_fraction: float, cos: Callable[[Any], Any] = math.cos) -> Any:
+    """The fraction of the peak rate that is left.
+
+    Args:
+      name: the shape, see ``Schedule.name``.
+      progress: of the decay, from 0 to 1: a number, or an array with arithmetic operators.
+      final_fraction: what is left at the end.
+      cos: the cosine for the type of `progress`.
+    """
+    if name == "linear":
+        return 1.0 - (1.0 - final_fraction) * progress
+    if name == "cosine":
+        return final_fraction + 0.5 * (1.0 - final_fraction) * (1.0 + cos(math.pi * progress))
+    if name == "exponential":
+        return final_fraction**progress
+    return 1.0
+
+
+def decay_start(schedule: ScheduleConfig) -> int:
+    """The optimizer step at which the decay starts."""
+    return 0 if schedule.name == "exponential" else schedule.warmup_steps
+
+
+def decay_length(schedule: ScheduleConfig, end: int) -> int:
+    """Optimizer steps of the decay in a run of `end` steps."""
+    return schedule.decay_steps or max(1, end - decay_start(schedule))
+
+
+def check_same_decay(
+    schedule: ScheduleConfig, before: Mapping[str, Any], steps_per_epoch: int, end: int
+) -> None:
+    """Checks that a resumed run continues the decay of its checkpoint.
+
+    A decay "to the end of the run" depends on that end: the steps already taken would have had other rates.
+
+    Args:
+      schedule: the run's.
+      before: the configuration of the checkpoint that the run resumes from, as a dictionary.
+      steps_per_epoch: optimizer steps.
+      end: the run's last optimizer step.
+
+    Raises:
+      ConfigError: the decay would have a different length; says which length to set.
+    """
+    if schedule.name == "constant":
+        return
+    old_end = before["train"]["steps"] or before["train"]["epochs"] * steps_per_epoch
+    old = before["schedule"]["decay_steps"] or old_end - decay_start(schedule)
+    new = decay_length(schedule, end)
+    if new != old:
+        raise ConfigError(
+            f"the schedule {schedule.name!r} decayed over {old} steps and would now over {new}; "
+            f"set Schedule.decay_steps = {old}"
+        )

@@ -1,0 +1,59 @@
+"""PyTorch's own optimizers from the `Optimizer` section, for training loops without Keras."""
+
+import inspect
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blacksmith.config.settings import TorchOptimizerConfig
+
+_CLASSES = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "adafactor": torch.optim.Adafactor,
+}
+
+
+def make_optimizer(
+    config: TorchOptimizerConfig, parameters: Iterable[Tensor] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, fused if PyTorch can on this device.
+
+    Args:
+      config: name, peak learning rate and settings.
+      parameters: tensors, or PyTorch's parameter groups, which may have learning rates of their own.
+    """
+    kind, parameters = _CLASSES[config.name], list(parameters)
+    taken = inspect.signature(kind).parameters
+    options = config.own_settings()
+    # PyTorch's names: RMSprop calls the decay of squared gradients alpha.
+    renamed = {"epsilon": "eps", "rho": "alpha" if config.name == "rmsprop" else "rho"}
+    betas = (options.pop("beta_1", None), options.pop("beta_2", None))
+    options = {renamed.get(name, name): value for name, value in options.items()}
+    if betas != (None, None):
+        options["betas"] = tuple(b if b is not None else d for b, d in zip(betas, taken["betas"].default))
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    if "fused" in taken and first.device.type in ("cpu", "cuda"):
+        options["fused"] = True
+    return kind(parameters, lr=config.learning_rate, **options)
+
+
+def clip_gradients(config: TorchOptimizerConfig, parameters: Iterable[Tensor]) -> Tensor:
+    """Clips the gradients as configured; returns the norm of all of them before, float32 []."""
+    parameters = list(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.global_clip_norm or math.inf)
+    if config.clip_norm is not None:
+        for parameter in parameters:
+            torch.nn.utils.clip_grad_norm_([parameter], config.clip_norm)
+    if config.clip_value is not None:
+        torch.nn.utils.clip_grad_value_(parameters, config.clip_value)
+    return norm

@@ -67,15 +67,6 @@ def make_run(directory: Any, *bindings: str, **arguments: Any) -> Run:
     return Run(directory, config, **usual | {"bindings": parsed} | arguments)
 
 
-def train(directory: Any, *bindings: str, toy: type = None, resumed: Any = None, **options: Any) -> "Toy":
-    """Trains a toy in a directory, from the newest checkpoint there if it has one."""
-    resumed = resumed or Checkpoints(directory / "checkpoints").newest()
-    with make_run(directory, *bindings, resumed=resumed).opened() as run:
-        trained = (toy or Toy)(run, **options)
-        trained.status = trained.train()
-    return trained
-
-
 class Toy:
     """One training.
 
@@ -158,3 +149,12 @@ class Toy:
         self.state = np.load(saved.path / "arrays.npy")
         self.at()
         return None if self.run.stop else {"loss": self.loss(), "rows": 10, "seconds_per_row": 0.1}
+
+
+def train(directory: Any, *bindings: str, toy: type = Toy, resumed: Any = None, **options: Any) -> Toy:
+    """Trains a toy in a directory, from the newest checkpoint there if it has one."""
+    resumed = resumed or Checkpoints(directory / "checkpoints").newest()
+    with make_run(directory, *bindings, resumed=resumed).opened() as run:
+        trained = toy(run, **options)
+        trained.status = trained.train()
+    return trained

@@ -84,7 +84,12 @@ def outcome(stream):
         (["Checkpoint.every_epochs = None"], [3, 6, 9, 12, 14], [14], []),
         (BY_STEPS, [4, 8, 12, 14], [3, 6, 9, 12, 14], []),
         (["Checkpoint.every_steps = 4"], [3, 6, 9, 12, 14], [3, 4, 6, 8, 9, 12, 14], []),
-        (["Log.tensorboard = True", "Log.histograms_every = 5"], [3, 6, 9, 12, 14], [3, 6, 9, 12, 14], [0, 5, 10]),
+        (
+            ["Log.tensorboard = True", "Log.histograms_every = 5"],
+            [3, 6, 9, 12, 14],
+            [3, 6, 9, 12, 14],
+            [0, 5, 10],
+        ),
         (["toy.Train.evaluate_every_steps = 20"], [14], [3, 6, 9, 12, 14], []),
     ],
 )
@@ -199,7 +204,10 @@ def test_a_validation_that_is_not_finite_is_neither_best_nor_target(tmp_path, va
             return value if self.loop.step == 4 else 0.5
 
     for mode in ("min", "max"):
-        bindings = [f"Checkpoint.mode = '{mode}'", "toy.Train.stop_at = " + {"min": "0.1", "max": "0.9"}[mode]]
+        bindings = [
+            f"Checkpoint.mode = '{mode}'",
+            "toy.Train.stop_at = " + {"min": "0.1", "max": "0.9"}[mode],
+        ]
         if mode == "max" and value == math.inf:
             continue  # it is as good as the target asks
         train(tmp_path / mode, *BY_STEPS, STEPS, *bindings, toy=Unstable)
@@ -404,7 +412,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path, block, bad, va
     histograms = ("Log.tensorboard = True", "Log.histograms_every = 7")
     with make_run(tmp_path, *bindings, *histograms).opened() as run:
         toy = Diverging(run, block=block)
-        with pytest.raises(RunError, match=rf"loss {value} at step {bad} \(rows \[.*lower learning rate") as e:
+        with pytest.raises(
+            RunError, match=rf"loss {value} at step {bad} \(rows \[.*lower learning rate"
+        ) as e:
             toy.train()
     assert str(toy.order.rows(bad - 1).tolist()) in str(e.value)
     assert all(step < bad for _, step in toy.events)

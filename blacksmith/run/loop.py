@@ -288,7 +288,9 @@ class Loop:
         run.metrics.write(self.step, self.epoch, "test", numbers)
         run.finish("done", {**result, "tested_checkpoint": saved.path.name, "test": tested})
         print(f"test {show(numbers)} ({saved.path.name}, {run.metrics.seconds:.1f} s)")
-        print(run.directory / "report.html")
+        report = run.directory / "report.html"
+        if report.exists():
+            print(report)
         return 0
 
     @contextlib.contextmanager

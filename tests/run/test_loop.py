@@ -1,76 +1,23 @@
-"""The loop: what is due when, exact resume from every point, and what ends a run."""
+"""The loop: what is due when, what ends a run, when values are fetched, and what rates leave out."""
 
-import itertools
 import json
 import math
-import os
-import shutil
-import signal
 import time
 
 import numpy as np
 import pytest
-from numpy_toy import Toy, make_run, train
+from numpy_toy import BY_STEPS, STEPS, VARIANTS, Toy, lines, make_run, result_of, train
 
 from blacksmith.errors import ConfigError, RunError
-from blacksmith.run import metrics, provenance
-from blacksmith.run.checkpoint import Checkpoints, load
+from blacksmith.run.checkpoint import Checkpoints
 from blacksmith.run.loop import show
 from blacksmith.run.order import Order
 
-STEPS = "toy.Train.steps = 14"
-BY_STEPS = (
-    "toy.Train.evaluate_every_steps = 4",
-    "Checkpoint.every_steps = 3",
-    "Checkpoint.every_epochs = None",
-    "Log.every_steps = 3",
-)
-# An epoch has 3 steps, of 4, 4 and 2 rows, so that nearly everything falls on steps of its own.
-VARIANTS = {
-    "epochs": (STEPS, "Log.every_steps = 4", "Checkpoint.every_epochs = 2"),
-    "early stopping": (*BY_STEPS, "toy.Train.steps = 30", "toy.Train.early_stopping = 2"),
-    "target": (*BY_STEPS, STEPS, "toy.Train.stop_at = 0.63", "Checkpoint.keep_best = 0"),
-}
-
-
-class NoWriter:
-    """In place of TensorBoard's."""
-
-    def __init__(self, directory, purge_step):
-        self.scalars = self.histogram = self.flush = self.close = lambda *_: None
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Makes hundreds of runs affordable: no waiting for the disk, no TensorBoard, no Git."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(metrics, "TensorBoardWriter", NoWriter)
-    monkeypatch.setattr(provenance, "describe", lambda directory, **facts: facts)
-
-
-def _lines(directory, split):
-    return [line for line in metrics.read(directory / "metrics.jsonl") if line["split"] == split]
-
-
-def _result(directory):
-    return json.loads((directory / "result.json").read_text())
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def _steps(toy, what):
     return [step for event, step in toy.events if event == what]
-
-
-@pytest.fixture
-def outcome(stream):
-    """What equal runs have in common: metric stream, result, weights and the newest checkpoint's state."""
-
-    def read(directory):
-        newest = Checkpoints(directory / "checkpoints").newest()
-        result = {k: v for k, v in _result(directory).items() if k not in ("seconds", "peak_memory_bytes")}
-        state = {name: newest.state[name] for name in ("step", "position", "own", "metrics")}
-        return stream(directory), result, np.load(newest.path / "arrays.npy").tolist(), state
-
-    return read
 
 
 # What is due when
@@ -98,7 +45,7 @@ def test_everything_happens_when_it_is_due(tmp_path, block, bindings, validated,
     assert _steps(toy, "validate") == validated
     assert _steps(toy, "save") == saved
     assert _steps(toy, "histograms") == drawn
-    assert [line["step"] for line in _lines(tmp_path, "val")] == validated
+    assert [line["step"] for line in lines(tmp_path, "val")] == validated
     # Blocks follow each other, are as long as allowed, and none has something due inside.
     assert [first for first, _ in toy.blocks] == [0, *np.cumsum([n for _, n in toy.blocks])[:-1]]
     due = {*validated, *saved, *drawn, 3, 6, 9, 12, 14}
@@ -111,34 +58,26 @@ def test_validate_first_validates_before_the_first_step(tmp_path):
     toy = train(tmp_path, "toy.Train.steps = 4", validate_first=True)
     assert _steps(toy, "validate") == [0, 3, 4]
     # The toy's initial weights have the least loss of all, and are no candidate for the best.
-    losses = [line["loss"] for line in _lines(tmp_path, "val")]
+    losses = [line["loss"] for line in lines(tmp_path, "val")]
     assert min(losses) == losses[0]
-    assert _result(tmp_path)["best"]["step"] in (3, 4)
+    assert result_of(tmp_path)["best"]["step"] in (3, 4)
 
 
 def test_a_line_is_the_mean_since_the_line_before(tmp_path):
     every = train(tmp_path / "every", STEPS, "Log.every_steps = 1")
-    losses = [line["loss"] for line in _lines(every.run.directory, "train")]
+    losses = [line["loss"] for line in lines(every.run.directory, "train")]
     train(tmp_path / "fourth", STEPS, "Log.every_steps = 4")
-    lines = _lines(tmp_path / "fourth", "train")
-    assert [line["step"] for line in lines] == [4, 8, 12, 14]  # the last line at the end
-    for line, (start, end) in zip(lines, [(0, 4), (4, 8), (8, 12), (12, 14)]):
+    found = lines(tmp_path / "fourth", "train")
+    assert [line["step"] for line in found] == [4, 8, 12, 14]  # the last line at the end
+    for line, (start, end) in zip(found, [(0, 4), (4, 8), (8, 12), (12, 14)]):
         assert line["loss"] == sum(losses[start:end]) / (end - start)
         assert line["learning_rate"] == 0.1 / end
         assert line["epoch"] == pytest.approx(end / 3, abs=1e-6)
 
 
-@pytest.mark.parametrize("block", [2, 5, 100])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_blocks_give_the_same_run_as_single_steps(tmp_path, outcome, name, block):
-    for directory, size in (("single", 1), ("blocks", block)):
-        train(tmp_path / directory, *VARIANTS[name], block=size)
-    assert outcome(tmp_path / "blocks") == outcome(tmp_path / "single")
-
-
 def test_values_are_summarized_before_they_are_written(tmp_path):
     train(tmp_path, STEPS, "Log.every_steps = 14", summarize=lambda means: {"root": means["loss"] ** 0.5})
-    (line,) = _lines(tmp_path, "train")
+    (line,) = lines(tmp_path, "train")
     assert 0 < line["root"] < 2
     assert "loss" not in line
 
@@ -154,10 +93,10 @@ def test_a_body_that_does_not_log_is_an_error(tmp_path):
 
 def test_early_stopping_counts_validations_without_improvement(tmp_path):
     toy = train(tmp_path, *VARIANTS["early stopping"])
-    losses = [line["loss"] for line in _lines(tmp_path, "val")]
+    losses = [line["loss"] for line in lines(tmp_path, "val")]
     best = int(np.argmin(losses))
     assert len(losses) == best + 3
-    result = _result(tmp_path)
+    result = result_of(tmp_path)
     assert (toy.status, result["status"], result["step"]) == (0, "done", 4 * len(losses))
     assert result["best"] == {"metric": "val_loss", "value": losses[best], "step": 4 * (best + 1)}
     assert result["final"] == {"val_loss": losses[-1]}
@@ -168,10 +107,10 @@ def test_early_stopping_counts_validations_without_improvement(tmp_path):
 def test_the_target_ends_the_run_at_the_first_that_reaches_it(tmp_path, mode, target):
     bindings = [*BY_STEPS, STEPS, f"toy.Train.stop_at = {target}", f"Checkpoint.mode = '{mode}'"]
     train(tmp_path, *bindings)
-    losses = [line["loss"] for line in _lines(tmp_path, "val")]
+    losses = [line["loss"] for line in lines(tmp_path, "val")]
     reached = [loss <= 0.63 if mode == "min" else loss >= 0.3 for loss in losses]
     assert reached == [False] * (len(losses) - 1) + [True]
-    assert _result(tmp_path)["step"] == 4 * len(losses) < 14
+    assert result_of(tmp_path)["step"] == 4 * len(losses) < 14
 
 
 @pytest.mark.parametrize(("keep_best", "tested"), [(1, 8), (0, 14)])
@@ -182,14 +121,14 @@ def test_the_best_checkpoint_is_tested_if_it_is_kept(tmp_path, keep_best, tested
 
     toy = train(tmp_path, *BY_STEPS, STEPS, f"Checkpoint.keep_best = {keep_best}", toy=Toyish)
     assert toy.events[-1] == ("test", tested)
-    assert _result(tmp_path)["tested_checkpoint"] == f"step_{tested:08d}"
+    assert result_of(tmp_path)["tested_checkpoint"] == f"step_{tested:08d}"
     # Step 8 is no multiple of 3: it is saved only because it is the best.
     assert (8 in _steps(toy, "save")) == bool(keep_best)
 
 
 def test_a_checkpoint_carries_only_metrics_of_its_own_weights(tmp_path):
     train(tmp_path, *BY_STEPS, STEPS, "Checkpoint.keep_last = 100")
-    validated = {line["step"]: {"val_loss": line["loss"]} for line in _lines(tmp_path, "val")}
+    validated = {line["step"]: {"val_loss": line["loss"]} for line in lines(tmp_path, "val")}
     saved = [Checkpoints(tmp_path).directory / path for path in (tmp_path / "checkpoints").iterdir()]
     for path in saved:
         state = json.loads((path / "state.json").read_text())
@@ -211,7 +150,7 @@ def test_a_validation_that_is_not_finite_is_neither_best_nor_target(tmp_path, va
         if mode == "max" and value == math.inf:
             continue  # it is as good as the target asks
         train(tmp_path / mode, *BY_STEPS, STEPS, *bindings, toy=Unstable)
-        result = _result(tmp_path / mode)
+        result = result_of(tmp_path / mode)
         assert (result["step"], result["best"]["step"], result["best"]["value"]) == (14, 8, 0.5)
 
 
@@ -220,176 +159,20 @@ def test_a_metric_that_validation_does_not_have_is_named(tmp_path):
         train(tmp_path / "run", "Checkpoint.metric = 'val_f1'")
 
 
-# Resume
-
-
-class Crash(Exception):
-    """As if the process ended here."""
-
-
-def _crash():
-    raise Crash
-
-
-def _stop():
-    signal.raise_signal(signal.SIGTERM)
-
-
-def _interrupted(directory, bindings, point, action, **options):
-    """A training in which `action` comes at the point number `point`; whether it was reached."""
-    number = itertools.count()
-
-    def at():
-        if next(number) == point:
-            action()
-
-    try:
-        train(directory, *bindings, at=at, **options)
-    except Crash:
-        return True
-    return next(number) > point
-
-
-@pytest.mark.parametrize("action", [_stop, _crash])
-@pytest.mark.parametrize(("name", "block"), [*((name, 1) for name in VARIANTS), ("early stopping", 5)])
-def test_a_run_interrupted_at_any_point_ends_as_if_left_alone(tmp_path, outcome, name, block, action):
-    """A signal or a crash comes in a step, a validation, a save or the test, at every one of them."""
-    options = {"block": block, "validate_first": name != "target"}  # the toy's start is beyond the target
-    train(tmp_path / "whole", *VARIANTS[name], **options)
-    whole = outcome(tmp_path / "whole")
-    for point in itertools.count():
-        directory = tmp_path / str(point)
-        interrupted = _interrupted(directory, VARIANTS[name], point, action, **options)
-        assert _result(directory)["status"] in ("done", "stopped", "failed")
-        train(directory, *VARIANTS[name], **options)
-        assert outcome(directory) == whole, f"interrupted at point {point}"
-        if not interrupted:
-            break
-        shutil.rmtree(directory)
-    assert point > 15
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_run_stopped_at_every_step_ends_as_if_left_alone(tmp_path, outcome, name):
-    class OneStep(Toy):
-        def step(self, step):
-            _stop()
-            return super().step(step)
-
-    whole = train(tmp_path / "whole", *VARIANTS[name])
-    for _ in range(whole.loop.step):
-        assert train(tmp_path / "run", *VARIANTS[name], toy=OneStep).status == 75
-    train(tmp_path / "run", *VARIANTS[name], toy=OneStep)
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-
-
-def test_an_interrupted_validation_is_repeated_and_saved(tmp_path):
-    class Interrupted(Toy):
-        def validate(self):
-            if self.loop.step == 12 and self.run.resumed is None:
-                _stop()
-            return super().validate()
-
-    def saved():
-        return json.loads((tmp_path / "checkpoints" / "step_00000012" / "state.json").read_text())["metrics"]
-
-    stopped = train(tmp_path, *BY_STEPS, STEPS, toy=Interrupted)
-    assert (stopped.status, stopped.events[-2:]) == (75, [("validate", 12), ("save", 12)])
-    assert saved() == {}
-    resumed = train(tmp_path, *BY_STEPS, STEPS, toy=Interrupted)
-    assert resumed.events[:2] == [("validate", 12), ("save", 12)]
-    assert saved() == {"val_loss": _lines(tmp_path, "val")[2]["loss"]}
-
-
-def test_a_stop_before_the_first_step_loses_nothing(tmp_path, outcome):
-    train(tmp_path / "whole", STEPS)
-    with make_run(tmp_path / "run", STEPS).opened() as run:
-        toy = Toy(run)
-        _stop()
-        assert toy.train() == 75
-    train(tmp_path / "run", STEPS)
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("block", [1, 4])
-def test_a_resume_into_a_new_directory_gives_the_rest(tmp_path, stream, tree, block):
-    bindings = (STEPS, "Log.every_steps = 4", "Checkpoint.keep_last = 100", "Checkpoint.every_steps = 1")
-    whole = train(tmp_path / "whole", *bindings, block=block)
-    before = tree(tmp_path / "whole")
-    (*lines, test) = stream(tmp_path / "whole")
-    for start in whole.run.checkpoints.steps()[:-1]:
-        saved = load(start)
-        new = tmp_path / start.name
-        toy = train(new, *bindings, resumed=saved, block=block)
-        # All lines after the checkpoint, then the test, perhaps of a later best than the whole run's.
-        (*rest, own_test) = stream(new)
-        assert rest == [line for line in lines if line["step"] > saved.step]
-        assert own_test["step"] == test["step"]
-        newest = toy.run.checkpoints.newest().path
-        expected = tmp_path / "whole" / "checkpoints" / newest.name / "arrays.npy"
-        assert (newest / "arrays.npy").read_bytes() == expected.read_bytes()
-        # The best is looked for among this directory's checkpoints.
-        best = min(line["loss"] for line in rest if line["split"] == "val")
-        assert _result(new)["best"]["value"] == best
-    assert tree(tmp_path / "whole") == before
-
-
-def test_a_finished_run_started_again_only_repeats_the_test(tmp_path, outcome, tree, capsys):
-    train(tmp_path, STEPS)
-    whole, before = outcome(tmp_path), tree(tmp_path / "checkpoints")
-    capsys.readouterr()
-    again = train(tmp_path, STEPS)
-    assert [event for event, _ in again.events] == ["test"]
-    assert "already finished at step 14" in capsys.readouterr().err
-    assert outcome(tmp_path) == whole
-    assert tree(tmp_path / "checkpoints") == before
-
-
-def test_a_later_end_continues_a_finished_run(tmp_path, stream):
-    train(tmp_path / "run", "toy.Train.steps = 9", "Log.every_steps = 3")
-    train(tmp_path / "whole", STEPS, "Log.every_steps = 3")
-    toy = train(tmp_path / "run", STEPS, "Log.every_steps = 3")
-    assert toy.blocks[0] == (9, 1)
-    assert stream(tmp_path / "run") == stream(tmp_path / "whole")
-
-
-def test_a_decay_to_another_end_is_refused_and_changes_nothing(tmp_path, tree):
-    train(tmp_path, "Schedule.name = 'cosine'", "toy.Train.steps = 6")
-    before = tree(tmp_path)
-    with pytest.raises(ConfigError, match=r"set Schedule.decay_steps = 6"):
-        train(tmp_path, "Schedule.name = 'cosine'", "toy.Train.steps = 9")
-    assert tree(tmp_path) == before
-    train(tmp_path, "Schedule.name = 'cosine'", "toy.Train.steps = 9", "Schedule.decay_steps = 6")
-
-
 # The end
 
 
 def test_a_finished_run_writes_and_prints_its_test(tmp_path, capsys):
     toy = train(tmp_path, STEPS)
-    result = _result(tmp_path)
+    result = result_of(tmp_path)
     assert (toy.status, result["status"], result["weights"], result["epoch"]) == (0, "done", 3, 4.6667)
     assert result["test"] == {"loss": result["best"]["value"], "rows": 10, "seconds_per_row": 0.1}
     # Numbers go to the stream, but neither times nor what is not a float.
-    (line,) = _lines(tmp_path, "test")
+    (line,) = lines(tmp_path, "test")
     assert set(line) == {"step", "epoch", "seconds", "split", "loss"}
-    assert f"test loss {line['loss']:.4f} (step_000000" in capsys.readouterr().out
-
-
-def test_a_stop_during_the_test_can_be_resumed(tmp_path, outcome):
-    train(tmp_path / "whole", STEPS)
-
-    class Interrupted(Toy):
-        def test(self, saved):
-            _stop()
-            return super().test(saved)
-
-    assert train(tmp_path / "run", STEPS, toy=Interrupted).status == 75
-    result = _result(tmp_path / "run")
-    assert (result["status"], result["step"]) == ("stopped", 14)
-    assert "test" not in result
-    assert train(tmp_path / "run", STEPS).status == 0
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    printed = capsys.readouterr().out
+    assert f"test loss {line['loss']:.4f} (step_000000" in printed
+    assert "report.html" not in printed  # there is none
 
 
 def test_show_rounds_for_the_console():
@@ -463,7 +246,7 @@ def test_values_stay_on_the_device_until_something_is_due(tmp_path, transfers):
     assert [seen[step] for step in range(14)] == expected
     assert transfers() == 14
     train(tmp_path / "host", STEPS, *bindings, "Checkpoint.every_epochs = None")
-    assert _lines(tmp_path / "device", "train")[0]["loss"] == _lines(tmp_path / "host", "train")[0]["loss"]
+    assert lines(tmp_path / "device", "train")[0]["loss"] == lines(tmp_path / "host", "train")[0]["loss"]
 
 
 def test_bfloat16_tensors_can_be_logged(tmp_path):
@@ -474,7 +257,7 @@ def test_bfloat16_tensors_can_be_logged(tmp_path):
             return torch.tensor(super().step(step), dtype=torch.bfloat16, requires_grad=True)
 
     train(tmp_path, STEPS, "Log.every_steps = 7", toy=Half)
-    assert [line["step"] for line in _lines(tmp_path, "train")] == [7, 14]
+    assert [line["step"] for line in lines(tmp_path, "train")] == [7, 14]
 
 
 def test_discarded_values_are_in_no_mean(tmp_path):
@@ -488,7 +271,7 @@ def test_discarded_values_are_in_no_mean(tmp_path):
 
     train(tmp_path, STEPS, "Log.every_steps = 4", toy=Restarted)
     # Steps 1-4; 7 and 8 without 5 and 6; 9-12; 13 and 14. Losses are the numbers from 0.
-    assert [line["loss"] for line in _lines(tmp_path, "train")] == [1.5, 6.5, 9.5, 12.5]
+    assert [line["loss"] for line in lines(tmp_path, "train")] == [1.5, 6.5, 9.5, 12.5]
 
 
 # Rates
@@ -544,7 +327,7 @@ def test_rates_leave_out_the_first_step_and_what_is_no_training(tmp_path, monkey
     bindings = (STEPS, f"Log.every_steps = {every}", "Checkpoint.every_steps = 2")
     train(tmp_path, *bindings, "Log.tensorboard = True", "Log.histograms_every = 5", toy=Timed)
     order, start = Order(10, 4, 0), 1
-    for line in _lines(tmp_path, "train"):
+    for line in lines(tmp_path, "train"):
         if line["step"] == 1:
             assert "examples_per_second" not in line
             continue
@@ -562,9 +345,9 @@ def test_further_counts_have_rates_of_their_own(tmp_path):
 
     train(tmp_path / "a", STEPS, "Log.every_steps = 7", toy=Tokens)
     train(tmp_path / "b", STEPS, "Log.every_steps = 7", toy=Tokens, unit="steps")
-    for line in _lines(tmp_path / "a", "train"):
+    for line in lines(tmp_path / "a", "train"):
         assert {name for name in line if name.endswith("_per_second")} == {
             "examples_per_second",
             "tokens_per_second",
         }
-    assert "steps_per_second" not in _lines(tmp_path / "b", "train")[0]
+    assert "steps_per_second" not in lines(tmp_path / "b", "train")[0]

@@ -196,7 +196,7 @@ def make_model(spec: dict) -> dict:
 
     from blacksmith.models.pytorch.llama import loading
 
-    tokenizer = loading.load_tokenizer("smollm2-135m")
+    _, tokenizer = loading.load_model("smollm2-135m")
     shape = dict(SHAPES[spec["model_shape"]])
     if spec["layers"]:
         shape["num_hidden_layers"] = spec["layers"]

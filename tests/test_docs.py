@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from blacksmith.run.checkpoint import Checkpoints
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "blacksmith" / "experiments").rglob("README.md"))
@@ -64,25 +66,53 @@ def test_the_commands_of_the_readme_run(tmp_path):
     assert [x["step"] for x in lines if x["split"] == "train"] == [250, 300, 350, 400, 420]
 
 
-@pytest.mark.parametrize(
-    ("page", "settings"),
-    [
-        ("README.md", ["mnist.Train.epochs = 1", "mnist.Model.hidden = (8,)"]),
-        ("docs/experiment.md", []),
-    ],
-)
-def test_the_experiment_of_ones_own_runs_as_printed(tmp_path, page, settings):
-    code = next(b for b in blocks(ROOT / page, "python") if "registry.add" in b)
-    (tmp_path / "roll.py").write_text(code)
-    command = next(
-        line
-        for language in ("text", "bash")
-        for block in blocks(ROOT / page, language)
-        for line in block.splitlines()
-        if "--plugin=roll" in line
+def run(directory, command):
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], cwd=directory, capture_output=True, text=True
     )
-    words = [sys.executable, *shlex.split(command)[1:], f"--workdir={tmp_path / 'run'}"]
-    words += [f"--gin_param={p}" for p in settings]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "report.html").exists()
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A directory with the two experiments of docs/experiment.md, where the page's commands have run."""
+    directory, page = tmp_path_factory.mktemp("own"), ROOT / "docs" / "experiment.md"
+    for name, code, most in zip(("cnn.py", "vit.py"), blocks(page, "python"), (80, 110)):
+        assert len(code.splitlines()) <= most
+        (directory / name).write_text(code)
+    for block in blocks(page, "bash"):
+        for command in block.splitlines():
+            run(directory, command)
+    return directory
+
+
+def test_own_keras_model_trains_on_jax_resumes_on_torch_and_evaluates(own):
+    first, second = (json.loads((own / f"runs/{d}/result.json").read_text()) for d in ("cnn", "cnn_torch"))
+    assert (first["backend"], second["backend"]) == ("jax", "torch")
+    assert second["step"] == 1.5 * first["step"]
+    assert second["initial_weights_sha256"] == first["initial_weights_sha256"]
+    tested = json.loads((own / "runs/cnn_torch/eval.json").read_text())["test"]["accuracy"]
+    assert tested == second["test"]["accuracy"] > 0.5
+
+
+def test_own_keras_model_exports_and_passes_parity(own):
+    cnn = """--plugin=cnn --gin_param='Run.experiment = "keras/cnn"'"""
+    jax = f"""{cnn} --gin_param='Run.backend = "jax"' --gin_param='cnn.Train.epochs = 2'"""
+    run(own, f"python -m blacksmith.launch {jax} --workdir=runs/cnn --mode=export")
+    assert (own / "runs/cnn/export/model.keras").exists()
+    for backend in ("jax", "torch"):
+        lines = f"""Run.experiment = "keras/cnn"\nRun.backend = "{backend}"\n"""
+        (own / f"{backend}.gin").write_text(lines)
+    run(own, "python -m blacksmith.parity --plugin=cnn --gin_file=jax.gin --gin_file=torch.gin --steps=5")
+
+
+def test_own_torch_model_resumes_bit_for_bit(own):
+    vit = """python -m blacksmith.launch --plugin=vit --gin_param='Run.experiment = "pytorch/vit"'"""
+    for steps in (20, 56):  # a run of two epochs that first stops in the middle of one
+        run(own, f"{vit} --gin_param='vit.Train.steps = {steps}' --workdir=runs/resumed")
+    whole, resumed = (
+        Checkpoints(own / "runs" / name / "checkpoints").newest().path for name in ("vit", "resumed")
+    )
+    assert whole.name == resumed.name == "step_00000056"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole / file).read_bytes() == (resumed / file).read_bytes()

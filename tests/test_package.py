@@ -24,6 +24,19 @@ def test_every_package_and_every_gin_file_is_installed():
     assert gin <= setup["options.package_data"].keys()
 
 
+def test_every_data_file_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    installed = {
+        file
+        for package, patterns in setup["options.package_data"].items()
+        for pattern in patterns.split(",")
+        for file in ROOT.joinpath(*package.split(".")).glob(pattern.strip())
+    }
+    files = {file for file in (ROOT / "blacksmith").rglob("*") if file.is_file()}
+    assert {file for file in files if file.suffix not in (".py", ".pyc", ".md")} <= installed
+
+
 def test_gin_files_are_found_beside_a_checkout_and_inside_an_installed_package(tmp_path, monkeypatch):
     assert config.gin_directory() == ROOT / "gin"
     (tmp_path / "blacksmith" / "gin").mkdir(parents=True)

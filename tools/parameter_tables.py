@@ -26,7 +26,10 @@ def tables(module: str) -> str:
 
     found = importlib.import_module(module)
     if found is settings:
-        parts = [(cls, rows(cls, None)) for cls in settings.SHARED]
+        parents = {
+            cls: next((c for c in cls.__mro__[1:] if c in settings.SHARED), None) for cls in settings.SHARED
+        }
+        parts = [(cls, rows(cls, parent)) for cls, parent in parents.items()]
     else:
         parts = [
             (cls, rows(cls, next((c for c in cls.__mro__ if c in settings.SHARED), None)))

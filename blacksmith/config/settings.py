@@ -3,6 +3,7 @@
 An experiment uses a section as it is, or inherits from it to change it. docs/settings.md lists them all.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 from blacksmith.config.conditions import POSITIVE, Is, hold
@@ -57,6 +58,38 @@ class TrainConfig:
     def total_steps(self, steps_per_epoch: int) -> int:
         """The last optimizer step."""
         return self.steps or self.epochs * steps_per_epoch
+
+
+@section("Train")
+class KerasTrainConfig(TrainConfig):
+    """Training a Keras model on the Keras trainer."""
+
+    accumulate: int = setting(1, "compute a batch in this many parts; must divide `batch_size`", gt=0)
+    loss: Literal["cross_entropy", "mse"] = setting(
+        "cross_entropy", "the loss; mse: of the outputs against one-hot labels"
+    )
+    precision: Literal["float32", "mixed_bfloat16"] = setting(
+        "float32", "precision of the layers; weights and optimizer state stay float32"
+    )
+    evaluate_every_steps: int | None = setting(
+        None, "validate every this many steps; None: after each epoch", gt=0
+    )
+    block_steps: int = setting(
+        128,
+        "steps per compiled call; a stop signal waits for the end of the call",
+        gt=0,
+        le=4096,
+        resume_may_change=True,
+    )
+
+    def check(self) -> None:
+        """Raises ConfigError if no end is set, or a batch cannot be divided into its parts."""
+        TrainConfig.check(self)
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"{self.gin_name}.accumulate = {self.accumulate} does not divide "
+                f"{self.gin_name}.batch_size = {self.batch_size}"
+            )
 
 
 @section("Optimizer")
@@ -205,7 +238,15 @@ class LogConfig:
     )
 
 
-SHARED = (RunConfig, TrainConfig, OptimizerConfig, ScheduleConfig, CheckpointConfig, LogConfig)
+SHARED = (
+    RunConfig,
+    TrainConfig,
+    KerasTrainConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    CheckpointConfig,
+    LogConfig,
+)
 
 
 def check_warmup(schedule: ScheduleConfig, end: int | None) -> None:
@@ -219,3 +260,27 @@ def check_warmup(schedule: ScheduleConfig, end: int | None) -> None:
             f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step of the run's {end} for what "
             "follows"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """The sections that the loop and the run directory need; an experiment's `Config` adds its own."""
+
+    run: RunConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class KerasConfig(BaseConfig):
+    """The sections that an experiment on the Keras trainer needs besides its `Train`."""
+
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchConfig(BaseConfig):
+    """The sections that a plain PyTorch experiment needs besides its `Train`."""
+
+    optimizer: TorchOptimizerConfig

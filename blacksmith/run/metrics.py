@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# The values that differ between two identical runs: comparisons leave them out.
-TIMED = frozenset({"seconds", "examples_per_second", "rays_per_second", "tokens_per_second"})
+from blacksmith.errors import DataError
+
+_PLACE = ("step", "epoch", "seconds", "split")  # on every line, beside the values
 
 
 def is_timed(name: str) -> bool:
@@ -38,7 +39,7 @@ class Writer(Protocol):
         """Writes the distribution of an array of any shape."""
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Writes a picture, uint8 [height, width, 3]; needs Pillow."""
+        """Writes a picture, uint8 [height, width, 3]."""
 
     def flush(self) -> None:
         """Makes what was written visible to readers."""
@@ -228,7 +229,7 @@ class Metrics:
             writer.histogram(step, name, values)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Writes a picture, uint8 [height, width, 3], to the writers; needs Pillow if there are any."""
+        """Writes a picture, uint8 [height, width, 3], to the writers."""
         for writer in self._writers:
             writer.image(step, name, pixels)
 
@@ -249,15 +250,24 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out.
+
+    Raises:
+      DataError: a line before the last is broken.
+    """
+    lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
-            parsed = json.loads(line)
-        except ValueError:
-            break
-        lines.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in parsed.items()})
-    return lines
+            row = json.loads(line.decode())
+            if not isinstance(row, dict) or not row.keys() >= set(_PLACE):
+                raise ValueError(f"not an object with {', '.join(_PLACE)}")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path} line {number} is broken: {error}") from error
+        rows.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in row.items()})
+    return rows
 
 
 def _finite_values(values: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ def generator(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(child_seed(seed, *names)))
 
 
-def seed_words(seed: int, *names: str | int) -> int:
+def seed_int(seed: int, *names: str | int) -> int:
     """A child seed as one unsigned 64-bit number, for a framework's own generator."""
     return int(child_seed(seed, *names).generate_state(1, np.uint64)[0])
 

@@ -171,6 +171,8 @@ class Run:
             raise ConfigError(f"{self.directory} has a checkpoint; start again to resume from it")
         for stale in ("result.json", "report.html"):
             (self.directory / stale).unlink(missing_ok=True)
+        for picture in (self.directory / "images").glob("test_*"):
+            picture.unlink()
         (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
         (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))
         write_json(self.directory / "config.json", configuration.as_dict(self.config))

@@ -1,1 +1,1 @@
-"""The trainer for any Keras 3 model: one epoch loop, one file per backend."""
+"""The trainer for Keras 3 models on JAX and PyTorch; what PyTorch and Lightning experiments share."""

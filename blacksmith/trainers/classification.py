@@ -6,15 +6,23 @@ from typing import Any
 
 import keras
 import numpy as np
+from PIL import Image, PngImagePlugin
 
 from blacksmith.files import write_json
 from blacksmith.run.run import Run
 from blacksmith.trainers import losses
-from blacksmith.trainers.backend import Augmentation, Backend, Task
 from blacksmith.trainers.export import export_stablehlo, export_torch
-from blacksmith.trainers.initial_weights import initialise
-from blacksmith.trainers.keras_trainer import Samples, Setup, backend_of, evaluate, load_checkpoint
+from blacksmith.trainers.initial_weights import initialize
+from blacksmith.trainers.keras_trainer import (
+    KerasTrainer,
+    Samples,
+    Setup,
+    backend_of,
+    evaluate,
+    load_checkpoint,
+)
 from blacksmith.trainers.optimizers import make_optimizer
+from blacksmith.trainers.task import Augmentation, Backend, Task
 
 WORST = 48
 
@@ -33,7 +41,7 @@ def make_task(
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(config.train.precision)
     model = build()
-    initialise(model, config.run.seed)
+    initialize(model, config.run.seed)
     return Task(
         model=model,
         optimizer=make_optimizer(config.optimizer, config.schedule, end),
@@ -45,6 +53,23 @@ def make_task(
     )
 
 
+def run_classifier(run: Run, setup: Setup, preparation: Mapping[str, Any] | None = None) -> int:
+    """Trains, evaluates or exports a classifier, as the run's mode says; returns the exit status.
+
+    Args:
+      run: the run.
+      setup: what is trained.
+      preparation: how inputs are prepared, for `export.json`.
+    """
+    if run.mode == "eval":
+        return evaluate_checkpoint(run, setup)
+    if run.mode == "export":
+        return export_checkpoint(run, setup, preparation or {})
+    trainer = KerasTrainer(run, setup)
+    trainer.fit()
+    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test))
+
+
 def score_classifier(
     backend: Backend, samples: Samples, images: np.ndarray | None = None, worst_to: Path | None = None
 ) -> dict[str, Any]:
@@ -54,7 +79,7 @@ def score_classifier(
       backend: has the weights.
       samples: the test set.
       images: what its inputs were made from, uint8 [samples, height, width].
-      worst_to: a file for the worst-classified images.
+      worst_to: a directory for the worst-classified images, which the report shows.
 
     Returns:
       loss, accuracy, per-class accuracy and the confusion matrix (rows: true, columns: predicted).
@@ -72,21 +97,21 @@ def score_classifier(
 
 
 def _save_worst(
-    path: Path, images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, logits: np.ndarray
+    directory: Path, images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, logits: np.ndarray
 ) -> None:
     """Saves the misclassified images whose true class got the least probability, worst first."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     of_truth = probabilities[np.arange(len(labels)), labels]
     wrong = np.flatnonzero(predictions != labels)
-    worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST]
-    np.savez(
-        path,
-        images=images[worst],
-        labels=labels[worst],
-        predictions=predictions[worst],
-        probabilities=of_truth[worst],
-    )
+    directory.mkdir(exist_ok=True)
+    for rank, index in enumerate(wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST], 1):
+        true, chance = labels[index], of_truth[index]
+        caption = f"{true} → {predictions[index]}\np({true}) = {chance:{'.0e' if chance < 1e-3 else '.3f'}}"
+        texts = PngImagePlugin.PngInfo()  # the report shows them beside the picture
+        texts.add_itxt("Title", "Worst-classified test images: true → predicted class")
+        texts.add_itxt("Description", caption)
+        Image.fromarray(images[index]).save(directory / f"test_worst_{rank:02d}.png", pnginfo=texts)
 
 
 def evaluate_checkpoint(run: Run, setup: Setup) -> int:

@@ -1,4 +1,4 @@
-"""A Keras model in its backend's own exchange format, for any batch size."""
+"""A Keras model in its backend's own exchange format, with a dynamic batch size."""
 
 from pathlib import Path
 
@@ -6,11 +6,14 @@ import keras
 
 
 def export_stablehlo(model: keras.Model, path: Path) -> Path:
-    """Writes the model as serialised StableHLO; read it with `jax.export.deserialize`.
+    """Writes the model as serialized StableHLO, which `jax.export.deserialize` reads.
 
     Args:
       model: a Keras model on JAX with one input.
-      path: the file.
+      path: the file to write.
+
+    Returns:
+      `path`.
     """
     import jax
     from jax import export
@@ -23,18 +26,21 @@ def export_stablehlo(model: keras.Model, path: Path) -> Path:
 
     (batch,) = export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *model.inputs[0].shape[1:]), model.inputs[0].dtype)
-    # Made for every platform, so that a model trained on a GPU can be served on a CPU.
+    # For every platform, so that a model trained on a GPU can be served on a CPU.
     exported = export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(shape)
     path.write_bytes(exported.serialize())
     return path
 
 
 def export_torch(model: keras.Model, path: Path) -> Path:
-    """Writes the model as an `ExportedProgram`; read it with `torch.export.load`.
+    """Writes the model as an `ExportedProgram`, which `torch.export.load` reads.
 
     Args:
       model: a Keras model on PyTorch with one input.
-      path: the file.
+      path: the file to write.
+
+    Returns:
+      `path`.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Initial weights from NumPy: the same bytes on every backend, for any Keras model.
 
-A model is built with Keras's own initialisers; `initialise` then draws every random variable again with
-NumPy, from the distribution that its initialiser names, and leaves constants as they are.
+Keras builds a model with its own initializers, whose random numbers differ between backends. `initialize`
+then draws every random variable again with NumPy, from the distribution that its initializer names.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ import numpy as np
 
 from blacksmith.run.order import generator
 
-_TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at two deviations
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal that is truncated at two deviations
 
 
-def initialise(model: keras.Model, seed: int) -> None:
-    """Sets the weights of `model` from (seed, variable name).
+def initialize(model: keras.Model, seed: int) -> None:
+    """Sets the random weights of `model` from (seed, variable name); constants stay.
 
     Raises:
-      ValueError: a variable's initialiser has no NumPy counterpart here, or two variables share a name.
+      ValueError: a variable's initializer has no NumPy counterpart here, or two variables share a name.
     """
     names = [variable_name(model, v) for v in model.variables]
     duplicates = {n for n in names if names.count(n) > 1}
@@ -53,12 +53,12 @@ def weights_sha256(state: dict[str, np.ndarray]) -> str:
 
 
 def _initializer(layer: keras.Layer, variable: keras.Variable) -> object | None:
-    """The initialiser that a layer keeps for one of its variables; None where the variable is a constant.
+    """The initializer that a layer keeps for one of its variables, or None if the variable is a constant.
 
     Raises:
-      ValueError: the variable is random, and nothing says how it is drawn.
+      ValueError: the variable is random, and the layer has no initializer for it.
     """
-    # Keras's separable layers keep `depthwise_initializer` for `depthwise_kernel` or for `kernel`.
+    # Separable layers call it `depthwise_initializer`, for a variable `depthwise_kernel` or `kernel`.
     names = [variable.name, variable.name.removesuffix("_kernel")]
     if variable.name == "kernel":
         names.append("depthwise")
@@ -68,8 +68,8 @@ def _initializer(layer: keras.Layer, variable: keras.Variable) -> object | None:
     values = np.ravel(keras.ops.convert_to_numpy(variable))
     if (values != values[:1]).any():
         raise ValueError(
-            f"{layer.name}/{variable.name} is random, but the layer has no attribute "
-            f"{variable.name}_initializer that says how to draw it"
+            f"{layer.name}/{variable.name} is random, but the layer has no {variable.name}_initializer "
+            "that says how to draw it"
         )
     return None
 
@@ -77,7 +77,7 @@ def _initializer(layer: keras.Layer, variable: keras.Variable) -> object | None:
 def _draw(
     initializer: object | None, shape: tuple[int, ...], rng: np.random.Generator, name: str
 ) -> np.ndarray | None:
-    """A float32 sample of `initializer`'s distribution, or None where it is a constant."""
+    """A float32 sample from `initializer`'s distribution, or None if it is a constant."""
     kinds = keras.initializers
     if initializer is None or isinstance(initializer, (kinds.Zeros, kinds.Ones, kinds.Constant)):
         return None
@@ -100,12 +100,13 @@ def _draw(
     if isinstance(initializer, kinds.RandomNormal):
         return rng.normal(initializer.mean, initializer.stddev, shape).astype(np.float32)
     raise ValueError(
-        f"{name}: the initialiser {type(initializer).__name__} has no NumPy counterpart here; use a "
-        "variance-scaling, uniform, normal or constant one"
+        f"{name}: the initializer {type(initializer).__name__} has no NumPy counterpart here; use a "
+        "variance-scaling, uniform, normal or constant initializer"
     )
 
 
 def _truncated(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> np.ndarray:
+    """A normal sample whose values beyond two deviations are drawn again, as in Keras."""
     values = rng.standard_normal(shape)
     while (outside := np.abs(values) > 2).any():
         values[outside] = rng.standard_normal(int(outside.sum()))
@@ -113,7 +114,7 @@ def _truncated(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> 
 
 
 def _fans(shape: tuple[int, ...]) -> tuple[float, float]:
-    """Inputs and outputs of one unit, by Keras's rule: the last two axes, times the receptive field."""
+    """Inputs and outputs of one unit, as Keras counts them: the last two axes times the receptive field."""
     if len(shape) < 2:
         size = float(shape[0]) if shape else 1.0
         return size, size

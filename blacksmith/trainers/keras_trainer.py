@@ -18,8 +18,8 @@ from blacksmith.run.checkpoint import Saved
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import EMPTY_DIGEST, Block, Order, chain_digest
 from blacksmith.run.run import Run
-from blacksmith.trainers.backend import Backend, Task
 from blacksmith.trainers.initial_weights import weights_sha256
+from blacksmith.trainers.task import Backend, Task
 
 ARRAYS = "arrays.safetensors"
 
@@ -148,8 +148,8 @@ def backend_of(run: Run, setup: Setup) -> Backend:
     if keras.config.backend() == "torch":
         from blacksmith.trainers.torch_backend import TorchBackend
 
-        say = print if run.mode == "train" else lambda line: None
-        return TorchBackend(task, train.inputs, train.labels, say)
+        notify = print if run.mode == "train" else lambda line: None
+        return TorchBackend(task, train.inputs, train.labels, notify)
     raise ValueError(f"no trainer for the Keras backend {keras.config.backend()!r}: jax or torch")
 
 

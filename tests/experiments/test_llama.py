@@ -75,7 +75,7 @@ def pretrained(base: Path) -> list[str]:
 def lines(directory: Path) -> list[dict]:
     """The metrics without wall times and rates."""
     return [
-        {k: v for k, v in line.items() if k not in metrics.TIMED}
+        {k: v for k, v in line.items() if not metrics.is_timed(k)}
         for line in metrics.read(directory / "metrics.jsonl")
     ]
 
@@ -523,14 +523,14 @@ def test_export_is_a_model_that_transformers_reads_and_answers_the_same(run, bas
     config = launcher.resolve(["gin/llama_sst2_tiny.gin"], [*SMALL, *settings]).config
     prompt = Prompt.of(config.data.template, config.data.labels)
     answers = json.loads((tmp_path / "run" / "eval_results.json").read_text())[:20]
-    questions = evaluation.Questions.of(
+    pairs = evaluation.EvalPairs.encode(
         tokenizer, prompt, [a["sentence"] for a in answers], [a["label"] for a in answers], 256
     )
-    scores = evaluation.score(model, questions, batch_size=7, pad=0)
+    scores = evaluation.score(model, pairs, batch_size=7, pad=0)
     for answer, found in zip(answers, scores.probabilities):
         # Best or newest: training has moved both from the base, which says something else.
         assert found == pytest.approx(answer["probabilities"], abs=2e-4)
-    before = evaluation.score(AutoModelForCausalLM.from_pretrained(base), questions, batch_size=7, pad=0)
+    before = evaluation.score(AutoModelForCausalLM.from_pretrained(base), pairs, batch_size=7, pad=0)
     assert abs(before.probabilities - scores.probabilities).max() > 1e-2
 
 
@@ -634,10 +634,10 @@ def test_likelihood_takes_the_same_answer_from_one_row_as_from_two(base):
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
     for words in (("A", "B"), ("AA", "AB"), ("A", "BCD")):
         prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", words)
-        questions = evaluation.Questions.of(tokenizer, prompt, sentences, labels, 200)
-        assert questions.single == (len(words[1]) == 1)
+        pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, labels, 200)
+        assert pairs.single_token == (len(words[1]) == 1)
         for shared in (True, False):
-            scores = evaluation.score(model, questions, batch_size=2, pad=0, shared_prefix=shared)
+            scores = evaluation.score(model, pairs, batch_size=2, pad=0, shared_prefix=shared)
             for row, sentence in enumerate(sentences):
                 logs = []
                 for word in words:
@@ -656,7 +656,7 @@ def test_the_validation_loss_is_the_mean_over_answer_tokens_and_end_token(base):
     model, tokenizer = loading.load_model(str(base))
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
     prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "good"))
-    questions = evaluation.Questions.of(tokenizer, prompt, sentences, labels, 200)
+    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, labels, 200)
     total, count = 0.0, 0
     for sentence, label in zip(sentences, labels):
         question = tokenizer(prompt.question(sentence))["input_ids"]
@@ -668,19 +668,17 @@ def test_the_validation_loss_is_the_mean_over_answer_tokens_and_end_token(base):
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([learnt])).loss
         total, count = total + float(loss) * number, count + number
-    assert evaluation.score(model, questions, batch_size=2, pad=0).loss == pytest.approx(
-        total / count, abs=1e-5
-    )
+    assert evaluation.score(model, pairs, batch_size=2, pad=0).loss == pytest.approx(total / count, abs=1e-5)
 
 
 def test_generation_in_batches_is_that_of_each_alone(base):
     model, tokenizer = loading.load_model(str(base))
     prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
     sentences = ["fine", "a dull and joyless thing", "", "so so"]
-    questions = evaluation.Questions.of(tokenizer, prompt, sentences, [1, 0, 1, 0], 200)
+    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, [1, 0, 1, 0], 200)
     options = {"max_new_tokens": 6}
-    together = evaluation.generate(model, questions.right, tokenizer, batch_size=4, **options)
-    alone = evaluation.generate(model, questions.right, tokenizer, batch_size=1, **options)
+    together = evaluation.generate(model, pairs.correct, tokenizer, batch_size=4, **options)
+    alone = evaluation.generate(model, pairs.correct, tokenizer, batch_size=1, **options)
     assert together == alone
     for sentence, text in zip(sentences, together):
         tokens = tokenizer(prompt.question(sentence))["input_ids"]
@@ -696,11 +694,11 @@ def test_generation_in_batches_is_that_of_each_alone(base):
 def test_generation_is_greedy_whatever_the_model_s_own_settings_are(base):
     model, tokenizer = loading.load_model(str(base))
     prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
-    questions = evaluation.Questions.of(tokenizer, prompt, ["fine", "so so"], [1, 0], 200)
+    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, ["fine", "so so"], [1, 0], 200)
     options = {"batch_size": 2, "max_new_tokens": 6}
-    plain = evaluation.generate(model, questions.right, tokenizer, **options)
+    plain = evaluation.generate(model, pairs.correct, tokenizer, **options)
     model.generation_config.update(num_beams=4, repetition_penalty=5.0, do_sample=True, temperature=2.0)
-    assert evaluation.generate(model, questions.right, tokenizer, **options) == plain
+    assert evaluation.generate(model, pairs.correct, tokenizer, **options) == plain
 
 
 @pytest.mark.parametrize(
@@ -862,7 +860,7 @@ BAD_SETTINGS = {
     "module": (["llama.Lora.rank = 2", 'llama.Lora.target_modules = ("q_prj",)'], "q_prj"),
     "no model": (
         ['llama.Model.name_or_path = "no/such/model/here"'],
-        r"is no asset \(smollm2-135m\), directory",
+        r"is not an asset \(smollm2-135m\), directory",
     ),
 }
 

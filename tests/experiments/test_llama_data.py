@@ -1,4 +1,4 @@
-"""From sentences to batches: which tokens are learnt, which are shared, which rows come together."""
+"""From sentences to batches: answer tokens, the shared prefix, and truncation."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama.batches import collate
-from blacksmith.experiments.pytorch.llama.evaluation import Questions
+from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.models.pytorch.llama.prefix import IGNORED
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
@@ -24,7 +24,7 @@ SENTENCES = (
 
 
 def merging_tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with merges, learnt from prompts; with a token at the beginning if asked."""
+    """A byte-level BPE tokenizer trained on prompts; `begin`: with a begin-of-sequence token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,7 +47,7 @@ TOKENIZERS = {
 
 @pytest.fixture(params=TOKENIZERS)
 def tokenizer(request):
-    """One of several kinds of tokenizers."""
+    """Each kind of tokenizer."""
     return TOKENIZERS[request.param]()
 
 
@@ -60,7 +60,7 @@ def encoded(tokenizer, sentences=SENTENCES, labels=None, template=TEMPLATE, **op
 # --- prompts ---
 
 
-def test_what_is_learnt_is_the_answer_and_the_end_token(tokenizer):
+def test_answers_are_the_label_and_the_end_token(tokenizer):
     found = encoded(tokenizer)
     assert len(found) == len(SENTENCES)
     assert (found.truncated, found.dropped) == (0, 0)
@@ -72,16 +72,16 @@ def test_what_is_learnt_is_the_answer_and_the_end_token(tokenizer):
         assert question.strip() == (expected[0] + SENTENCES[row] + "\nSentiment: ").strip()
 
 
-def test_an_answer_whose_first_token_merges_with_the_space_before_it_is_learnt_whole():
+def test_an_answer_that_merges_with_the_space_before_it_is_whole():
     tokenizer = merging_tokenizer()
-    # The space belongs to the answer's token, so the question alone has another end.
+    # The space is part of the answer's token, so the question alone ends with a different token.
     alone = tokenizer("Review: dull\nSentiment: ")["input_ids"]
     found = encoded(tokenizer, ["dull"], [0])
     assert found.tokens[0][: found.answers[0]][-1] != alone[-1]
     assert tokenizer.decode(found.tokens[0][found.answers[0] :][:1]).startswith(" ")
 
 
-def test_a_tokenizer_that_adds_an_end_token_does_not_get_two():
+def test_a_tokenizer_that_adds_an_end_token_adds_the_only_one():
     tokenizer = merging_tokenizer()
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
@@ -91,12 +91,12 @@ def test_a_tokenizer_that_adds_an_end_token_does_not_get_two():
     assert tokens[-1] == tokenizer.eos_token_id
 
 
-def test_the_sentence_may_hold_what_looks_like_a_field():
+def test_a_sentence_may_contain_template_fields():
     found = encoded(byte_tokenizer(), ["{label} and {sentence}"], [1])
     assert "{label} and {sentence}" in byte_tokenizer().decode(found.tokens[0])
 
 
-def test_the_shared_prefix_is_of_tokens_and_ends_before_the_answer_is_predicted(tokenizer):
+def test_the_shared_prefix_ends_before_the_answer_is_predicted(tokenizer):
     found = encoded(tokenizer)
     prefix = found.shared_prefix()
     text = tokenizer.decode(prefix, skip_special_tokens=True)
@@ -105,20 +105,20 @@ def test_the_shared_prefix_is_of_tokens_and_ends_before_the_answer_is_predicted(
     for tokens, answer in zip(found.tokens, found.answers):
         assert tokens[: len(prefix)] == prefix
         assert len(prefix) < answer
-    # One token more is not shared.
+    # One more token is not shared.
     assert len({tuple(tokens[: len(prefix) + 1]) for tokens in found.tokens}) > 1
 
 
-def test_one_example_alone_shares_all_but_what_predicts_its_answer(tokenizer):
+def test_a_single_example_shares_all_but_the_predicting_token(tokenizer):
     found = encoded(tokenizer, SENTENCES[:1])
     assert found.shared_prefix() == found.tokens[0][: found.answers[0] - 1]
 
 
-def test_nothing_is_shared_where_the_sentence_comes_first():
+def test_nothing_is_shared_if_the_sentence_comes_first():
     assert encoded(byte_tokenizer(), template="{sentence} It was {label}").shared_prefix() == []
 
 
-def test_too_long_examples_are_left_out_and_counted(tokenizer):
+def test_long_examples_are_dropped_and_counted(tokenizer):
     lengths = encoded(tokenizer).lengths
     limit = int(sorted(lengths)[2])
     found = encoded(tokenizer, max_length=limit)
@@ -128,7 +128,7 @@ def test_too_long_examples_are_left_out_and_counted(tokenizer):
     assert found.lengths.max() <= limit
 
 
-def test_too_long_examples_lose_the_end_of_their_sentence_and_are_counted(tokenizer):
+def test_long_examples_are_truncated_and_counted(tokenizer):
     whole = encoded(tokenizer)
     shortest = int(encoded(tokenizer, [""]).lengths[0])
     for limit in (shortest, shortest + 2, shortest + 5):
@@ -143,13 +143,13 @@ def test_too_long_examples_lose_the_end_of_their_sentence_and_are_counted(tokeni
             sentence = text.removeprefix("Tell the mood.\n\nReview: ").rsplit("\nSentiment:", 1)[0]
             assert SENTENCES[row].startswith(sentence.strip())
             if whole.lengths[row] > limit:
-                # As much as fits: five tokens more is room for another character, even one of four bytes.
+                # As much as fits: with five more tokens, even a character of four bytes would fit.
                 assert len(tokens) >= limit - 5
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("label", [0, 1])
-def test_the_longer_answer_says_what_is_too_long_whatever_the_label(kind, label):
+def test_the_longer_answer_decides_what_is_too_long(kind, label):
     tokenizer = TOKENIZERS[kind]()
     prompt = Prompt.of(TEMPLATE, ("no", "without any doubt at all yes"))
     lengths = [
@@ -162,25 +162,27 @@ def test_the_longer_answer_says_what_is_too_long_whatever_the_label(kind, label)
         assert found.rows.tolist() == [i for i, (_, long) in enumerate(lengths) if long <= limit]
 
 
-def test_answers_that_merge_differently_with_the_question_are_refused():
+def test_answers_that_merge_differently_are_refused():
     tokenizer = merging_tokenizer()
-    ask = lambda *labels: Questions.of(tokenizer, Prompt.of(TEMPLATE, labels), SENTENCES, [1] * 5, 200)  # noqa: E731
-    found = ask(*LABELS)
-    for one, a, other, b in zip(
-        found.right.tokens, found.right.answers, found.wrong.tokens, found.wrong.answers
-    ):
+
+    def encode_pairs(*labels):
+        return EvalPairs.encode(tokenizer, Prompt.of(TEMPLATE, labels), SENTENCES, [1] * 5, 200)
+
+    pairs = encode_pairs(*LABELS)
+    correct, incorrect = pairs.correct, pairs.incorrect
+    for one, a, other, b in zip(correct.tokens, correct.answers, incorrect.tokens, incorrect.answers):
         assert one[:a] == other[:b]
-    # A space and a digit stay two tokens, so that the space would belong to the question of this label alone.
+    # A space and a digit remain two tokens, so the space would be part of only one of the answers.
     with pytest.raises(ConfigError, match=r"this tokenizer merges only one of them with ' ?: ?' before it"):
-        ask("1", "negative")
+        encode_pairs("1", "negative")
 
 
-def test_a_prompt_that_does_not_fit_is_an_error():
+def test_a_prompt_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"without a sentence, more than llama\.Data\.max_length = 10"):
         encoded(byte_tokenizer(), max_length=10, too_long="truncate")
 
 
-def test_no_examples_are_no_examples():
+def test_no_sentences_give_no_examples():
     found = encoded(byte_tokenizer(), [])
     assert (len(found), found.shared_prefix(), len(found.lengths)) == (0, [], 0)
 
@@ -188,26 +190,26 @@ def test_no_examples_are_no_examples():
 # --- batches ---
 
 
-def test_a_batch_has_what_follows_the_prefix_and_predicts_the_answers(tokenizer):
+def test_a_batch_follows_the_prefix_and_predicts_the_answers(tokenizer):
     found = encoded(tokenizer)
     for prefix in (found.shared_prefix(), []):
         rows = [2, 0, 4]
         batch = collate(found, rows, prefix, pad=7)
         assert batch.prefix.tolist() == prefix
-        # The end token is predicted and predicts nothing.
+        # The end token is only predicted.
         assert batch.tokens.shape == (3, max(len(found.tokens[row]) for row in rows) - len(prefix) - 1)
         for place, row in enumerate(rows):
             tokens, answer = found.tokens[row], found.answers[row]
             rest = tokens[len(prefix) : -1]
             assert batch.tokens[place].tolist() == rest + [7] * (batch.tokens.shape[1] - len(rest))
-            learnt = (batch.targets[place] != IGNORED).nonzero()[:, 0]
-            assert batch.targets[place, learnt].tolist() == tokens[answer:]
+            targets = (batch.targets[place] != IGNORED).nonzero()[:, 0]
+            assert batch.targets[place, targets].tolist() == tokens[answer:]
             # Each is predicted by the token before it.
             before = [*prefix, *batch.tokens[place].tolist()]
-            assert [before[len(prefix) + i] for i in learnt] == tokens[answer - 1 : -1]
+            assert [before[len(prefix) + i] for i in targets] == tokens[answer - 1 : -1]
 
 
-def test_tokens_are_int64_whatever_the_prefix():
+def test_tokens_are_int64_with_an_empty_prefix():
     batch = collate(encoded(byte_tokenizer()), [0], [], pad=0)
     assert batch.prefix.dtype == batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert batch.to("cpu").tokens.shape == batch.tokens.shape

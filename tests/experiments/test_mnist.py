@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from blacksmith.run import metrics
@@ -51,8 +52,17 @@ def test_an_experiment_trains_tests_and_reports(experiment, tmp_path, name):
     assert splits.count("val") == 3
     assert splits.count("test") == 1
     assert splits[-1] == "test"
-    for name in ("config.gin", "operative.gin", "environment.json", "report.html", "worst.npz"):
+    for name in ("config.gin", "operative.gin", "environment.json", "report.html"):
         assert (run / name).exists(), name
+    files = sorted((run / "images").glob("test_worst_*.png"))
+    assert len(files) == min(48, confusion.sum() - np.trace(confusion))
+    captions = [Image.open(file).text["Description"] for file in files]
+    chances = [float(caption.rpartition("= ")[2]) for caption in captions]
+    assert chances == sorted(chances)
+    for caption in captions:
+        true, predicted = int(caption[0]), int(caption[4])
+        assert true != predicted
+        assert confusion[true, predicted] > 0, caption
     assert (run / "checkpoints" / result["tested_checkpoint"]).is_dir()
 
 
@@ -179,13 +189,12 @@ def write_idx(directory: Path) -> None:
 def test_a_finished_run_started_again_says_so_and_keeps_its_worst_images(experiment, tmp_path):
     run = tmp_path / "run"
     assert experiment(FILES["jax"], run, *SMALL, "mnist.Train.epochs = 1").returncode == 0
-    before = (run / "worst.npz").read_bytes()
+    before = sorted((run / "images").iterdir())
     done = experiment(FILES["jax"], run, *SMALL, "mnist.Train.epochs = 1")
     assert done.returncode == 0, done.stderr
     assert "already finished at step 28" in done.stdout
-    with np.load(run / "worst.npz") as again:
-        assert len(again["images"]) > 0
-    assert len(before) > 0
+    assert before
+    assert sorted((run / "images").iterdir()) == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(experiment, tmp_path):

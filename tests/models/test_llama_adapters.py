@@ -1,14 +1,12 @@
-"""LoRA adapters: what they start as, where they go, and what does not fit."""
+"""LoRA adapters: initial state, saving, merging, and refusal of those that do not fit."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -20,12 +18,12 @@ TOKENS = torch.tensor([[5, 80, 7, 200, 3, 9]])
 
 
 def base(width=32, seed=5):
-    """A model whose queries have twice the heads of its keys."""
+    """A model with twice as many query heads as key heads."""
     return make_model(259, width, 48, 2, 4, 2, 64, seed=seed)
 
 
 def adapted(rank=4, trained=True, seed=0, **options):
-    """A model with an adapter that adds something, if trained."""
+    """A model with an adapter whose update is not zero if `trained`."""
     model = adapters.add_lora(base(), rank=rank, alpha=8.0, seed=seed, **options)
     if trained:
         random = torch.Generator().manual_seed(1)
@@ -47,7 +45,7 @@ def lora_names(model):
     )
 
 
-def test_a_new_adapter_adds_nothing_and_is_all_that_is_trained():
+def test_a_new_adapter_is_zero_and_alone_is_trained():
     plain = logits(base())
     model = adapters.add_lora(base(), rank=3, alpha=6.0)
     assert torch.equal(logits(model), plain)
@@ -70,7 +68,7 @@ def test_the_update_is_alpha_over_rank_times_b_a():
     assert lora_names(model) == ["q_proj"]
 
 
-def test_the_seed_alone_decides_and_the_global_state_stays():
+def test_the_seed_alone_decides_the_adapter():
     state = torch.random.get_rng_state()
     first, second, other = (adapted(trained=False, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -95,65 +93,45 @@ def test_dropout_is_applied_in_training_only():
         assert torch.equal(*(without(input_ids=TOKENS).logits for _ in range(2)))
 
 
-@pytest.mark.parametrize(
-    "modules", [("q_prj",), ("q_proj", "nonsense"), ("nowhere.q_proj",), ("norm",), ("embed_tokens",), ()]
-)
-def test_a_module_that_is_not_there_is_an_error_that_lists_those_that_are(modules):
-    with pytest.raises(ConfigError, match=r"it has .*down_proj.*q_proj.*v_proj"):
+@pytest.mark.parametrize("modules", [("q_proj", "nonsense"), ("nowhere.q_proj",), ("embed_tokens",), ()])
+def test_an_unknown_module_lists_those_of_the_model(modules):
+    with pytest.raises(ConfigError, match=r"the model has .*down_proj.*q_proj.*v_proj"):
         adapters.add_lora(base(), rank=2, alpha=2.0, target_modules=modules)
 
 
+def test_biases_that_the_model_lacks_are_refused():
+    with pytest.raises(ConfigError, match="has no biases"):
+        adapters.add_lora(base(), rank=2, alpha=2.0, bias="all")
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 @pytest.mark.parametrize(
     "options", [{}, {"target_modules": ("q_proj", "v_proj")}, {"target_modules": ("lm_head",)}]
 )
-def test_a_saved_adapter_comes_back(tmp_path, options):
+def test_a_saved_adapter_loads_bit_for_bit(tmp_path, options):
     model = adapted(**options)
     adapters.save_adapter(model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    again = adapters.load_adapter(base(), tmp_path)
-    assert torch.equal(logits(again), logits(model))
-    assert not torch.equal(logits(again), logits(base()))
-    assert not any(p.requires_grad for p in again.parameters())
+    loaded = adapters.load_adapter(base(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(base()))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
     fresh = adapters.add_lora(base(), rank=4, alpha=8.0, seed=9, **options)
     adapters.load_weights(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(model))
 
 
-def test_plain_peft_reads_it_without_this_package(tmp_path):
-    base().save_pretrained(tmp_path / "base")
-    model = adapted()
-    adapters.save_adapter(model, tmp_path / "adapter")
-    expected = logits(model)
-    script = f"""
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
-model = PeftModel.from_pretrained(model, {str(tmp_path / "adapter")!r}).eval()
-with torch.no_grad():
-    torch.save(model(input_ids=torch.tensor({TOKENS.tolist()})).logits, {str(tmp_path / "logits")!r})
-assert not any(name.partition(".")[0] == "blacksmith" for name in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), expected)
-
-
-def test_merged_weights_say_the_same():
+def test_merged_weights_give_the_same_logits():
     expected = logits(adapted())
     merged = adapters.merge(adapted())
     assert not any("lora_" in name for name, _ in merged.named_parameters())
-    # Sums of 32 to 48 products in another order, through two layers, of logits up to about 1.
+    # Sums of 32 to 48 products in a different order, through two layers, of logits up to about 1.
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
     assert (expected - logits(base())).abs().amax() > 0.05
 
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
-LAYERS = {
-    "head": [HEAD],
-    "embedding": [EMBEDDING],
-    "both": [HEAD, EMBEDDING],
-}
 
 
 def adapted_ends(layers, **options):
@@ -169,13 +147,15 @@ def adapted_ends(layers, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
-@pytest.mark.parametrize("layers", LAYERS)
-def test_merging_a_head_leaves_the_embedding_that_it_shared_alone(layers, tmp_path):
-    model = adapted_ends(LAYERS[layers])
+@pytest.mark.parametrize(
+    "layers", [[HEAD], [EMBEDDING], [HEAD, EMBEDDING]], ids=["head", "embedding", "both"]
+)
+def test_merging_a_tied_layer_unties_it(layers, tmp_path):
+    model = adapted_ends(layers)
     expected = logits(model)
     assert (expected - logits(base())).abs().amax() > 0.05
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft warns where it finds the two still tied by the config
+        warnings.simplefilter("error")  # peft warns if the config still ties the two
         merged = adapters.merge(model)
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
     assert not merged.config.tie_word_embeddings
@@ -184,7 +164,7 @@ def test_merging_a_head_leaves_the_embedding_that_it_shared_alone(layers, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.*tie")
-def test_merging_keeps_a_head_that_was_trained_whole(tmp_path):
+def test_merging_keeps_a_fully_trained_head(tmp_path):
     model = adapted_ends(["q_proj"], modules_to_save=["lm_head"])
     expected = logits(model)
     merged = adapters.merge(model)
@@ -193,13 +173,13 @@ def test_merging_keeps_a_head_that_was_trained_whole(tmp_path):
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
-def test_merging_other_layers_leaves_head_and_embedding_tied():
+def test_merging_other_layers_keeps_the_tie():
     merged = adapters.merge(adapted())
     assert merged.config.tie_word_embeddings
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
-def test_the_base_model_is_recorded_as_it_was_named(tmp_path):
+def test_an_adapter_records_its_base_model(tmp_path):
     model = base()
     model.name_or_path = "someone/model"
     adapters.save_adapter(adapters.add_lora(model, rank=2, alpha=2.0), tmp_path)
@@ -229,36 +209,29 @@ def cut(directory: Path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def remove(name):
+    return lambda directory: (directory / name).unlink()
+
+
 BROKEN = {
-    "no config": (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json is missing"),
-    "config no JSON": (
-        lambda d: (d / "adapter_config.json").write_text("{"),
-        "adapter_config.json is broken",
-    ),
-    "config a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "only LORA"),
-    "another method": (edit_config(peft_type="IA3"), "peft_type is 'IA3'"),
-    "another layer": (edit_config(target_modules=["nowhere"]), "does not fit the model"),
-    "another rank": (edit_config(r=2), r"instead of \(2,"),
-    "a rank of nothing": (edit_config(r=0), "does not fit the model"),
-    "a rank of text": (edit_config(r="4"), "adapter_config.json does not fit the model: TypeError"),
-    "layers by a broken pattern": (edit_config(target_modules="["), "adapter_config.json does not fit"),
-    "layers by number": (edit_config(target_modules=[1]), "adapter_config.json does not fit"),
-    "no such bias": (edit_config(bias="some"), "adapter_config.json does not fit"),
-    "a package that is not there": (
-        edit_config(megatron_config={"a": 1}),
-        "adapter_config.json does not fit",
-    ),
-    "no such task": (edit_config(task_type="nonsense"), "adapter_config.json is broken"),
-    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "safetensors is missing"),
-    "weights cut": (cut, "safetensors is broken"),
-    "weights empty": (lambda d: (d / "adapter_model.safetensors").write_bytes(b""), "safetensors is broken"),
-    "one missing": (edit_weights(lambda w: w.pop(sorted(w)[0])), "it lacks base_model"),
-    "one more": (edit_weights(lambda w: w.update(more=torch.ones(2))), "it has more"),
+    "no config": (remove("adapter_config.json"), "adapter_config.json is missing"),
+    "config not JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "config.json cannot be read"),
+    "config a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "config.json cannot be read"),
+    "other method": (edit_config(peft_type="IA3"), "not a LoRA adapter"),
+    "other layer": (edit_config(target_modules=["nowhere"]), "config.json does not fit the model"),
+    "other rank": (edit_config(r=2), r"safetensors does not fit the model: .* instead of \(2,"),
+    "rank 0": (edit_config(r=0), "config.json does not fit the model"),
+    "rank of text": (edit_config(r="4"), "config.json does not fit the model: TypeError"),
+    "package not installed": (edit_config(megatron_config={"a": 1}), "config.json does not fit the model"),
+    "no weights": (remove("adapter_model.safetensors"), "safetensors cannot be read"),
+    "truncated weights": (cut, "safetensors cannot be read"),
+    "missing weight": (edit_weights(lambda w: w.pop(min(w))), "it lacks base_model"),
+    "extra weight": (edit_weights(lambda w: w.update(more=torch.ones(2))), "it has more"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_broken_is_one_line_that_names_the_file(tmp_path, case):
+def test_a_broken_adapter_is_refused_in_one_line(tmp_path, case):
     change, message = BROKEN[case]
     adapters.save_adapter(adapted(), tmp_path)
     change(tmp_path)
@@ -268,7 +241,16 @@ def test_what_is_broken_is_one_line_that_names_the_file(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_of_another_model_does_not_fit(tmp_path):
+def test_an_adapter_for_a_wider_model_does_not_fit(tmp_path):
     adapters.save_adapter(adapted(), tmp_path)
     with pytest.raises(DataError, match=r"does not fit the model: .* is \(.*\) instead of"):
         adapters.load_adapter(base(width=64), tmp_path)
+
+
+def test_a_pickled_adapter_is_refused(tmp_path):
+    adapters.save_adapter(adapted(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(path), tmp_path / "adapter_model.bin")
+    path.unlink()
+    with pytest.raises(DataError, match="safetensors cannot be read"):
+        adapters.load_adapter(base(), tmp_path)

@@ -1,4 +1,4 @@
-"""A shared prefix changes what is computed, and nothing that comes out."""
+"""A shared prefix gives the loss and gradients of the ordinary padded batch."""
 
 import pytest
 import torch
@@ -19,15 +19,15 @@ PREFIX = 11
 ANSWER = 2
 
 
-def make(*, lora: bool, heads: int = 4, groups: int = 2, attention: str = "sdpa", tied: bool = False):
-    """A small random model in training, with an adapter that is not zero."""
+def make(*, lora: bool, groups: int = 2, attention: str = "sdpa", tied: bool = False, dropout: float = 0.0):
+    """A small random model in training mode, with an adapter that is not zero."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=3,
-        num_attention_heads=heads,
+        num_attention_heads=4,
         num_key_value_heads=groups,
         max_position_embeddings=128,
         attn_implementation=attention,
@@ -35,7 +35,9 @@ def make(*, lora: bool, heads: int = 4, groups: int = 2, attention: str = "sdpa"
     )
     model = LlamaForCausalLM(config)
     if lora:
-        adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapter = LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         model = get_peft_model(model, adapter)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -44,14 +46,14 @@ def make(*, lora: bool, heads: int = 4, groups: int = 2, attention: str = "sdpa"
 
 
 def sequences(lengths=LENGTHS, prefix=PREFIX):
-    """Random tokens: the prefix, and what follows it in each row."""
+    """Random tokens: the prefix, and the rest of each row."""
     random = torch.Generator().manual_seed(1)
     draw = lambda count: torch.randint(5, 300, (count,), generator=random).tolist()  # noqa: E731
     return draw(prefix), [draw(length) for length in lengths]
 
 
 def batch_of(prefix, rows, *, shared: bool) -> Batch:
-    """The rows behind a shared prefix, or with the prefix in each."""
+    """The rows after a shared prefix, or with the prefix in each."""
     if not shared:
         prefix, rows = [], [[*prefix, *row] for row in rows]
     length = max(map(len, rows))
@@ -63,7 +65,7 @@ def batch_of(prefix, rows, *, shared: bool) -> Batch:
 
 
 def transformers_loss(model, prefix, rows, width=None):
-    """What `LlamaForCausalLM` computes itself for the padded rows, with mask and labels."""
+    """The loss of `LlamaForCausalLM` itself for the padded rows, with mask and labels."""
     rows = [[*prefix, *row] for row in rows]
     width = width or max(map(len, rows))
     tokens, mask = torch.zeros(len(rows), width).long(), torch.zeros(len(rows), width).long()
@@ -95,7 +97,7 @@ def assert_equal(model, expected, found):
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
-@pytest.mark.parametrize("recomputed", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize("recomputed", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_loss_and_gradients_are_those_of_transformers(lora, attention, recomputed, shared):
@@ -114,9 +116,8 @@ def test_with_any_number_of_key_value_heads(lora, groups):
     model = make(lora=lora, groups=groups)
     prefix, rows = sequences()
     expected = gradients(model, transformers_loss(model, prefix, rows, width=60))
-    assert_equal(
-        model, expected, gradients(model, token_losses(model, batch_of(prefix, rows, shared=True)).mean())
-    )
+    found = gradients(model, token_losses(model, batch_of(prefix, rows, shared=True)).mean())
+    assert_equal(model, expected, found)
 
 
 @pytest.mark.parametrize(
@@ -126,18 +127,16 @@ def test_with_any_lengths(lengths, prefix):
     model = make(lora=True)
     prefix, rows = sequences(lengths, prefix)
     expected = gradients(model, transformers_loss(model, prefix, rows))
-    assert_equal(
-        model, expected, gradients(model, token_losses(model, batch_of(prefix, rows, shared=True)).mean())
-    )
+    found = gradients(model, token_losses(model, batch_of(prefix, rows, shared=True)).mean())
+    assert_equal(model, expected, found)
 
 
 def test_with_tied_embeddings():
     model = make(lora=False, tied=True)
     prefix, rows = sequences()
     expected = gradients(model, transformers_loss(model, prefix, rows))
-    assert_equal(
-        model, expected, gradients(model, token_losses(model, batch_of(prefix, rows, shared=True)).mean())
-    )
+    found = gradients(model, token_losses(model, batch_of(prefix, rows, shared=True)).mean())
+    assert_equal(model, expected, found)
 
 
 def test_parts_of_a_batch_add_up_to_its_gradient():
@@ -154,7 +153,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
     assert_equal(model, expected, (total, found))
 
 
-def test_what_fills_up_a_row_has_no_effect():
+def test_padding_has_no_effect():
     model = make(lora=True).eval()
     batch = batch_of(*sequences(), shared=True)
     with torch.no_grad():
@@ -186,14 +185,8 @@ def test_every_prefix_token_has_an_effect():
             assert (hidden_states(model, changed, batch.tokens) - before).abs().amax() > 1e-4
 
 
-def test_dropout_of_the_adapter_is_shared_in_the_prefix_and_drawn_for_each_row():
-    torch.manual_seed(0)
-    model = make(lora=False)
-    adapter = LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, adapter).train()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+def test_adapter_dropout_differs_between_rows():
+    model = make(lora=True, dropout=0.5)
     prefix, (row, *_) = sequences()
     same = batch_of(prefix, [row, row], shared=True)
 
@@ -210,10 +203,7 @@ def test_recomputing_with_dropout_gives_the_same_gradient():
     prefix, rows = sequences()
     found = []
     for recomputed in (False, True):
-        torch.manual_seed(0)
-        model = make(lora=False)
-        adapter = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, adapter).train()
+        model = make(lora=True, dropout=0.3)
         if recomputed:
             checkpoint_layers(model)
         torch.manual_seed(7)
@@ -223,7 +213,7 @@ def test_recomputing_with_dropout_gives_the_same_gradient():
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_recomputing_keeps_less():
+def test_recomputing_stores_less():
     def kept(recomputed: bool) -> int:
         model = make(lora=True)
         if recomputed:
@@ -249,5 +239,5 @@ def test_recomputing_keeps_less():
         ([[], [1]], []),
     ],
 )
-def test_the_common_prefix_is_what_all_begin_with(sequences, expected):
+def test_common_prefix(sequences, expected):
     assert common_prefix(sequences) == expected

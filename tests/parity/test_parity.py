@@ -27,9 +27,9 @@ from blacksmith.experiments.keras.mnist import configs
 def epsilon(run):
     """A wrong epsilon in the fused kernel, as in PyTorch's own Adam."""
     from blacksmith.experiments.keras.mnist import train
-    from blacksmith.trainers import torch_backend
-    plan = torch_backend._FusedAdam.plan
-    torch_backend._FusedAdam.plan = lambda self, step, count: [
+    from blacksmith.trainers.torch_optimizer import FusedAdam
+    plan = FusedAdam.plan
+    FusedAdam.plan = lambda self, step, count: [
         (rate, self._keras.epsilon * 100, decay) for rate, _, decay in plan(self, step, count)
     ]
     return train.main(run)

@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import threading
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from blacksmith.errors import DataError
 from blacksmith.run import metrics
-from blacksmith.run.metrics import Metrics, TensorBoardWriter
+from blacksmith.run.metrics import Metrics, TensorBoardWriter, is_timed
 
 # metrics.jsonl
 
@@ -93,10 +94,26 @@ def test_seconds_go_on_from_those_of_the_run_before(path):
     assert metrics.read(path)[0]["seconds"] >= 1000
 
 
-@pytest.mark.parametrize("tail", ['{"step": 2, "ep', "{", '{"step": 2}\n\0\0\0'])
+def _line(step):
+    return {"step": step, "epoch": 0.5, "seconds": 1.5, "split": "train"}
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "ep', b"{", b"\0\0\0", b'{"note": "\xc3'])
 def test_read_leaves_out_a_last_line_that_a_crash_cut_short(path, tail):
-    path.write_text('{"step": 1}\n' + tail)
-    assert metrics.read(path) == [{"step": 1}] + [{"step": 2}] * tail.count("}")
+    path.write_bytes(json.dumps(_line(1)).encode() + b"\n" + json.dumps(_line(2)).encode() + b"\n" + tail)
+    assert metrics.read(path) == [_line(1), _line(2)]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2, "ep', "[1]", '{"loss": 1}', ""])
+def test_read_refuses_a_broken_line_before_the_last(path, broken):
+    path.write_text(f"{json.dumps(_line(1))}\n{broken}\n{json.dumps(_line(3))}\n")
+    with pytest.raises(DataError, match=f"{path.name} line 2 is broken"):
+        metrics.read(path)
+
+
+def test_timed_values_are_seconds_and_rates():
+    names = ("seconds", "seconds_per_frame", "tokens_per_second", "loss", "milliseconds_lost")
+    assert [is_timed(name) for name in names] == [True, True, True, False, False]
 
 
 def test_read_of_an_empty_file_is_empty(path):
@@ -205,7 +222,6 @@ def test_a_histogram_is_of_the_finite_values_and_of_none_is_not_written(tmp_path
 
 
 def test_tensorboard_reads_the_pictures_to_the_pixel(tmp_path):
-    image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     writer = TensorBoardWriter(tmp_path)
     writer.image(10, "views/a", pixels)
@@ -216,7 +232,7 @@ def test_tensorboard_reads_the_pictures_to_the_pixel(tmp_path):
     first, second = events.Images("views/a")
     assert (first.step, first.width, first.height, second.step) == (10, 7, 5, 20)
     for event, expected in ((first, pixels), (second, 255 - pixels)):
-        read = np.asarray(image.open(io.BytesIO(event.encoded_image_string)))
+        read = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
         np.testing.assert_array_equal(read, expected)
 
 
@@ -240,7 +256,6 @@ def test_tensorboard_drops_later_events_after_a_resume(tmp_path):
 
 OFFLINE_RUN = """
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from blacksmith.run.metrics import Metrics, WandbWriter
@@ -252,8 +267,7 @@ for _ in range(2):  # the second goes on where the first has stopped
     stream.write(10, 0.5, "train", {"loss": float("nan"), "accuracy": 0.5})
     stream.histogram(10, "weights/a", np.array([1.0, 2.0, float("inf")]))
     stream.histogram(10, "weights/none", np.array([float("nan")]))
-    if find_spec("PIL"):
-        stream.image(10, "views/a", np.full((2, 3, 3), 7, np.uint8))
+    stream.image(10, "views/a", np.full((2, 3, 3), 7, np.uint8))
     stream.write(10, 0.5, "val", {"loss": 0.25})
     stream.flush()
     stream.close()
@@ -298,5 +312,4 @@ def test_wandb_offline_writes_below_the_run_directory_alone_and_needs_no_network
         for name in (b"forge-project", b"train/loss", b"train/accuracy", b"val/loss", b"weights/a"):
             assert name in content
         assert b"weights/none" not in content
-        if find_spec("PIL"):
-            assert b"views/a" in content
+        assert b"views/a" in content

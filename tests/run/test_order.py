@@ -10,7 +10,7 @@ from blacksmith.run.order import (
     chain_digest,
     child_seed,
     generator,
-    seed_words,
+    seed_int,
 )
 
 SIZES = [(10, 4), (12, 4), (1, 4), (4, 1), (5, 5), (3500, 128)]
@@ -148,9 +148,9 @@ def test_examples_are_counted_without_padding(order):
 
 
 def test_child_seeds_are_those_of_every_earlier_version():
-    assert seed_words(0, "weights", "hidden_1/kernel") == 8200750981392767293
-    assert seed_words(0, "step") == 1574026024176255630
-    assert seed_words(2**63 - 1, "step") == 17253317171206818828
+    assert seed_int(0, "weights", "hidden_1/kernel") == 8200750981392767293
+    assert seed_int(0, "step") == 1574026024176255630
+    assert seed_int(2**63 - 1, "step") == 17253317171206818828
     assert generator(0, "validation").integers(0, 1000, 5).tolist() == [496, 347, 399, 433, 990]
     assert generator(7, "order", 3).random(2).tolist() == [0.46885265465862136, 0.7697305439060738]
     # Not from str.__hash__, which is salted in each process.
@@ -159,7 +159,7 @@ def test_child_seeds_are_those_of_every_earlier_version():
 
 def test_child_seeds_of_different_names_or_seeds_differ():
     names = [(), ("a",), ("b",), ("a", "b"), ("b", "a"), ("ab",), ("a", 0), ("a", 1), ("a", 10)]
-    words = {seed_words(seed, *name) for seed in (0, 1, 2**63 - 1) for name in names}
+    words = {seed_int(seed, *name) for seed in (0, 1, 2**63 - 1) for name in names}
     assert len(words) == 3 * len(names)
 
 

@@ -68,11 +68,11 @@ class Outcome:
 def _outcome(directory):
     newest = Checkpoints(directory / "checkpoints").newest()
     stream = [
-        {name: value for name, value in line.items() if name not in metrics.TIMED}
+        {name: value for name, value in line.items() if not metrics.is_timed(name)}
         for line in metrics.read(directory / "metrics.jsonl")
     ]
     result = json.loads((directory / "result.json").read_text())
-    own = {*metrics.TIMED, "peak_memory_bytes"}
+    own = ("seconds", "peak_memory_bytes")
     result = {name: value for name, value in result.items() if name not in own}
     return Outcome(newest.step, (newest.path / "arrays.safetensors").read_bytes(), stream, result)
 
@@ -227,10 +227,10 @@ def test_tensorboard_shows_a_killed_and_resumed_run_as_one(tmp_path):
     def shown(directory):
         guidance = {tensorboard.SCALARS: 0, tensorboard.HISTOGRAMS: 0}
         events = tensorboard.EventAccumulator(str(directory / "tensorboard"), guidance).Reload()
-        timed = {f"train/{name}" for name in metrics.TIMED}
         found = {
             tag: [(e.step, e.value) for e in events.Scalars(tag)]
-            for tag in set(events.Tags()["scalars"]) - timed
+            for tag in events.Tags()["scalars"]
+            if not metrics.is_timed(tag)
         }
         for tag in events.Tags()["histograms"]:
             found[tag] = [(e.step, e.histogram_value) for e in events.Histograms(tag)]

@@ -144,12 +144,13 @@ def test_a_report_that_fails_is_a_warning_and_keeps_the_result(make, capsys):
 
 def test_a_new_run_begins_at_once_and_once(make):
     run = make()
-    run.directory.mkdir()
-    for stale in ("result.json", "report.html", "metrics.jsonl"):
+    (run.directory / "images").mkdir(parents=True)
+    for stale in ("result.json", "report.html", "metrics.jsonl", "images/test_1.png"):
         (run.directory / stale).write_text("old")
     with run.opened():
         assert not (run.directory / "result.json").exists()
         assert not (run.directory / "report.html").exists()
+        assert not (run.directory / "images" / "test_1.png").exists()
         run.metrics.write(1, 0.1, "train", {})
         stream = run.metrics
         run.begin()

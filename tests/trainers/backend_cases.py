@@ -1,184 +1,63 @@
 """What the tests of the trainers run on a Keras backend: functions from JSON values to arrays and values.
 
-`run_case.py` calls them in a process of one backend. Nothing here judges a result; the tests do. Models and
-data are tiny, seeded, and smooth (SiLU): a ReLU flips at ties, where rounding differs between backends.
+`run_case.py` calls them in a process of one backend. Nothing here judges a result; the tests do.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
 import keras
 import numpy as np
+from backend_setup import (
+    BATCH,
+    CLASSES,
+    ONE,
+    SAMPLES,
+    Setup,
+    make_backend,
+    make_data,
+    make_ones_task,
+    make_task,
+)
+from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from keras import layers, ops
 
 from blacksmith.config.settings import OptimizerConfig, ScheduleConfig
-from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
-from blacksmith.models.keras.mnist.mlp import mlp
-from blacksmith.run.order import Block, Order
+from blacksmith.run.order import Order
 from blacksmith.trainers import losses
-from blacksmith.trainers.backend import Task, read_state, step_seeds
-from blacksmith.trainers.initial_weights import initialise, variable_name, weights_sha256
-from blacksmith.trainers.keras_trainer import make_backend
+from blacksmith.trainers.backend_state import read_state, step_seeds
+from blacksmith.trainers.initial_weights import initialize, variable_name, weights_sha256
 from blacksmith.trainers.optimizers import make_optimizer
-
-CLASSES = 4
-SAMPLES, BATCH = 52, 8  # seven batches an epoch, the last one of four samples
-WHOLE_SAMPLES = 56  # seven whole batches, for models in which samples see one another and thus padding
-
-
-# Models
-
-
-def _mlp(dropout, hidden=(8, 8)):
-    return mlp(hidden, activation="silu", dropout=dropout, num_classes=CLASSES, image_shape=(6, 6))
-
-
-def _small(dropout):
-    return _mlp(dropout, hidden=(8,))
-
-
-def _cnn(dropout):
-    """Convolution, batch normalisation and pooling over [6, 6, 1]."""
-    inputs = keras.Input((6, 6, 1), name="image")
-    x = layers.Conv2D(4, 3, padding="same", use_bias=False, name="conv_1")(inputs)
-    x = layers.BatchNormalization(momentum=0.9, name="norm_1")(x)
-    x = layers.Activation("silu", name="silu_1")(x)
-    x = layers.MaxPooling2D(2, name="pool_1")(x)
-    x = layers.Conv2D(8, 2, activation="silu", kernel_initializer="he_normal", name="conv_2")(x)
-    if dropout:
-        x = layers.Dropout(dropout, name="dropout_1")(x)
-    x = layers.GlobalAveragePooling2D(name="pool_2")(x)
-    return keras.Model(inputs, layers.Dense(CLASSES, name="logits")(x), name="cnn")
-
-
-def _text(dropout):
-    """Embedded tokens [5] through a recurrent layer."""
-    inputs = keras.Input((5,), dtype="int32", name="tokens")
-    x = layers.Embedding(20, 8, name="embedding")(inputs)
-    x = layers.GRU(8, recurrent_initializer="glorot_uniform", name="gru")(x)
-    x = layers.LayerNormalization(name="norm")(x)
-    if dropout:
-        x = layers.Dropout(dropout, name="dropout_1")(x)
-    return keras.Model(inputs, layers.Dense(CLASSES, name="logits")(x), name="text")
-
-
-def _vector(dropout):
-    """Twelve features; a regularised kernel and an activity regulariser add losses of their own."""
-    inputs = keras.Input((12,), name="features")
-    x = layers.Dense(8, "tanh", kernel_regularizer=keras.regularizers.L2(0.1), name="hidden")(inputs)
-    x = layers.ActivityRegularization(l2=0.05, name="activity")(x)
-    return keras.Model(inputs, layers.Dense(CLASSES, name="logits")(x), name="vector")
-
-
-MODELS = {"mlp": _mlp, "small": _small, "cnn": _cnn, "text": _text, "vector": _vector}
-
-
-def _data(model, samples, seed=0):
-    """Inputs of the model's shape and type, and labels that they decide."""
-    rng = np.random.default_rng(seed)
-    shape, kind = tuple(model.inputs[0].shape[1:]), model.inputs[0].dtype
-    if kind == "int32":
-        inputs = rng.integers(0, 20, (samples, *shape)).astype(np.int32)
-    else:
-        inputs = rng.standard_normal((samples, *shape)).astype(np.float32)
-    projection = np.random.default_rng(1).standard_normal((int(np.prod(shape)), CLASSES))
-    return inputs, (inputs.reshape(samples, -1) @ projection).argmax(axis=1).astype(np.int32)
-
-
-def _task(
-    model,
-    *,
-    dropout=0.0,
-    optimizer=None,
-    schedule=None,
-    total_steps=30,
-    loss="cross_entropy",
-    accumulate=1,
-    seed=0,
-    policy="float32",
-    augment=None,
-):
-    keras.config.set_dtype_policy(policy)
-    try:
-        built = MODELS[model](dropout)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    initialise(built, seed)
-    settings = {"name": "adam", "learning_rate": 0.01} | (optimizer or {})
-    return Task(
-        model=built,
-        optimizer=make_optimizer(
-            OptimizerConfig(**settings), ScheduleConfig(**(schedule or {})), total_steps
-        ),
-        loss=losses.LOSSES[loss],
-        metrics={"accuracy": losses.accuracy},
-        augmentation=None if augment is None else ShiftAndRotate(**augment),
-        accumulate=accumulate,
-        seed=seed,
-    )
-
-
-class _Setup:
-    """A task on this process's backend with its data and order; `said` collects what the backend says."""
-
-    def __init__(self, *, model="mlp", batch=BATCH, samples=None, block_steps=16, load=None, **task):
-        self.task = _task(model, **task)
-        if samples is None:
-            samples = WHOLE_SAMPLES if model in ("cnn", "vector") else SAMPLES
-        self.inputs, self.labels = _data(self.task.model, samples)
-        self.order = Order(samples, batch, 0)
-        self.said = []
-        self.backend = make_backend(
-            self.task, self.inputs, self.labels, block_steps=block_steps, say=self.said.append
-        )
-        if load is not None:
-            with np.load(load) as arrays:
-                self.backend.load_state(
-                    {k.removeprefix("state/"): v for k, v in arrays.items() if k.startswith("state/")}
-                )
-
-    def run(self, lengths, start=0):
-        """Steps in blocks of `lengths`, which the ends of epochs cut further; metrics by name, [steps]."""
-        found, step = [], start
-        for length in lengths:
-            end = step + length
-            while step < end:
-                block = self.order.block(step, end - step)
-                found.append(self.backend.train_block(block, step))
-                step += len(block.indices)
-        return {name: np.concatenate([values[name] for values in found]) for name in found[0]}
-
-    def state(self):
-        return {f"state/{name}": array for name, array in self.backend.state().items()}
-
+from blacksmith.trainers.task import Task
 
 # Training
 
 
 def train(lengths, start=0, **setup):
-    """Losses and metrics [steps], the state before and after, and what the backend said."""
-    made = _Setup(**setup)
+    """Losses and metrics [steps], the state before and after, and what the backend printed."""
+    made = Setup(**setup)
     before = {f"before/{name}": array for name, array in made.backend.state().items()}
-    return made.run(lengths, start) | before | made.state() | {"said": made.said}
+    return made.run(lengths, start) | before | made.state() | {"lines": made.lines}
 
 
 def train_eagerly(steps, **setup):
     """On PyTorch, the traced gradients applied by Keras's own eager `optimizer.apply`."""
-    made = _Setup(**setup)
+    made = Setup(**setup)
     loss = []
     for step in range(steps):
         row = made.backend.rows(made.order.block(step, 1), step)[0]
         one, _, _, gradients = made.backend.gradients(row)
         made.task.optimizer.apply(gradients, made.task.model.trainable_variables)
         loss.append(one.item())
-    # Not the backend's state, which would write its own step count into the optimiser.
+    # Not the backend's state, which would write its own step count into the optimizer.
     state = {f"state/{name}": array for name, array in read_state(made.task).items()}
     return {"loss": np.array(loss, np.float32), **state}
 
 
 def first_loss_by_hand(**setup):
     """The first batch's loss and what the model `vector` adds to it, worked out with NumPy."""
-    made = _Setup(**setup)
+    made = Setup(**setup)
     rows = made.order.block(0, 1).indices[0]
     values, _ = made.backend.evaluate(made.inputs[rows], made.labels[rows])
     state = made.backend.state()
@@ -190,8 +69,8 @@ def first_loss_by_hand(**setup):
 
 def constant_gradient_changes(steps, seed=0, **settings):
     """The change of a weight in each step, [steps], with a loss whose gradient is always 1."""
-    made = _ones_task(seed=seed, **settings)
-    backend = make_backend(made, np.ones((1, 1), np.float32), np.zeros(1, np.int32), say=lambda line: None)
+    made = make_ones_task(seed=seed, **settings)
+    backend, _ = make_backend(made, np.ones((1, 1), np.float32), np.zeros(1, np.int32))
     weights = [np.ones(16, np.float32)]
     for step in range(steps):
         backend.train_block(ONE, step)
@@ -202,7 +81,7 @@ def constant_gradient_changes(steps, seed=0, **settings):
 
 def ragged_loss(accumulate=1, **setup):
     """The ragged last batch's loss from the backend, and per-sample losses of its real samples."""
-    made = _Setup(accumulate=accumulate, **setup)
+    made = Setup(accumulate=accumulate, **setup)
     last = made.order.steps_per_epoch - 1
     block = made.order.block(last, 1)
     real = block.indices[0, : SAMPLES - last * BATCH]
@@ -217,31 +96,31 @@ def ragged_loss(accumulate=1, **setup):
 
 def oversized_block(block_steps, length):
     """Asks for a block longer than planned."""
-    made = _Setup(block_steps=block_steps)
+    made = Setup(block_steps=block_steps)
     made.backend.train_block(made.order.block(0, length), 0)
     return {}
 
 
 def distributions_between(steps, **setup):
-    """Training with and without a look at the distributions in the middle, and what the look gave."""
-    plain, looked = _Setup(**setup), _Setup(**setup)
-    first = plain.run([steps]), looked.run([steps])
-    before = looked.backend.state()
-    seen = looked.backend.distributions(looked.order.block(steps, 2), steps)
-    after = looked.backend.state()
-    second = plain.run([steps], steps), looked.run([steps], steps)
+    """Training with and without reading the distributions in the middle, and what was read."""
+    plain, read = Setup(**setup), Setup(**setup)
+    first = plain.run([steps]), read.run([steps])
+    before = read.backend.state()
+    seen = read.backend.distributions(read.order.block(steps, 2), steps)
+    after = read.backend.state()
+    second = plain.run([steps], steps), read.run([steps], steps)
     return {
         **{f"before/{n}": a for n, a in before.items()},
         **{f"after/{n}": a for n, a in after.items()},
         **{f"seen/{n}": a for n, a in seen.items()},
         "plain": np.concatenate([first[0]["loss"], second[0]["loss"]]),
-        "looked": np.concatenate([first[1]["loss"], second[1]["loss"]]),
+        "read": np.concatenate([first[1]["loss"], second[1]["loss"]]),
     }
 
 
 def directional_derivatives(width, directions, **setup):
     """Slopes of the batch loss along random directions: from the gradients, and by central differences."""
-    made = _Setup(**setup)
+    made = Setup(**setup)
     block = made.order.block(0, 1)
     rows = block.indices[0]
     seen = made.backend.distributions(block, 0)
@@ -267,13 +146,13 @@ def directional_derivatives(width, directions, **setup):
 
 def evaluate(sizes, steps=0, **setup):
     """`evaluate` on some numbers of samples, and Keras's own call on the same ones."""
-    made = _Setup(**setup)
+    made = Setup(**setup)
     if steps:
         made.run([steps])
     made.backend.sync()
     found = {}
     for size in sizes:
-        inputs, labels = _data(made.task.model, size, seed=2)
+        inputs, labels = make_data(made.task.model, size, seed=2)
         values, outputs = made.backend.evaluate(inputs, labels)
         expected = ops.convert_to_numpy(ops.cast(made.task.model(inputs, training=False), "float32"))
         found |= {
@@ -289,52 +168,16 @@ def evaluate(sizes, steps=0, **setup):
 def dropout_masks(steps, seed=0, rate=0.5, repeat=1):
     """Which units two dropout layers keep: bool [repetition, step, layer, unit].
 
-    They are read off the gradients, see `_ones_task`; each repetition has its own model and backend.
+    They are read off the gradients, see `make_ones_task`; each repetition has its own model and backend.
     """
     masks = []
     for _ in range(repeat):
-        made = _ones_task(dropout=rate, seed=seed)
-        backend = make_backend(made, np.ones((1, 1), np.float32), np.zeros(1, np.int32))
+        made = make_ones_task(dropout=rate, seed=seed)
+        backend, _ = make_backend(made, np.ones((1, 1), np.float32), np.zeros(1, np.int32))
         for step in range(steps):
             seen = backend.distributions(ONE, step)
             masks.append([seen[f"gradients/scale_{n}/scale"] > 0 for n in (1, 2)])
     return {"masks": np.array(masks).reshape(repeat, steps, 2, 16)}
-
-
-ONE = Block(np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32), 0, 0)
-
-
-def _ones_task(*, dropout=0.0, seed=0, optimizer=None, schedule=None, total_steps=1):
-    """Two branches of sixteen ones, dropped out and weighted; the loss is the sum of it all.
-
-    The gradient of each weight is therefore 1, or with dropout 0 where its unit is dropped.
-    """
-    inputs = keras.Input((1,), name="one")
-    branches = []
-    for number in (1, 2):
-        x = layers.RepeatVector(16, name=f"repeat_{number}")(inputs)
-        x = layers.Flatten(name=f"flatten_{number}")(x)
-        x = layers.Dropout(dropout, name=f"dropout_{number}")(x)
-        branches.append(_Scale(name=f"scale_{number}")(x))
-    model = keras.Model(inputs, layers.Concatenate(name="joined")(branches), name="ones")
-    initialise(model, 0)
-    settings = OptimizerConfig(**({"name": "sgd"} | (optimizer or {})))
-    return Task(
-        model=model,
-        optimizer=make_optimizer(settings, ScheduleConfig(**(schedule or {})), total_steps),
-        loss=lambda labels, outputs: ops.sum(outputs, axis=-1),
-        seed=seed,
-    )
-
-
-class _Scale(layers.Layer):
-    """One weight per unit, all ones."""
-
-    def build(self, shape):
-        self.scale = self.add_weight(shape=shape[1:], initializer="ones", name="scale")
-
-    def call(self, x):
-        return x * self.scale
 
 
 # Initial weights
@@ -342,13 +185,13 @@ class _Scale(layers.Layer):
 
 def initial_weights(model="mlp", seed=0):
     """The weights of a fresh model and their hash."""
-    state = _Setup(model=model, seed=seed).backend.state()
+    state = Setup(model=model, seed=seed).backend.state()
     weights = {n.removeprefix("model/"): a for n, a in state.items() if n.startswith("model/")}
     return {**weights, "sha256": weights_sha256(weights)}
 
 
-def initialiser_samples(configs, shape):
-    """Many draws of each initialiser: ours (of a Dense or Conv kernel) and Keras's own."""
+def initializer_samples(configs, shape):
+    """Many draws of each initializer: ours (of a Dense or Conv kernel) and Keras's own."""
     found = {}
     for number, config in enumerate(configs):
         initializer = keras.initializers.get(config)
@@ -359,7 +202,7 @@ def initialiser_samples(configs, shape):
             inputs = keras.Input((*shape[:2], shape[2]))
             layer = layers.Conv2D(shape[3], shape[:2], kernel_initializer=initializer, name="layer")
         model = keras.Model(inputs, layer(inputs), name="one")
-        initialise(model, 0)
+        initialize(model, 0)
         found[f"{number}/ours"] = np.array(ops.convert_to_numpy(layer.kernel))
         keras_own = keras.initializers.get({**config, "config": config["config"] | {"seed": 1}})
         found[f"{number}/keras"] = np.array(ops.convert_to_numpy(keras_own(shape)))
@@ -373,29 +216,29 @@ def same_shape_layers(names, seed=0):
     for name in names:
         x = layers.Dense(8, name=name)(x)
     model = keras.Model(inputs, x, name="equal")
-    initialise(model, seed)
+    initialize(model, seed)
     return {name: np.array(ops.convert_to_numpy(model.get_layer(name).kernel)) for name in names}
 
 
 def separable_weights():
-    """The weights of layers whose initialisers are not called after their variables."""
+    """The weights of layers whose initializers are not called after their variables."""
     inputs = keras.Input((6, 6, 2))
     x = layers.SeparableConv2D(4, 3, name="separable")(inputs)
     x = layers.DepthwiseConv2D(3, name="depthwise")(x)
     model = keras.Model(inputs, x, name="one")
-    initialise(model, 0)
+    initialize(model, 0)
     return {variable_name(model, v): np.array(ops.convert_to_numpy(v)) for v in model.variables}
 
 
-def initialise_layer(kind):
-    """Initialises a model with a layer that cannot be."""
+def initialize_layer(kind):
+    """Initializes a model with a layer that cannot be."""
     inputs = keras.Input((6,))
     layer = {
         "orthogonal": lambda: layers.Dense(4, kernel_initializer="orthogonal", name="square"),
         "unknown": lambda: _Unknown(name="unknown"),
         "twins": lambda: _Twins(name="twins"),
     }[kind]()
-    initialise(keras.Model(inputs, layer(inputs), name="one"), 0)
+    initialize(keras.Model(inputs, layer(inputs), name="one"), 0)
     return {}
 
 
@@ -447,13 +290,13 @@ def rates(schedule, peak, total_steps, steps):
 
 
 def optimizer_settings(**settings):
-    """The class and the settings of the Keras optimiser that a configuration makes."""
+    """The class and the settings of the Keras optimizer that a configuration makes."""
     made = make_optimizer(OptimizerConfig(**settings), ScheduleConfig(), 30)
     return {"class": type(made).__name__, **made.get_config()}
 
 
 def optimizer_refusal(total_steps, schedule):
-    """Makes an optimiser whose schedule does not fit."""
+    """Makes an optimizer whose schedule does not fit."""
     make_optimizer(OptimizerConfig(), ScheduleConfig(**schedule), total_steps)
     return {}
 
@@ -480,8 +323,8 @@ def seeds_of_steps(seed, first, count):
 
 
 def make_task_with(**settings):
-    """A task whose Keras optimiser has settings of its own."""
-    model = _mlp(0.0)
+    """A task whose Keras optimizer has settings of its own."""
+    model = make_task("mlp").model
     Task(model, keras.optimizers.Adam(**settings), losses.cross_entropy)
     return {}
 
@@ -499,10 +342,10 @@ def train_random_layer(kind):
     }[kind]()
     outputs = layers.Dense(CLASSES, name="logits")(layer(inputs))
     model = keras.Model(inputs, outputs, name="random")
-    initialise(model, 0)
+    initialize(model, 0)
     task = Task(model, make_optimizer(OptimizerConfig(), ScheduleConfig(), 2), losses.cross_entropy)
-    data, labels = _data(model, BATCH)
-    backend = make_backend(task, data, labels, block_steps=2)
+    data, labels = make_data(model, BATCH)
+    backend, _ = make_backend(task, data, labels)
     return backend.train_block(Order(BATCH, BATCH, 0).block(0, 1), 0)
 
 
@@ -527,7 +370,7 @@ class _HiddenNoise(layers.Layer):
 
 def load_broken_state(kind):
     """Loads a state in which one array is missing, foreign or of another shape."""
-    backend = _Setup().backend
+    backend = Setup().backend
     state = backend.state()
     name = "optimizer/hidden_1_kernel_momentum"
     if kind == "missing":
@@ -540,28 +383,40 @@ def load_broken_state(kind):
     return {}
 
 
-def optimizer_choice(optimizer=None, constraint=False, policy="float32", exclude=()):
-    """On PyTorch: why the fused kernel is refused (None: it is not), and what was said."""
-    from blacksmith.trainers.torch_backend import fused_kernel_refusal
+def optimizer_line(optimizer=None, constraint=False, policy="float32", exclude=()):
+    """The line that the backend prints for an optimizer with weights of some kind."""
+    inputs = keras.Input((6, 6), name="image")
+    x = layers.Flatten(name="flatten")(inputs)
+    kernel = keras.constraints.NonNeg() if constraint else None
+    layer = layers.Dense(CLASSES, kernel_constraint=kernel, dtype=policy, name="logits")
+    model = keras.Model(inputs, layer(x), name="one")
+    initialize(model, 0)
+    settings = {"name": "adamw", "learning_rate": 0.01} | (optimizer or {})
+    made = make_optimizer(OptimizerConfig(**settings), ScheduleConfig(), 30)
+    if exclude:
+        made.exclude_from_weight_decay(var_names=exclude)
+    data, labels = make_data(model, BATCH)
+    _, lines = make_backend(Task(model, made, losses.cross_entropy), data, labels)
+    return {"lines": lines}
 
-    if constraint or policy == "bfloat16" or exclude:
-        kernel = keras.constraints.NonNeg() if constraint else None
-        inputs = keras.Input((6, 6), name="image")
-        x = layers.Flatten(name="flatten")(inputs)
-        layer = layers.Dense(CLASSES, kernel_constraint=kernel, dtype=policy, name="logits")
-        model = keras.Model(inputs, layer(x), name="one")
-        initialise(model, 0)
-        settings = {"name": "adamw", "learning_rate": 0.01} | (optimizer or {})
-        made = make_optimizer(OptimizerConfig(**settings), ScheduleConfig(), 30)
-        if exclude:
-            made.exclude_from_weight_decay(var_names=exclude)
-        task = Task(model, made, losses.cross_entropy)
-    else:
-        task = _task("mlp", optimizer=optimizer, policy=policy)
-    said = []
-    inputs, labels = _data(task.model, BATCH)
-    make_backend(task, inputs, labels, say=said.append)
-    return {"refusal": fused_kernel_refusal(task.optimizer, task.model), "said": said}
+
+class _Reading(keras.optimizers.Optimizer):
+    """Reads its step count on the host, where a trace cannot follow: its graph has the first step's rate."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        step = float(ops.convert_to_numpy(self.iterations))
+        self.assign_sub(variable, gradient * (0.1 / (1 + step)))
+
+
+def train_untraceable(steps):
+    """On PyTorch, the change of a weight in each step with an optimizer that cannot be traced."""
+    task = dataclasses.replace(make_ones_task(), optimizer=_Reading(learning_rate=0.1, name="optimizer"))
+    backend, lines = make_backend(task, np.ones((1, 1), np.float32), np.zeros(1, np.int32))
+    weights = [1.0]
+    for step in range(steps):
+        backend.train_block(ONE, step)
+        weights.append(float(backend.state()["model/scale_1/scale"][0]))
+    return {"change": np.diff(weights), "lines": lines}
 
 
 # Export
@@ -571,7 +426,7 @@ def export(directory, steps, batches, **setup):
     """Trains, exports in the backend's own format and as ``.keras``, and evaluates some batches."""
     from blacksmith.trainers.export import export_stablehlo, export_torch
 
-    made = _Setup(**setup)
+    made = Setup(**setup)
     made.run([steps])
     made.backend.sync()
     model = made.task.model
@@ -583,7 +438,7 @@ def export(directory, steps, batches, **setup):
     else:
         export_torch(model, directory / "model.exported")
     for batch in batches:
-        inputs, labels = _data(model, batch, seed=batch)
+        inputs, labels = make_data(model, batch, seed=batch)
         _, outputs = made.backend.evaluate(inputs, labels)
         np.savez(directory / f"batch_{batch}.npz", inputs=inputs, outputs=outputs)
     return {"files": sorted(os.listdir(directory))}

@@ -1,10 +1,10 @@
-"""The trainer knows no experiment: other models, inputs of other shapes and types, losses of their own."""
+"""The trainer is for any Keras model: other inputs, other layers, losses that the model adds."""
 
 import numpy as np
 import pytest
 
-# Float32 sums are ordered differently on the two backends: single losses differ by 1e-7 to 1e-6 relative, and
-# training for 30 steps carries that on. A wrong gradient or a missing state is off by 1e-2 and more.
+# The two backends order float32 sums differently: single losses differ by 1e-7 to 1e-6 relative, which grows
+# over 30 steps of training. A wrong gradient or a missing state is off by 1e-2 and more.
 TOLERANCE = 2e-5
 STEPS = 30
 
@@ -24,7 +24,7 @@ def test_any_model_trains_alike_on_both_backends(backends, model, optimizer):
 
 
 def _distances(a, b):
-    """How far the weights of `a` went from the start, and how far those of `b` are from them (norms)."""
+    """Norms of the changes of the weights of `a` in training, and of their differences to those of `b`."""
     names = [name for name in a if name.startswith("state/model/")]
     start = [a[name.replace("state/", "before/")] for name in names]
     moved = sum(np.sum((a[n] - s) ** 2) for n, s in zip(names, start))
@@ -33,7 +33,7 @@ def _distances(a, b):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_moving_statistics_are_carried_and_are_in_the_state(backend, dropout):
+def test_moving_statistics_are_part_of_the_state(backend, dropout):
     run = backend.run("train", lengths=[STEPS], model="cnn", dropout=dropout)
     for name, initial in (("moving_mean", 0.0), ("moving_variance", 1.0)):
         before, after = run[f"before/model/norm_1/{name}"], run[f"state/model/norm_1/{name}"]
@@ -55,15 +55,15 @@ def test_evaluation_uses_the_moving_statistics(backend):
     np.testing.assert_allclose(found["9/outputs"], found["9/expected"], rtol=1e-5, atol=1e-5)
 
 
-def test_losses_that_a_model_adds_are_trained_on(backend):
-    # `vector` has an L2 regulariser of 0.1 on one kernel and an activity regulariser of 0.05, which Keras
-    # divides by the batch size; the first loss is that of the initial weights.
+def test_added_losses_are_trained_on(backend):
+    # `vector` has an L2 regularizer of 0.1 on one kernel and an activity regularizer of 0.05, which Keras
+    # divides by the batch size. The first loss is that of the initial weights.
     run = backend.run("train", lengths=[1], model="vector")
     plain = backend.run("first_loss_by_hand", model="vector")
     assert run["loss"][0] == pytest.approx(plain["loss"] + plain["added"], rel=1e-6)
     assert plain["added"] > 0.1 * plain["loss"]
 
 
-def test_losses_that_a_model_adds_count_once_when_a_batch_is_computed_in_parts(backend):
+def test_added_losses_count_once_for_a_batch_in_parts(backend):
     whole, parts = (backend.run("train", lengths=[14], model="vector", accumulate=n) for n in (1, 4))
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-6)

@@ -56,14 +56,14 @@ def test_a_positive_quarter_turn_is_clockwise(backend, turns, side):
     np.testing.assert_allclose(changed(backend, (0, 0, turns * np.pi / 2), images), expected, atol=1e-5)
 
 
-def test_an_image_is_turned_about_its_centre_and_then_moved(backend):
+def test_an_image_is_turned_about_its_center_and_then_moved(backend):
     expected = shifted(np.rot90(IMAGES, -1, axes=(1, 2)), 2, -1)
     np.testing.assert_allclose(changed(backend, (2, -1, np.pi / 2)), expected, atol=1e-5)
 
 
-def test_the_corners_outside_a_turned_image_have_the_background_s_value(backend):
+def test_corners_outside_a_turned_image_are_background(backend):
     turned = changed(backend, (0, 0, np.pi / 4), np.full((1, 9, 9), 3.0, np.float32))[0]
-    # The corners are 5.66 from the centre, the edge 4 and its last interpolated pixel 5.
+    # The corners are 5.66 from the center, the edge 4 and its last interpolated pixel 5.
     assert [turned[i, j] for i in (0, -1) for j in (0, -1)] == [BACKGROUND] * 4
     assert turned[4, 4] == pytest.approx(3.0, abs=1e-6)
 

@@ -1,10 +1,10 @@
-"""Blocks of steps: however they are cut, the numbers are the same; ragged batches and batches in parts."""
+"""Blocks of steps of any length give the same numbers; ragged batches, and batches in parts."""
 
 import numpy as np
 import pytest
 
 STEPS = 21  # three epochs of seven batches, the last of each with four samples
-# A rate that changes in every step, and both optimiser routes of PyTorch.
+# A rate that changes in every step; Adam is fused on PyTorch, Lion is traced.
 ROUTES = {
     "adam": {"optimizer": {"name": "adam", "learning_rate": 0.01}, "schedule": {"name": "cosine"}},
     "lion": {"optimizer": {"name": "lion", "learning_rate": 0.01}, "schedule": {"name": "cosine"}},
@@ -13,7 +13,7 @@ ROUTES = {
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("lengths", [[1] * STEPS, [3, 1, 5, 2, 4, 6], [16, 5]], ids=["single", "odd", "full"])
-def test_the_cutting_into_blocks_changes_no_bit(backend, route, lengths):
+def test_lengths_of_blocks_change_no_bit(backend, route, lengths):
     whole = backend.run("train", lengths=[STEPS], dropout=0.3, **ROUTES[route])
     cut = backend.run("train", lengths=lengths, dropout=0.3, **ROUTES[route])
     for name in ("loss", "accuracy", *(n for n in whole if n.startswith("state/"))):
@@ -28,7 +28,7 @@ def test_the_capacity_of_a_block_changes_no_bit(backend):
 
 
 def test_a_block_longer_than_planned_is_refused(backends):
-    # On JAX, whose program has a fixed capacity; PyTorch takes any length.
+    # By JAX, whose program has a fixed capacity. PyTorch takes any length.
     with pytest.raises(backends.Error, match=r"ValueError: a block of 5 steps .* block_steps = 4"):
         backends.on("jax", "oversized_block", block_steps=4, length=5)
     backends.on("torch", "oversized_block", block_steps=4, length=5)
@@ -40,7 +40,7 @@ def test_a_ragged_batch_has_the_mean_over_its_real_samples(backend, accumulate, 
     found = backend.run("ragged_loss", accumulate=accumulate, loss=loss)
     assert found["weights"].tolist() == [0.25] * 4 + [0.0] * 4
     assert found["by_hand"].shape == (4,)
-    # Four numbers in another order: rounding.
+    # The same four numbers summed in another order: rounding.
     assert found["loss"][0] == pytest.approx(found["by_hand"].mean(), rel=1e-6)
     assert found["accuracy"][0] == pytest.approx(found["accuracy_by_hand"].mean(), rel=1e-6)
 
@@ -49,7 +49,7 @@ def test_a_batch_in_parts_equals_the_whole_batch(backend):
     whole, parts = (
         backend.run("train", lengths=[STEPS], accumulate=n, optimizer={"name": "sgd"}) for n in (1, 4)
     )
-    # Sums of two samples four times instead of eight once: rounding, kept by SGD.
+    # Four sums of two samples instead of one sum of eight: rounding, which SGD does not amplify.
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-6)
     for name, array in whole.under("state/model/").items():
         np.testing.assert_allclose(parts[f"state/model/{name}"], array, rtol=0, atol=1e-6, err_msg=name)

@@ -1,4 +1,4 @@
-"""Evaluation and distributions: nothing is lost, nothing is added, nothing is changed."""
+"""Evaluation of any number of samples; the weights and gradients that histograms show."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,12 @@ import pytest
 SIZES = [1, 999, 1000, 1001, 2300]  # around the evaluation batch of 1,000
 
 
-def test_evaluation_returns_one_value_per_sample_whatever_their_number(backend):
+def test_evaluation_returns_one_value_per_sample(backend):
     found = backend.run("evaluate", sizes=SIZES, steps=3)
     for size in SIZES:
         outputs, labels = found[f"{size}/outputs"], found[f"{size}/labels"]
         assert outputs.shape == (size, 4)
-        # Keras's own call on all of them at once; rounding.
+        # Keras's own call on all samples at once; only rounding differs.
         np.testing.assert_allclose(outputs, found[f"{size}/expected"], rtol=1e-5, atol=1e-6)
         z = outputs.astype(np.float64)
         loss = np.log(np.exp(z).sum(axis=1)) - z[np.arange(size), labels]
@@ -26,9 +26,9 @@ def test_evaluation_is_alike_on_both_backends(backends):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_a_look_at_the_distributions_changes_nothing(backend, model):
+def test_reading_the_distributions_changes_nothing(backend, model):
     found = backend.run("distributions_between", steps=5, model=model, dropout=0.3)
-    assert found["plain"].tobytes() == found["looked"].tobytes()
+    assert found["plain"].tobytes() == found["read"].tobytes()
     for name, array in found.under("before/").items():
         assert array.tobytes() == found[f"after/{name}"].tobytes(), name
     weights = found.under("seen/weights/")
@@ -54,6 +54,6 @@ def test_the_gradients_shown_are_alike_on_both_backends(backends, model):
 
 def test_the_gradients_shown_are_the_slopes_of_the_loss(backend):
     found = backend.run("directional_derivatives", width=1e-2, directions=5)
-    # Central differences over 1e-2: an error of 1e-4 from the third derivative, 1e-5 from rounding.
+    # Central differences over 1e-2 err by 1e-4 from the third derivative and by 1e-5 from rounding.
     np.testing.assert_allclose(found["slopes"], found["differences"], rtol=0.01, atol=3e-4)
     assert np.abs(found["slopes"]).max() > 0.02

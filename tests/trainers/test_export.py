@@ -1,4 +1,4 @@
-"""Exported models, loaded back by the frameworks' own readers in fresh processes."""
+"""Exported models, loaded by the frameworks' own readers in fresh processes."""
 
 import os
 import subprocess
@@ -76,11 +76,11 @@ def exports(backends, tmp_path_factory):
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["jax", "torch"])
-def test_exported_models_are_read_without_us_and_give_the_same_outputs(exports, name, model, batch):
+def test_exported_models_need_no_blacksmith_and_agree(exports, name, model, batch):
     with np.load(exports / name / model / f"batch_{batch}.npz") as wanted:
         expected = wanted["outputs"]
     assert expected.shape == (batch, 4)
     with np.load(exports / name / model / f"read_{batch}.npz") as read:
-        # The same float32 operations, compiled again for another batch: rounding.
+        # The same float32 operations, compiled for another batch size: rounding.
         np.testing.assert_allclose(read["exported"], expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(read["keras"], expected, rtol=1e-5, atol=1e-6)

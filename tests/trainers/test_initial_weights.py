@@ -22,7 +22,7 @@ def test_initial_weights_depend_on_the_seed(backend):
         assert not np.isclose(first[name], other[name], atol=1e-6).any()
 
 
-def test_initial_weights_depend_on_the_layer_s_name_alone(backend):
+def test_initial_weights_depend_on_the_name_of_the_layer_alone(backend):
     both = backend.run("same_shape_layers", names=["left", "right"])
     swapped = backend.run("same_shape_layers", names=["right", "left"])
     assert not np.isclose(both["left"], both["right"], atol=1e-6).any()
@@ -50,11 +50,11 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("shape", [(80, 300), (3, 2, 40, 100)], ids=["dense", "conv"])
-def test_initial_weights_have_the_distribution_of_keras_s_own_initialiser(backends, shape):
+def test_initial_weights_have_the_distribution_of_keras(backends, shape):
     # 24,000 draws each: mean and deviation of a sample are off by up to 0.03 deviations, which is 4 standard
     # errors; the extremes of uniform and truncated samples are within 1% of the range.
     configs = SCALINGS + NAMED + PLAIN
-    found = backends.on("jax", "initialiser_samples", configs=configs, shape=shape)
+    found = backends.on("jax", "initializer_samples", configs=configs, shape=shape)
     for number, config in enumerate(configs):
         ours, keras = found[f"{number}/ours"], found[f"{number}/keras"]
         assert ours.dtype == np.float32
@@ -68,8 +68,8 @@ def test_initial_weights_have_the_distribution_of_keras_s_own_initialiser(backen
             assert abs(ours.min() - keras.min()) < 0.01 * extent, config
 
 
-def test_separable_convolutions_are_drawn_too(backends):
-    # Keras calls their initialisers `depthwise_initializer` and `pointwise_initializer`.
+def test_separable_convolutions_are_initialized_too(backends):
+    # Keras calls their initializers `depthwise_initializer` and `pointwise_initializer`.
     jax, torch = backends.both("separable_weights")
     assert {"separable/depthwise_kernel", "separable/pointwise_kernel", "depthwise/kernel"} < jax.keys()
     for name in jax:
@@ -79,11 +79,11 @@ def test_separable_convolutions_are_drawn_too(backends):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("orthogonal", "square/kernel: the initialiser Orthogonal has no NumPy counterpart"),
-        ("unknown", "unknown/w is random, but the layer has no attribute w_initializer"),
+        ("orthogonal", "square/kernel: the initializer Orthogonal has no NumPy counterpart"),
+        ("unknown", "unknown/w is random, but the layer has no w_initializer"),
         ("twins", "variables share a name.*twins/w"),
     ],
 )
 def test_a_weight_that_cannot_be_drawn_is_refused(backends, kind, message):
     with pytest.raises(backends.Error, match=f"ValueError: {message}"):
-        backends.on("torch", "initialise_layer", kind=kind)
+        backends.on("torch", "initialize_layer", kind=kind)

@@ -30,5 +30,5 @@ def test_cross_entropy_is_finite_for_extreme_logits(backend):
 def test_training_on_mse_is_alike_on_both_backends(backends):
     jax, torch = backends.both("train", lengths=[14], loss="mse")
     np.testing.assert_allclose(jax["loss"], torch["loss"], rtol=1e-5)
-    # A model that says nothing has (1 + 0 + 0 + 0) / 4; it starts near and learns.
+    # An output of zeros has a loss of (1 + 0 + 0 + 0) / 4; training starts near that.
     assert jax["loss"][-7:].mean() < jax["loss"][:7].mean()

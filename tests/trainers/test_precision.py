@@ -1,4 +1,4 @@
-"""Mixed bfloat16: layers compute in bfloat16, weights and optimiser stay float32."""
+"""Mixed bfloat16: layers compute in bfloat16, weights and optimizer slots stay float32."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ STEPS = 21
 
 
 @pytest.mark.parametrize(("model", "optimizer"), [("mlp", "lion"), ("cnn", "adam")])
-def test_mixed_bfloat16_keeps_float32_weights_and_stays_close_to_float32(backend, model, optimizer):
+def test_mixed_bfloat16_stays_close_to_float32(backend, model, optimizer):
     setup = {"lengths": [STEPS], "model": model, "optimizer": {"name": optimizer, "learning_rate": 0.003}}
     full = backend.run("train", **setup)
     mixed = backend.run("train", policy="mixed_bfloat16", **setup)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the values worked out by hand, and the rate that the weights really see."""
+"""Learning-rate schedules: hand-computed values, and the rate that the weights are changed by."""
 
 import math
 
@@ -38,7 +38,7 @@ SCHEDULES = [
 ]
 
 
-def test_the_values_by_hand_are_what_they_should_be():
+def test_rates_by_hand():
     assert by_hand("linear", 5) == pytest.approx(0.75 * PEAK)
     assert by_hand("cosine", 10) == pytest.approx(0.5 * PEAK)
     assert by_hand("cosine", 0, warmup=5) == pytest.approx(0.2 * PEAK)
@@ -46,7 +46,7 @@ def test_the_values_by_hand_are_what_they_should_be():
 
 
 @pytest.mark.parametrize(("settings", "hand"), SCHEDULES)
-def test_a_schedule_gives_the_values_worked_out_by_hand(backend, settings, hand):
+def test_a_schedule_gives_the_values_computed_by_hand(backend, settings, hand):
     steps = list(range(TOTAL + 5))
     found = backend.run("rates", schedule=settings, peak=PEAK, total_steps=TOTAL, steps=steps)
     expected = [by_hand(settings["name"], step, **hand) for step in steps]
@@ -67,9 +67,9 @@ def test_a_schedule_gives_the_values_worked_out_by_hand(backend, settings, hand)
     ids=["sgd", "adam", "amsgrad", "adamw", "lion"],
 )
 @pytest.mark.parametrize(("settings", "hand"), [SCHEDULES[1], SCHEDULES[3], SCHEDULES[6]])
-def test_the_weights_see_the_rate_of_the_schedule(backends, optimizer, settings, hand):
-    # Where the gradient is always 1, each of these optimisers moves a weight by the rate itself, Adam only if
-    # its bias correction is right. `adam` and `adamw` take PyTorch's fused kernel.
+def test_weights_change_at_the_rate_of_the_schedule(backends, optimizer, settings, hand):
+    # If the gradient is always 1, each of these optimizers moves a weight by the rate itself, Adam only if
+    # its bias correction is right. `adam` and `adamw` use PyTorch's fused kernel.
     jax, torch = backends.both(
         "constant_gradient_changes",
         steps=TOTAL,

@@ -1,96 +1,191 @@
-"""Holding examples out, so that nothing of them is trained on.
+"""Holds sentences out for validation and test, so that no part of them is trained on.
 
 SST-2 trains on the phrases of its sentences, down to single words. An example held out at random would nearly
-always be trained on as well: as a phrase of a longer example, or by its own phrases. So whole sentences are
-held out, and what is part of them alone is left out of the training.
+always be trained on as well: inside a longer phrase, or through its own phrases. So only whole sentences are
+held out, and phrases that occur in no other sentence are left out of training.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from blacksmith.datasets.sst2.examples import Examples
+from blacksmith.datasets.sst2.examples import CLASSES, Examples, Info, Sst2, content_sha256
 from blacksmith.errors import DataError
+from blacksmith.run import order
 
 
-def held_out(
-    examples: Examples, validation: int | float, generator: np.random.Generator, place: str
-) -> tuple[Examples, Examples]:
-    """What there is to train on, and what is held out of it: both in the order of `examples`.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Examples as read, before any are held out; see `Info` for the other attributes.
 
-    Held out are examples that are part of no other one, word by word, drawn at random; equal sentences stay
-    together. An example that is part of held-out ones and of no others is in neither.
+    Attributes:
+      place: where `train` comes from, for messages.
+      train: the training examples of the source, or all examples of a single file.
+      test: the test examples of the source; None for a single file.
+    """
+
+    source: str
+    name: str
+    path: str | None
+    test_from: str
+    unused: list[str]
+    place: str
+    train: Examples
+    test: Examples | None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of all examples."""
+        return content_sha256(self.train, *([] if self.test is None else [self.test]))
+
+    def split(self, validation: int | float | None = None, seed: int = 0) -> Sst2:
+        """Returns train, validation and test examples; `Pool` describes how examples are held out.
+
+        A tenth of a single file is its test set, the same tenth for every seed.
+
+        Args:
+          validation: how many training examples to hold out: a count, or a fraction between 0 and 1. Default:
+            1,000, or 40 of the sample, which has only 240.
+          seed: decides which examples are held out for validation.
+
+        Raises:
+          DataError: `validation` leaves nothing to train on, or only one class.
+        """
+        if validation is None:
+            validation = 40 if self.source == "sample" else 1000
+        pool, test, test_from, total = (
+            Pool(self.train, self.place),
+            self.test,
+            self.test_from,
+            len(self.train),
+        )
+        if test is None:
+            # Not the run's seed: a checkpoint must not be tested on what another seed trained it on.
+            test, test_from = pool.hold_out(0.1, order.generator(0, "test")), f"a tenth of {test_from}"
+            total -= len(test)
+        held_out = pool.hold_out(validation, order.generator(seed, "validation"))
+        train = pool.remaining()
+        if len(set(train.labels.tolist())) < len(CLASSES):
+            raise DataError(
+                f"{self.place}: all {len(train):,} training examples are {CLASSES[train.labels[0]]}; both "
+                "classes are needed"
+            )
+        return self._splits(train, held_out, test, test_from, total - len(held_out) - len(train))
+
+    def for_testing(self) -> Sst2:
+        """Returns only test examples (all examples of a single file), for a model trained on other data."""
+        test = self.train if self.test is None else self.test
+        return self._splits(self.train.take([]), self.train.take([]), test, self.test_from, left_out=0)
+
+    def _splits(
+        self, train: Examples, validation: Examples, test: Examples, test_from: str, left_out: int
+    ) -> Sst2:
+        splits = {"train": train, "validation": validation, "test": test}
+        info = Info(
+            source=self.source,
+            name=self.name,
+            path=self.path,
+            test_from=test_from,
+            unused=self.unused,
+            sha256=self.sha256,
+            **{name: len(split) for name, split in splits.items()},
+            class_counts={name: split.class_counts() for name, split in splits.items()},
+            parts_left_out=left_out,
+        )
+        return Sst2(**splits, info=info)
+
+
+class Pool:
+    """Examples from which whole sentences are held out, once or more.
+
+    An example is a whole sentence if no other example contains it, word by word. Equal sentences are held out
+    together. A phrase stays in the pool as long as one of the whole sentences that contain it does.
 
     Args:
-      examples: of which some are held out.
-      validation: how many: a number from 1, or a fraction between 0 and 1 of those that are part of no other.
-        Equal sentences can make it a few less.
-      generator: decides which.
-      place: where the examples are from, for messages.
-
-    Raises:
-      DataError: `validation` leaves nothing on one side.
+      examples: what the pool starts with.
+      place: where they come from, for messages.
     """
-    rows: dict[str, list[int]] = {}
-    for row, sentence in enumerate(examples.sentences):
-        rows.setdefault(" ".join(sentence.split()), []).append(row)
-    sentences = list(rows)
-    around = wholes(sentences)
-    whole = [number for number, others in enumerate(around) if not others]
-    count = _count(validation, sum(len(rows[sentences[number]]) for number in whole), place)
-    out: set[int] = set()
-    chosen = 0
-    for number in generator.permutation(whole).tolist():
-        size = len(rows[sentences[number]])
-        if chosen + size <= count:
-            out.add(number)
-            chosen += size
-    if not out:
-        raise DataError(
-            f"{place}: {count:,} rows cannot be held out, since every sentence is there more often and equal "
-            "ones stay together; hold out more"
-        )
-    gone = out | {number for number, others in enumerate(around) if others and out.issuperset(others)}
-    kept = [row for number, sentence in enumerate(sentences) if number not in gone for row in rows[sentence]]
-    held = [row for number in out for row in rows[sentences[number]]]
-    return examples.rows(sorted(kept)), examples.rows(sorted(held))
+
+    def __init__(self, examples: Examples, place: str) -> None:
+        self._examples, self._place = examples, place
+        rows: dict[str, list[int]] = {}  # of each distinct sentence
+        for row, sentence in enumerate(examples.sentences):
+            rows.setdefault(" ".join(sentence.split()), []).append(row)
+        self._rows = list(rows.values())
+        self._around = whole_sentences_around(list(rows))
+        self._out: set[int] = set()
+
+    def hold_out(self, size: int | float, generator: np.random.Generator) -> Examples:
+        """Takes random whole sentences out of the pool and returns them in their original order.
+
+        Args:
+          size: a number of examples, or a fraction between 0 and 1 of the whole sentences. A few less may be
+            held out, because equal sentences stay together.
+          generator: decides which.
+
+        Raises:
+          DataError: `size` leaves nothing on one side.
+        """
+        whole = [i for i, around in enumerate(self._around) if not around and i not in self._out]
+        count = self._count(size, sum(len(self._rows[i]) for i in whole))
+        held: list[int] = []
+        for i in generator.permutation(whole).tolist():
+            if len(held) + len(self._rows[i]) <= count:
+                held += self._rows[i]
+                self._out.add(i)
+        if not held:
+            raise DataError(
+                f"{self._place}: cannot hold out {count:,} rows, because every sentence occurs more often "
+                "and equal sentences stay together; hold out more"
+            )
+        return self._examples.take(sorted(held))
+
+    def remaining(self) -> Examples:
+        """Returns what is left to train on, in its original order."""
+        kept: list[int] = []
+        for i, (rows, around) in enumerate(zip(self._rows, self._around)):
+            # A phrase goes with the last whole sentence around it; a whole sentence has none around it.
+            gone = self._out.issuperset(around) if around else i in self._out
+            if not gone:
+                kept += rows
+        return self._examples.take(sorted(kept))
+
+    def _count(self, size: int | float, available: int) -> int:
+        if available < 2:
+            raise DataError(f"{self._place}: too few sentences ({available}) to hold any out")
+        count = size
+        if isinstance(size, float) and 0 < size < 1:
+            count = max(1, round(size * available))
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < available:
+            raise DataError(
+                f"{self._place}: validation={size!r}, but there are {available:,} whole sentences; allowed: "
+                f"a whole number from 1 to {available - 1:,}, or a fraction between 0 and 1"
+            )
+        return count
 
 
-def wholes(sentences: Sequence[str]) -> list[list[int]]:
-    """For each of different sentences, those that it is a part of and that are part of no other themselves.
+def whole_sentences_around(sentences: Sequence[str]) -> list[list[int]]:
+    """Returns for each sentence the indices of the whole sentences that contain it, none for a whole one.
 
-    A part is a run of words. Words are divided by single spaces.
+    Args:
+      sentences: all distinct, with single spaces between their words.
     """
-    padded = [f" {sentence} " for sentence in sentences]
+    # Comparing every sentence with every other would take hours for SST-2's 67,000 examples. A sentence that
+    # contains another has all its pairs of adjacent words, so only those with its rarest pair are searched. A
+    # single word has no pair, so the words that are examples by themselves are indexed, too.
     words = [sentence.split() for sentence in sentences]
     pairs = [[f"{first} {second}" for first, second in itertools.pairwise(some)] for some in words]
-    alone = {some[0] for some in words if len(some) == 1}
-    having: dict[str, list[int]] = {}  # by pair of adjacent words, or a word that is an example
-    for number, some in enumerate(words):
-        for key in {*pairs[number], *alone.intersection(some)}:
-            having.setdefault(key, []).append(number)
+    single = {some[0] for some in words if len(some) == 1}
+    having: dict[str, list[int]] = {}
+    for i, some in enumerate(words):
+        for key in {*pairs[i], *single.intersection(some)}:
+            having.setdefault(key, []).append(i)
+    padded = [f" {sentence} " for sentence in sentences]  # so that "art" is not found in "start"
     around = []
-    for number, part in enumerate(padded):
-        rarest = min((having[key] for key in pairs[number] or words[number]), key=len)
-        around.append([i for i in rarest if i != number and part in padded[i]])
-    return [[i for i in others if not around[i]] for others in around]
-
-
-def _count(validation: int | float, size: int, place: str) -> int:
-    """How many of `size` examples to hold out.
-
-    Raises:
-      DataError: it is not a number or a fraction that leaves something on both sides.
-    """
-    if size < 2:
-        raise DataError(f"{place}: too few sentences ({size}) to hold any out of them")
-    count = validation
-    if isinstance(validation, float) and 0 < validation < 1:
-        count = max(1, round(validation * size))
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < size:
-        raise DataError(
-            f"{place}: validation={validation!r} with {size:,} training examples that are part of no other; "
-            f"allowed: a whole number from 1 to {size - 1:,}, or a fraction between 0 and 1"
-        )
-    return count
+    for i, part in enumerate(padded):
+        rarest = min((having[key] for key in pairs[i] or words[i]), key=len)
+        around.append([j for j in rarest if j != i and part in padded[j]])
+    return [[j for j in others if not around[j]] for others in around]

@@ -7,11 +7,11 @@ from blacksmith.config.conditions import Is
 from blacksmith.config.sections import section, setting
 from blacksmith.config.settings import (
     CheckpointConfig,
+    KerasTrainConfig,
     LogConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
-    TrainConfig,
     check_warmup,
 )
 from blacksmith.errors import ConfigError
@@ -64,19 +64,9 @@ class Model:
 
 
 @section("mnist.Train")
-class Train(TrainConfig):
+class Train(KerasTrainConfig):
     """The training loop."""
 
-    accumulate: int = setting(1, "compute a batch in this many parts; must divide `batch_size`", gt=0)
-    loss: Literal["cross_entropy", "mse"] = setting(
-        "cross_entropy", "the loss; mse: of the outputs against one-hot labels"
-    )
-    precision: Literal["float32", "mixed_bfloat16"] = setting(
-        "float32", "precision of the layers; weights and optimizer state stay float32"
-    )
-    evaluate_every_steps: int | None = setting(
-        None, "validate every this many steps; None: after each epoch", gt=0
-    )
     early_stopping: int | None = setting(
         None,
         "stop after this many validations in a row without a better `Checkpoint.metric`",
@@ -88,13 +78,6 @@ class Train(TrainConfig):
         "stop as soon as `Checkpoint.metric` is this good",
         resume_may_change=True,
         only_with=_VALIDATION,
-    )
-    block_steps: int = setting(
-        128,
-        "steps per compiled call; a stop signal waits for the end of the call",
-        gt=0,
-        le=4096,
-        resume_may_change=True,
     )
 
 
@@ -126,17 +109,11 @@ class Config:
         Raises:
           ConfigError: the first that is broken.
         """
-        train = self.train
-        if train.batch_size % train.accumulate:
-            raise ConfigError(
-                f"mnist.Train.accumulate = {train.accumulate} does not divide "
-                f"mnist.Train.batch_size = {train.batch_size}"
-            )
         if isinstance(self.data.validation, int) and self.data.validation < 0:
             raise ConfigError(f"mnist.Data.validation = {self.data.validation}: must be 0 or more, or 'test'")
         if any(width < 1 for width in self.model.hidden):
             raise ConfigError(f"mnist.Model.hidden = {self.model.hidden}: widths must be positive")
-        check_warmup(self.schedule, train.steps)
+        check_warmup(self.schedule, self.train.steps)
 
     def parity_bindings(self) -> dict[str, object]:
         """The settings that a comparison of backends changes, by Gin name.

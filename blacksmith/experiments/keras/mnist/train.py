@@ -18,7 +18,7 @@ def train(run: Run) -> int:
     trainer = KerasTrainer(run, setup)
     trainer.fit()
     return trainer.finish(
-        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "worst.npz")
+        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "images")
     )
 
 

@@ -5,10 +5,8 @@ forward and backward, and then the optimizer, run under manual optimization. Bat
 the final test are those of the other two MNIST experiments, so that the three can be compared step by step.
 """
 
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +19,7 @@ from blacksmith.run.order import Block
 from blacksmith.run.run import Run
 from blacksmith.trainers.classification import score_classifier
 from blacksmith.trainers.keras_trainer import KerasTrainer
+from blacksmith.trainers.lightning import make_trainer
 
 
 def train(run: Run) -> int:
@@ -34,34 +33,24 @@ def train(run: Run) -> int:
     if trainer.loop.between():
         fit(trainer, bar=bar)
     return trainer.finish(
-        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "worst.npz")
+        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "images")
     )
 
 
 def fit(trainer: KerasTrainer, *, bar: bool) -> None:
     """Runs Lightning's Trainer until the loop is done or the run is to stop."""
-    # Its hints (more workers, a logger) do not fit: the data is on the device and metrics are ours.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     run, loop, order = trainer.run, trainer.loop, trainer.setup.order
-    device = torch.device(run.device)
     batches = Batches(trainer)
     module = MnistModule(trainer, batches)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning.*")
-        lightning_trainer = L.Trainer(
-            accelerator={"cpu": "cpu", "mps": "mps"}.get(device.type, "gpu"),
-            devices=1 if device.index is None else [device.index],
-            max_epochs=math.ceil(loop.end / order.steps_per_epoch) - order.position(loop.step)[0],
-            # Lightning asks for a loader's length once; after a resume the first epoch is a shorter one.
-            reload_dataloaders_every_n_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=bar,
-            callbacks=[EpochBar(module)] if bar else [],
-            default_root_dir=run.directory,
-        )
-        lightning_trainer.fit(module, batches)
+    make_trainer(
+        run.device,
+        run.directory,
+        max_epochs=math.ceil(loop.end / order.steps_per_epoch) - order.position(loop.step)[0],
+        # Lightning asks for a loader's length once; after a resume the first epoch is a shorter one.
+        reload_dataloaders_every_n_epochs=1,
+        enable_progress_bar=bar,
+        callbacks=[EpochBar(module)] if bar else [],
+    ).fit(module, batches)
 
 
 class Batches:

@@ -54,14 +54,14 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
     camera = scene.cameras("test")[0]
     width = settings.video_width or camera.width
     bounds = field.bounds.cpu().numpy()
-    centre = bounds.mean(0)
+    center = bounds.mean(0)
     cameras = scene.cameras("train")
-    radius = float(np.mean([np.linalg.norm(view.pose[:, 3] - centre) for view in cameras]))
+    radius = float(np.mean([np.linalg.norm(view.pose[:, 3] - center) for view in cameras]))
     written = results.write_orbit(
         field,
         camera.resized(width, max(1, round(width * camera.height / camera.width))),
         run.directory / "images",
-        centre=centre,
+        center=center,
         radius=radius,
         elevation=settings.video_elevation,
         frames=settings.video_frames,

@@ -12,7 +12,7 @@ from blacksmith.models.pytorch.nerf.grid import GridField, level_shape, reachabl
 from blacksmith.models.pytorch.nerf.mlp import MlpField
 from blacksmith.models.pytorch.nerf.occupancy import box_of, visual_hull
 from blacksmith.run.checkpoint import Saved
-from blacksmith.run.order import seed_words
+from blacksmith.run.order import seed_int
 
 WEIGHTS = "lightning.ckpt"
 """The file of a checkpoint that Lightning writes and reads."""
@@ -30,7 +30,7 @@ def build(config: Config, rows: int, attempt: int = 0) -> GridField | MlpField:
       attempt: 0, or 1 after a restart.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_words(config.run.seed, "weights", attempt) % 2**63)
+        torch.manual_seed(seed_int(config.run.seed, "weights", attempt) % 2**63)
         if config.model.field == "mlp":
             mlp = config.mlp
             return MlpField(

@@ -17,8 +17,8 @@ from blacksmith.datasets.blender import Views
 from blacksmith.errors import RunError
 from blacksmith.experiments.lightning.nerf import fields
 from blacksmith.experiments.lightning.nerf.pictures import (
-    depth_colours,
-    error_colours,
+    depth_colors,
+    error_colors,
     labels_of,
     strip,
     to_bytes,
@@ -30,7 +30,7 @@ from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mlp import MlpField
 from blacksmith.models.pytorch.nerf.rendering import distortion, render_image
 from blacksmith.run.loop import Loop
-from blacksmith.run.order import generator, seed_words
+from blacksmith.run.order import generator, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import make_optimizer
@@ -100,7 +100,7 @@ class NerfModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Takes SIGTERM back, which Lightning handles in the middle of a step, and finds the rays to draw."""
         self._run.stop.listen()
-        self._use_pool(anew=False)
+        self._use_pool(reshuffle=False)
         for old in (self._run.directory / "images").glob("val_*.png"):
             if int(old.stem.removeprefix("val_")) > self.global_step:
                 old.unlink()
@@ -130,7 +130,7 @@ class NerfModule(L.LightningModule):
         del batch_idx
         config, step = self._config, self.global_step
         random = torch.Generator(batch.device)
-        random.manual_seed(seed_words(config.run.seed, "step", self._loader.attempt, step) % 2**63)
+        random.manual_seed(seed_int(config.run.seed, "step", self._loader.attempt, step) % 2**63)
         origins, directions, rgba = self._rays(batch)
         background = self.background
         if config.data.background == "random":
@@ -192,8 +192,8 @@ class NerfModule(L.LightningModule):
             truth = self._validation.picture(index, background)
             errors.append(float(np.square(rgb - truth).mean(dtype=np.float64)))
             ratios.append(psnr(rgb, truth))
-            depth = depth_colours(rendered.depth.cpu().numpy(), rendered.opacity.cpu().numpy())
-            pictures = [to_bytes(truth), to_bytes(rgb), error_colours(rgb, truth), depth]
+            depth = depth_colors(rendered.depth.cpu().numpy(), rendered.opacity.cpu().numpy())
+            pictures = [to_bytes(truth), to_bytes(rgb), error_colors(rgb, truth), depth]
             name = self._validation.names[index]
             shown = strip(pictures, list(labels_of(f"val view {name}", ratios[-1]).values()))
             run.metrics.image(step, f"val/{name}", shown)
@@ -260,7 +260,7 @@ class NerfModule(L.LightningModule):
         self._per_ray = now if not self._per_ray else _SMOOTHING * self._per_ray + (1 - _SMOOTHING) * now
         self._loader.size = min(max(_FEWEST_RAYS, int(samples / self._per_ray)), most)
 
-    def _use_pool(self, *, anew: bool = True) -> None:
+    def _use_pool(self, *, reshuffle: bool = True) -> None:
         """Draws from the rays that can meet something; all of them for the mlp field."""
         device = self._rays.pixels.device
         if not isinstance(self.field, GridField):
@@ -271,7 +271,7 @@ class NerfModule(L.LightningModule):
                 visible = self.field.occupancy.visible_pixels(camera).nonzero()[:, 0]
                 parts.append((visible + number * area).int())
             pool = torch.cat(parts)
-        self._loader.use_pool(pool, anew=anew)
+        self._loader.use_pool(pool, reshuffle=reshuffle)
 
     def _refresh_occupancy(self) -> None:
         """Marks what some of the training rays see."""

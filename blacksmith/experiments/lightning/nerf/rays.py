@@ -75,8 +75,8 @@ class RayLoader:
         self._pool = torch.zeros(0, dtype=torch.int64)
         self._order: Tensor | None = None
 
-    def use_pool(self, pool: Tensor, *, anew: bool = True) -> None:
-        """Draws from these rays, int32 [rays], from now on; `anew` begins another pass.
+    def use_pool(self, pool: Tensor, *, reshuffle: bool = True) -> None:
+        """Draws from these rays, int32 [rays], from now on; `reshuffle` starts a new pass.
 
         Raises:
           ValueError: the pool is empty.
@@ -84,7 +84,7 @@ class RayLoader:
         if not len(pool):
             raise ValueError("no ray is left to draw from")
         self._pool, self._order = pool, None
-        if anew and self._cursor:
+        if reshuffle and self._cursor:
             self.passes, self._cursor = self.passes + 1, 0
 
     def epoch(self, step: int) -> float:

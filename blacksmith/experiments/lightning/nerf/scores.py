@@ -1,12 +1,10 @@
 """How close a rendered picture is to the true one: PSNR, SSIM and LPIPS.
 
 `results.evaluate` and the validation during training call these on single pictures, [height, width, 3] in
-[0, 1]. LPIPS needs ImageNet weights that are looked for and never downloaded; without them it is left out.
+[0, 1]. LPIPS needs ImageNet weights, which are never downloaded; without them it is left out.
 """
 
-import hashlib
 import math
-import os
 from importlib import resources
 from pathlib import Path
 
@@ -16,14 +14,14 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from blacksmith.errors import DataError
-from blacksmith.files import cache_dir
+from blacksmith.files import cache_dir, file_sha256
 
-# What identical pictures get instead of infinity; 8 bits a channel cannot tell apart more than 59 dB.
+# Of identical pictures, instead of infinity.
 PSNR_CAP = 100.0
 SSIM_WINDOW_PIXELS = 11
 LPIPS_SMALLEST_PIXELS = 31
 
-# The name under which torchvision publishes AlexNet's ImageNet weights; it holds the start of their sha256.
+# torchvision's name of AlexNet's ImageNet weights; it ends with the start of their sha256.
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 ALEXNET_SHA256 = "7be5be79"
 
@@ -36,7 +34,7 @@ def psnr(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
       truth: the same, on the same device.
 
     Returns:
-      At most `PSNR_CAP`, which identical pictures get.
+      At most `PSNR_CAP`, the value for identical pictures.
     """
     error = torch.as_tensor(render) - torch.as_tensor(truth)
     mean_squared = float(error.square().mean())
@@ -46,8 +44,8 @@ def psnr(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
 def ssim(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
     """Structural similarity (Wang, Bovik, Sheikh and Simoncelli 2004), 1 for identical pictures.
 
-    With the paper's window, a Gaussian of 11x11 pixels and sigma 1.5, and its K1 = 0.01 and K2 = 0.03, on
-    each channel; the mean is over the pixels whose window lies inside the picture, as in scikit-image and
+    The paper's settings on each channel: a Gaussian window of 11x11 pixels with sigma 1.5, K1 = 0.01 and
+    K2 = 0.03. The mean is over the pixels whose window lies inside the picture, as in scikit-image and
     TensorFlow.
 
     Args:
@@ -67,17 +65,17 @@ def ssim(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
         data_range=1.0,
         return_full_image=True,
     )
-    # torchmetrics' own mean has a border too, for which it mirrors the picture; published figures have not.
+    # torchmetrics' own mean includes the border, for which it mirrors the picture; published figures do not.
     border = SSIM_WINDOW_PIXELS // 2
     return float(similarity[..., border:-border, border:-border].mean())
 
 
 class Lpips(nn.Module):
-    """Learnt perceptual distance (Zhang et al. 2018), version 0.1 on AlexNet; 0 for identical pictures.
+    """Learned perceptual distance (Zhang et al. 2018), version 0.1 on AlexNet; 0 for identical pictures.
 
-    The features of both pictures after each ReLU are brought to unit length at every position; their squared
-    differences are weighted by channel, averaged over the positions and summed over the layers. The weights
-    are the published ones, which torchmetrics ships.
+    The features of both pictures after each ReLU are normalized to unit length at every position. Their
+    squared differences are weighted per channel, averaged over positions and summed over layers, with the
+    published weights that torchmetrics ships. torchmetrics' own LPIPS would need torchvision too.
 
     Args:
       alexnet: the ImageNet weights, in the layout of `ALEXNET_FILE`; `find_lpips_weights` finds them.
@@ -88,7 +86,7 @@ class Lpips(nn.Module):
 
     def __init__(self, alexnet: Path) -> None:
         super().__init__()
-        # torchvision's numbering, so that its weights load as they are.
+        # Numbered as in torchvision, whose weights are loaded here.
         self.features = nn.Sequential(
             nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
             nn.ReLU(),
@@ -105,12 +103,12 @@ class Lpips(nn.Module):
         )
         weights = torch.load(alexnet, map_location="cpu", weights_only=True)
         self.load_state_dict({k: v for k, v in weights.items() if k.startswith("features.")})
-        learnt = resources.files("torchmetrics.functional.image") / "lpips_models" / "alex.pth"
-        with learnt.open("rb") as stream:
+        learned = resources.files("torchmetrics.functional.image") / "lpips_models" / "alex.pth"
+        with learned.open("rb") as stream:
             linear = torch.load(stream, map_location="cpu", weights_only=True)
         for layer in range(5):
             self.register_buffer(f"linear{layer}", linear[f"lin{layer}.model.1.weight"].view(-1, 1, 1))
-        # The ImageNet mean and deviation for inputs in [-1, 1].
+        # ImageNet's mean and standard deviation for inputs in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -129,7 +127,7 @@ class Lpips(nn.Module):
         for module in self.features:
             x = module(x)
             if isinstance(module, nn.ReLU):
-                # As torchmetrics does; the authors add 1e-10 to the root, which is another for tiny features.
+                # As in torchmetrics; the authors add 1e-10 outside the root, which differs for tiny features.
                 unit = x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
                 difference = (unit[0] - unit[1]).square()
                 distance = distance + (difference * self.get_buffer(f"linear{layer}")).sum(0).mean()
@@ -138,37 +136,30 @@ class Lpips(nn.Module):
 
 
 def find_lpips_weights(path: str | None = None) -> Path | None:
-    """Looks for the ImageNet weights of AlexNet that LPIPS needs; downloads nothing.
+    """Finds AlexNet's ImageNet weights, which LPIPS needs; downloads nothing.
 
     Args:
-      path: the file; None: `ALEXNET_FILE` in the directory `lpips` of the cache, else where `torch.hub` keeps
-        checkpoints. There, a file with another hash is as good as none.
+      path: the file; None: `ALEXNET_FILE` in the directory `lpips` of the cache or in the checkpoints of
+        `torch.hub`, where a file with the wrong hash is ignored.
 
     Raises:
-      DataError: the file at `path` cannot be read or is another one.
+      DataError: the file at `path` cannot be read or has the wrong hash.
     """
-    if path is not None:
-        given = Path(path).expanduser()
-        try:
-            digest = _sha256(given)
-        except OSError as error:
-            raise DataError(f"LPIPS weights: cannot read {path}: {error.strerror or error}") from error
-        if not digest.startswith(ALEXNET_SHA256):
-            raise DataError(
-                f"LPIPS weights: {path} has sha256 {digest[:8]}..., not {ALEXNET_SHA256}... of torchvision's "
-                f"{ALEXNET_FILE}"
-            )
-        return given
-    for directory in (cache_dir() / "lpips", Path(torch.hub.get_dir()) / "checkpoints"):
-        file = directory / ALEXNET_FILE
-        if os.access(file, os.R_OK) and file.is_file() and _sha256(file).startswith(ALEXNET_SHA256):
-            return file
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    if path is None:
+        folders = (cache_dir() / "lpips", Path(torch.hub.get_dir()) / "checkpoints")
+        files = (folder / ALEXNET_FILE for folder in folders)
+        return next((f for f in files if f.is_file() and file_sha256(f).startswith(ALEXNET_SHA256)), None)
+    given = Path(path).expanduser()
+    try:
+        digest = file_sha256(given)
+    except OSError as error:
+        raise DataError(f"LPIPS weights: cannot read {path}: {error.strerror or error}") from error
+    if not digest.startswith(ALEXNET_SHA256):
+        raise DataError(
+            f"LPIPS weights: {path} has sha256 {digest[:8]}..., but torchvision's {ALEXNET_FILE} has "
+            f"{ALEXNET_SHA256}..."
+        )
+    return given
 
 
 def _batch(picture: Tensor | np.ndarray) -> Tensor:

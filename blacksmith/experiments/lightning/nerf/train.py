@@ -4,8 +4,6 @@ Scene, field, Lightning's Trainer, then the test views, a video and the report. 
 decoded before training is done.
 """
 
-import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +20,7 @@ from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.loop import Loop
 from blacksmith.run.run import Run
+from blacksmith.trainers.lightning import make_trainer
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
@@ -30,8 +29,6 @@ def train(run: Run) -> int:
     """Trains a field of the scene, then renders and scores its test views; returns the exit status."""
     config = run.config
     check_device(run)
-    if config.results.video_frames:
-        results.find_ffmpeg()  # an error now, not after the training
     lpips = find_lpips(run)
     scene = open_scene_of(run)
     module, loader, loop = prepare(run, scene)
@@ -92,23 +89,13 @@ def check_device(run: Run) -> None:
 
 def fit(run: Run, module: NerfModule, loader: RayLoader, callbacks: Sequence[L.Callback] = ()) -> None:
     """Runs Lightning's Trainer to the last step, or until the run is to stop."""
-    # Its hints (more workers, a logger) do not fit: rays are on the device and metrics are ours.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    device = torch.device(run.device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning.*")
-        trainer = L.Trainer(
-            accelerator="cpu" if device.type == "cpu" else "gpu",
-            devices=1 if device.index is None else [device.index],
-            precision=_PRECISIONS[run.config.train.precision],
-            max_epochs=1,
-            max_steps=run.config.train.steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            callbacks=list(callbacks),
-            default_root_dir=run.directory,
-        )
-        resumed = None if run.resumed is None else run.resumed.path / fields.WEIGHTS
-        trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
+    trainer = make_trainer(
+        run.device,
+        run.directory,
+        precision=_PRECISIONS[run.config.train.precision],
+        max_epochs=1,
+        max_steps=run.config.train.steps,
+        callbacks=list(callbacks),
+    )
+    resumed = None if run.resumed is None else run.resumed.path / fields.WEIGHTS
+    trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)

@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from blacksmith.errors import CheckpointError, ConfigError
+from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.configs import Config
-from blacksmith.experiments.pytorch.llama.optimizer import Averages, load_state, state_tensors
 from blacksmith.models.pytorch.llama import adapters, loading, tokens
 from blacksmith.models.pytorch.llama.prefix import causal_model, checkpoint_layers
 from blacksmith.run.checkpoint import Saved
-from blacksmith.run.order import seed_words
+from blacksmith.run.order import seed_int
 from blacksmith.run.run import Run
+from blacksmith.trainers.torch_state import load_optimizer_state, optimizer_state
 
 OPTIMIZER = "optimizer.safetensors"
 UNAVERAGED = "unaveraged.safetensors"
@@ -43,7 +44,7 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             settings.heads,
             settings.key_value_heads,
             settings.max_positions,
-            seed=seed_words(config.run.seed, "weights"),
+            seed=seed_int(config.run.seed, "weights"),
             dtype=settings.dtype,
             attention=settings.attention,
         )
@@ -79,7 +80,7 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             dropout=lora.dropout,
             bias=lora.bias,
             target_modules="all-linear" if lora.target_modules == ("all-linear",) else lora.target_modules,
-            seed=seed_words(config.run.seed, "adapter"),
+            seed=seed_int(config.run.seed, "adapter"),
         )
     if settings.compile:
         # Not whole layers: each has keys and values of its own, and would be compiled anew.
@@ -145,8 +146,7 @@ class TrainState:
             else:
                 with loading.quiet():
                     causal_model(self.model).save_pretrained(directory)
-        names = {weight: name for name, weight in self.weights.items()}
-        tensors, numbers = state_tensors(self.optimizer, names)
+        tensors, numbers = optimizer_state(self.optimizer, self.weights)
         save_file(tensors, directory / OPTIMIZER)
         if self.averages.values:
             save_file(dict(self.weights), directory / UNAVERAGED)
@@ -179,8 +179,7 @@ class TrainState:
                 for name, weight in self.weights.items():
                     self.averages.values[name].copy_(weight)
                     weight.copy_(unaveraged[name])
-        names = {weight: name for name, weight in self.weights.items()}
-        load_state(self.optimizer, names, tensors, saved.own["optimizer_numbers"])
+        load_optimizer_state(self.optimizer, self.weights, tensors, saved.own["optimizer_numbers"])
 
 
 def load_weights(model: torch.nn.Module, directory: Path) -> None:

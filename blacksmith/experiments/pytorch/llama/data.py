@@ -7,7 +7,7 @@ import numpy as np
 
 from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
-from blacksmith.experiments.pytorch.llama.evaluation import Questions
+from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.run.run import Run
 
@@ -40,7 +40,7 @@ def drop_short(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
             f"{dropped:,} of {len(examples):,} {what} examples have fewer than {fewest} words: left out",
             file=sys.stderr,
         )
-    return examples.rows(rows)
+    return examples.take(rows)
 
 
 def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples) -> Encoded:
@@ -67,11 +67,11 @@ def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Exa
     return encoded
 
 
-def encode_eval(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples, what: str) -> Questions:
+def encode_eval(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples, what: str) -> EvalPairs:
     """Examples with both answers as tokens; prints how many were too long."""
     length = run.config.data.max_length
-    pairs = Questions.of(tokenizer, prompt, examples.sentences, examples.labels, length)
-    report_truncation(pairs.right.truncated, len(examples), what, length, "truncated")
+    pairs = EvalPairs.encode(tokenizer, prompt, examples.sentences, examples.labels, length)
+    report_truncation(pairs.correct.truncated, len(examples), what, length, "truncated")
     return pairs
 
 

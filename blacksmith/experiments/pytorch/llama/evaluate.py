@@ -14,7 +14,7 @@ from blacksmith.experiments.pytorch.llama import evaluation
 from blacksmith.experiments.pytorch.llama.batches import padding
 from blacksmith.experiments.pytorch.llama.checkpoints import load_model
 from blacksmith.experiments.pytorch.llama.data import drop_short, encode_eval, read_data
-from blacksmith.experiments.pytorch.llama.evaluation import Questions
+from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
 from blacksmith.experiments.pytorch.llama.prompts import Prompt
 from blacksmith.files import write_json
 from blacksmith.models.pytorch.llama import loading
@@ -29,7 +29,7 @@ def autocast(run: Run) -> contextlib.AbstractContextManager:
     return torch.autocast(torch.device(run.device).type, torch.bfloat16)
 
 
-def score(run: Run, model: torch.nn.Module, pairs: Questions, pad: int) -> evaluation.Scores | None:
+def score(run: Run, model: torch.nn.Module, pairs: EvalPairs, pad: int) -> evaluation.Scores | None:
     """Scores sentences by the likelihood of their answers; None if the run is to stop."""
     settings = run.config
     with autocast(run):
@@ -69,7 +69,7 @@ def test(
     with autocast(run):
         texts = evaluation.generate(
             model,
-            pairs.right.first(wanted),
+            pairs.correct.first(wanted),
             tokenizer,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
@@ -100,7 +100,7 @@ def test(
         "per_class_accuracy": (confusion.diagonal() / np.maximum(confusion.sum(1), 1)).tolist(),
         "confusion_matrix": confusion.tolist(),
         "class_names": [label.strip() for label in prompt.labels],
-        "questions": {"examples": len(pairs), "truncated": pairs.right.truncated},
+        "questions": {"examples": len(pairs), "truncated": pairs.correct.truncated},
         "generated": {
             "examples": wanted,
             "accuracy": right / wanted if wanted else None,
@@ -119,7 +119,7 @@ def evaluate(run: Run) -> int:
     trained_on = run.resumed.state["data"].get("sha256") if run.resumed else None
     known = trained_on == source.sha256
     data = source.split(settings.validation, run.config.run.seed) if known else source.for_testing()
-    run.use_data(data.info, sst2.describe(data.info))
+    run.use_data(data.info)
     model, tokenizer = load_model(run)
     prompt = Prompt.of(settings.template, settings.labels)
     result: dict[str, Any] = {

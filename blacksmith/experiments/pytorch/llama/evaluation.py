@@ -1,8 +1,7 @@
-"""How well a model tells the labels: by their likelihood, and by what it writes."""
+"""How well a model predicts the labels: by their likelihood, and by the text that it generates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,70 +17,71 @@ from blacksmith.run.signals import StopFlag
 
 
 @dataclass(frozen=True, eq=False)
-class Questions:
-    """Sentences with both answers in the prompt.
+class EvalPairs:
+    """Sentences in the prompt with each of the two answers.
 
     Attributes:
-      sentences: one for each question.
-      labels: the true ones, int64 [questions].
-      right: the sentences with their true answers.
-      wrong: with the other answer.
+      labels: the true labels, int64 [pairs].
+      correct: the sentences with their true answers.
+      incorrect: the sentences with the other answer.
     """
 
-    sentences: Sequence[str]
     labels: np.ndarray
-    right: Encoded
-    wrong: Encoded
+    correct: Encoded
+    incorrect: Encoded
 
     @classmethod
-    def of(
+    def encode(
         cls,
         tokenizer: PreTrainedTokenizerBase,
         prompt: Prompt,
         sentences: Sequence[str],
-        labels: np.ndarray,
+        labels: Sequence[int] | np.ndarray,
         max_length: int,
-    ) -> "Questions":
-        """Encodes sentences with both answers; those too long lose tokens of their sentence.
+    ) -> "EvalPairs":
+        """Encodes sentences with both answers; sentences that are too long are truncated.
 
         Raises:
-          ConfigError: the answers merge differently with what stands before them, so that they answer
-            different questions.
+          ConfigError: only one of the answers merges with the text before it, so that the likelihoods of the
+            two would cover different text.
         """
         labels = np.asarray(labels, np.int64)
-        options: dict[str, Any] = {"max_length": max_length, "too_long": "truncate"}
-        right = encode(tokenizer, prompt, sentences, labels.tolist(), **options)
-        wrong = encode(tokenizer, prompt, sentences, (1 - labels).tolist(), **options)
-        for one, a, other, b in zip(right.tokens, right.answers, wrong.tokens, wrong.answers):
-            if one[:a] != other[:b]:
-                seam = tokenizer.decode(max(one[:a], other[:b], key=len)[-2:])
+        correct, incorrect = (
+            encode(tokenizer, prompt, sentences, answers.tolist(), max_length=max_length, too_long="truncate")
+            for answers in (labels, 1 - labels)
+        )
+        pairs = zip(correct.tokens, correct.answers, incorrect.tokens, incorrect.answers)
+        for one, start, other, other_start in pairs:
+            if one[:start] != other[:other_start]:
+                seam = tokenizer.decode(max(one[:start], other[:other_start], key=len)[-2:])
                 raise ConfigError(
                     f"llama.Data.labels = {prompt.labels}: this tokenizer merges only one of them with "
-                    f"{seam!r} before it; let both begin alike, or change what llama.Data.template has there"
+                    f"{seam!r} before it; use labels that begin alike, or change the end of the template"
                 )
-        return cls(sentences, labels, right, wrong)
+        return cls(labels, correct, incorrect)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def single(self) -> bool:
-        """Whether both answers are one token after the same question, so that one row tells both."""
-        pairs = zip(self.right.tokens, self.right.answers, self.wrong.tokens, self.wrong.answers)
+    def single_token(self) -> bool:
+        """Whether both answers are one token, so that one row of logits gives the likelihoods of both."""
+        examples = (self.correct, self.incorrect)
         return all(
-            a == b and right[:a] == wrong[:b] and len(right) == len(wrong) == a + 2
-            for right, a, wrong, b in pairs
+            len(tokens) == answer + 2  # the end token follows
+            for encoded in examples
+            for tokens, answer in zip(encoded.tokens, encoded.answers)
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a model makes of questions.
+    """Likelihoods of the labels.
 
     Attributes:
-      loss: mean cross-entropy of the answers' tokens, the end token too, in nats.
-      probabilities: of the labels 0 and 1, which add up to 1: float64 [questions, 2].
-      labels: the true ones, int64 [questions].
+      loss: mean cross-entropy of the tokens of the correct answers, end tokens included, in nats.
+      probabilities: of the labels 0 and 1, which sum to 1: float64 [pairs, 2].
+      labels: the true labels, int64 [pairs].
     """
 
     loss: float
@@ -90,12 +90,12 @@ class Scores:
 
     @property
     def predictions(self) -> np.ndarray:
-        """The likelier labels, int64 [questions]."""
+        """The more likely labels, int64 [pairs]."""
         return self.probabilities.argmax(1)
 
     @property
     def accuracy(self) -> float:
-        """The share of true labels among the predictions."""
+        """Fraction of the predictions that are correct."""
         return float((self.predictions == self.labels).mean())
 
     @property
@@ -109,78 +109,77 @@ class Scores:
 @torch.no_grad()
 def score(
     model: torch.nn.Module,
-    questions: Questions,
+    pairs: EvalPairs,
     *,
     batch_size: int,
     pad: int,
     shared_prefix: bool = True,
     stop: StopFlag | None = None,
 ) -> Scores | None:
-    """Scores questions by the likelihood of the labels' tokens (end token left out), without dropout.
+    """Compares the likelihoods of the two answers (without end token), with dropout off.
 
     Args:
-      model: a `LlamaForCausalLM`, or a PEFT model around one; is in evaluation mode meanwhile.
-      questions: what is asked.
-      batch_size: questions at a time.
-      pad: the token that fills up shorter rows.
-      shared_prefix: compute what all begin with once a batch.
-      stop: once true, the scoring ends.
+      model: a `LlamaForCausalLM`, or a PEFT model around one; put into evaluation mode for the duration.
+      pairs: the sentences with both answers.
+      batch_size: sentences per batch.
+      pad: token that fills up shorter rows.
+      shared_prefix: compute the common prefix of all prompts only once per batch.
+      stop: checked before each batch.
 
     Returns:
-      The scores; None when stopped before the last question.
+      The scores; None if stopped early.
     """
     device = next(model.parameters()).device
-    right, wrong, single = questions.right, questions.wrong, questions.single
-    shared = right.shared_prefix() if shared_prefix else []
-    if shared and not single:
-        shared = common_prefix([shared, wrong.shared_prefix()])
-    logs = np.empty((len(questions), 2))
+    correct, incorrect, single_token = pairs.correct, pairs.incorrect, pairs.single_token
+    shared = correct.shared_prefix() if shared_prefix else []
+    if shared and not single_token:
+        shared = common_prefix([shared, incorrect.shared_prefix()])
+    logs = np.empty((len(pairs), 2))  # log-likelihoods of the labels 0 and 1
     loss, count = 0.0, 0
     training = model.training
     model.eval()
     try:
-        order = np.argsort(right.lengths, kind="stable")
+        order = np.argsort(correct.lengths, kind="stable")  # rows of similar length need little padding
         for begin in range(0, len(order), batch_size):
             if stop:
                 return None
             rows = order[begin : begin + batch_size]
-            labels = torch.from_numpy(questions.labels[rows]).to(device)
-            batch = collate(right, rows, shared, pad).to(device)
+            batch = collate(correct, rows, shared, pad).to(device)
             place, found = _log_probabilities(model, batch)
-            true = _picked(found, batch)
+            true = _of_targets(found, batch)
             loss -= float(true.cpu().double().sum())
             count += len(true)
-            if single:
-                first = torch.tensor([wrong.tokens[row][wrong.answers[row]] for row in rows], device=device)
+            if single_token:
+                # The position that predicts the correct answer predicts the incorrect one, too.
+                other = [incorrect.tokens[row][incorrect.answers[row]] for row in rows]
                 starts = torch.cat([place.new_ones(1, dtype=torch.bool), place[1:] != place[:-1]])
-                of_right = true[starts]
-                of_wrong = found[starts].gather(1, first[:, None])[:, 0]
+                of_correct = true[starts]
+                of_incorrect = found[starts].gather(1, torch.tensor(other, device=device)[:, None])[:, 0]
             else:
-                of_right = _per_row(true, place, len(rows))
-                batch = collate(wrong, rows, shared, pad).to(device)
+                of_correct = _per_row(true, place, len(rows))
+                batch = collate(incorrect, rows, shared, pad).to(device)
                 place, found = _log_probabilities(model, batch)
-                of_wrong = _per_row(_picked(found, batch), place, len(rows))
-            both = torch.stack([of_right, of_wrong], 1)
-            both = torch.where(labels[:, None] == 0, both, both.flip(1))
-            logs[rows] = both.cpu().double().numpy()
+                of_incorrect = _per_row(_of_targets(found, batch), place, len(rows))
+            both = torch.stack([of_correct, of_incorrect], 1).cpu().double().numpy()
+            logs[rows] = np.where(pairs.labels[rows, None] == 0, both, both[:, ::-1])
     finally:
         model.train(training)
     probabilities = np.exp(logs - np.logaddexp(logs[:, 0], logs[:, 1])[:, None])
-    return Scores(loss / max(count, 1), probabilities, questions.labels)
+    return Scores(loss / max(count, 1), probabilities, pairs.labels)
 
 
 def _log_probabilities(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows of the learnt places, int64 [places], and log-probabilities, float32 [places, vocabulary]."""
+    """Row of each target, int64 [targets], and its log-probabilities, float32 [targets, vocabulary]."""
     return (batch.targets != IGNORED).nonzero()[:, 0], F.log_softmax(target_logits(model, batch), 1)
 
 
-def _picked(found: Tensor, batch: Batch) -> Tensor:
-    """The targets' log-probabilities, float32 [places]."""
+def _of_targets(found: Tensor, batch: Batch) -> Tensor:
+    """Log-probabilities of the target tokens, float32 [targets]."""
     return found.gather(1, batch.targets[batch.targets != IGNORED][:, None])[:, 0]
 
 
 def _per_row(values: Tensor, place: Tensor, rows: int) -> Tensor:
-    """Sums over each row's places but the last, which is the end token's: float32 [rows]."""
+    """Sums over the targets of each row except its last, the end token: float32 [rows]."""
     last = torch.cat([place[1:] != place[:-1], place.new_ones(1, dtype=torch.bool)])
     return values.new_zeros(rows).index_add_(0, place[~last], values[~last])
 
@@ -195,32 +194,37 @@ def generate(
     max_new_tokens: int,
     stop: StopFlag | None = None,
 ) -> list[str] | None:
-    """Answers of the greedy kind to some questions, as text; None when stopped before the last.
+    """Generates answers by greedy decoding.
 
     Args:
-      model: a `LlamaForCausalLM`, or a PEFT model around one; is in evaluation mode meanwhile.
-      encoded: the questions, whose answers are not looked at.
-      tokenizer: turns tokens into text.
-      batch_size: questions at a time.
-      max_new_tokens: the most tokens of an answer.
-      stop: once true, no more are asked.
+      model: a `LlamaForCausalLM`, or a PEFT model around one; put into evaluation mode for the duration.
+      encoded: the prompts; their answers are ignored.
+      tokenizer: decodes the answers.
+      batch_size: prompts per batch.
+      max_new_tokens: maximum length of an answer.
+      stop: checked before each batch.
+
+    Returns:
+      The text of each answer; None if stopped early.
     """
     device = next(model.parameters()).device
     pad = padding(tokenizer)
-    asked = [tokens[:answer] for tokens, answer in zip(encoded.tokens, encoded.answers)]
-    texts = [""] * len(asked)
+    questions = [tokens[:answer] for tokens, answer in zip(encoded.tokens, encoded.answers)]
+    texts = [""] * len(questions)
     training = model.training
     model.eval()
     try:
-        order = np.argsort([len(tokens) for tokens in asked], kind="stable")
+        order = np.argsort([len(question) for question in questions], kind="stable")
         for begin in range(0, len(order), batch_size):
             if stop:
                 return None
             rows = order[begin : begin + batch_size]
-            length = max(len(asked[row]) for row in rows)
-            # On the left: generated tokens come right after the question.
-            tokens = torch.tensor([[pad] * (length - len(asked[row])) + asked[row] for row in rows])
-            mask = torch.tensor([[0] * (length - len(asked[row])) + [1] * len(asked[row]) for row in rows])
+            length = max(len(questions[row]) for row in rows)
+            # Padding on the left, so that generated tokens directly follow the prompt.
+            space = [length - len(questions[row]) for row in rows]
+            tokens = torch.tensor([[pad] * n + questions[row] for n, row in zip(space, rows)])
+            mask = torch.tensor([[0] * n + [1] * (length - n) for n in space])
+            # Everything that a model's own generation settings could change is set.
             written = causal_model(model).generate(
                 input_ids=tokens.to(device),
                 attention_mask=mask.to(device),
@@ -242,8 +246,8 @@ def generate(
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> int | None:
-    """The label that a generated answer begins with, whatever its case; None if it is neither."""
+    """Returns the label that a generated answer starts with, ignoring case; None if it is neither."""
     text = text.strip().casefold()
     matches = [label for label, word in enumerate(labels) if text.startswith(word.strip().casefold())]
-    # Of two words that begin alike the longer one is meant.
+    # If one label starts with the other, the longer one is meant.
     return max(matches, key=lambda label: len(labels[label]), default=None)

@@ -1,5 +1,6 @@
 """From sentences to tokens: the prompt, and which of its tokens are the answer."""
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -10,17 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from blacksmith.errors import ConfigError
 from blacksmith.models.pytorch.llama.prefix import common_prefix
 
-_SEAM = 8  # tokens by which an answer may change what stands before it
-
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a sentence is asked about.
+    """The text around a sentence.
 
     Attributes:
-      before: what stands before the sentence.
-      after: what stands between the sentence and the answer.
-      labels: the answers for 0 and 1.
+      before: text before the sentence.
+      after: text between the sentence and the answer.
+      labels: the answers for the labels 0 and 1.
     """
 
     before: str
@@ -29,12 +28,12 @@ class Prompt:
 
     @classmethod
     def of(cls, template: str, labels: tuple[str, ...]) -> "Prompt":
-        """The prompt of a template with ``{sentence}`` that ends with ``{label}``."""
+        """Returns the prompt of a template that contains ``{sentence}`` and ends with ``{label}``."""
         before, _, after = template.partition("{sentence}")
         return cls(before, after.removesuffix("{label}"), labels)
 
     def question(self, sentence: str) -> str:
-        """Everything up to the answer."""
+        """Returns everything up to the answer."""
         return self.before + sentence + self.after
 
 
@@ -43,9 +42,9 @@ class Encoded:
     """Examples as tokens.
 
     Attributes:
-      rows: their numbers in the set that they come from, int64 [examples].
-      tokens: prompt, answer and end token of each.
-      answers: the place of each one's first answer token; what is learnt goes from there to the end.
+      rows: index of each in the sentences that were encoded, int64 [examples].
+      tokens: of each: prompt, answer and end token.
+      answers: index of the first answer token of each; the loss covers the tokens from there to the end.
       truncated: how many have lost tokens of their sentence.
       dropped: how many were left out.
     """
@@ -61,16 +60,16 @@ class Encoded:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [examples]."""
+        """Number of tokens of each example, int64 [examples]."""
         return np.array([len(tokens) for tokens in self.tokens], np.int64)
 
     def first(self, count: int) -> "Encoded":
-        """The first `count` examples."""
+        """Returns the first `count` examples."""
         parts = (self.rows[:count], self.tokens[:count], self.answers[:count])
         return Encoded(*parts, self.truncated, self.dropped)
 
     def shared_prefix(self) -> list[int]:
-        """The longest run of tokens that all begin with, short of the one that predicts an answer."""
+        """Returns the longest prefix of all examples that ends before the token that predicts an answer."""
         shared = common_prefix(self.tokens)
         return shared[: max(0, min(self.answers, default=0) - 1)]
 
@@ -84,96 +83,85 @@ def encode(
     max_length: int,
     too_long: Literal["drop", "truncate"],
 ) -> Encoded:
-    """Puts sentences and their answers into the prompt.
+    """Encodes sentences in the prompt, each with its answer.
 
-    An answer begins with the first token that holds a character of it: tokens may merge where it begins, so
-    that its own tokens are not those of its text alone.
+    The first answer token is the first one that contains a character of the answer. It may begin before the
+    answer: tokenizers often merge a space with the word after it.
 
     Args:
-      tokenizer: a fast one, which knows the characters of its tokens.
-      prompt: how sentences are asked about.
-      sentences: of the examples.
+      tokenizer: a fast one, which knows the characters of each token.
+      prompt: the text around each sentence.
+      sentences: one per example.
       labels: 0 or 1 for each.
-      max_length: tokens that an example may have, with the longer of the two answers.
-      too_long: whether an example of more is left out, or its sentence cut.
+      max_length: maximum number of tokens of an example with the longer answer, whatever its label.
+      too_long: whether a longer example is left out, or its sentence truncated.
 
     Raises:
       ConfigError: the prompt alone is longer, or has no token before the answer.
     """
-    own = _encode(tokenizer, prompt, sentences, [prompt.labels[label] for label in labels])
-    # No answer has more tokens than bytes, so that the other one matters near the limit alone.
-    margin = _SEAM + max(len(answer.encode()) for answer in prompt.labels)
-    near = [row for row, one in enumerate(own) if len(one.tokens) > max_length - margin]
-    others = _encode(
-        tokenizer, prompt, [sentences[row] for row in near], [prompt.labels[1 - labels[row]] for row in near]
-    )
-    longest = {row: max(len(own[row].tokens), len(other.tokens)) for row, other in zip(near, others)}
     rows, tokens, starts, truncated = [], [], [], 0
-    for row, (sentence, label, found) in enumerate(zip(sentences, labels, own)):
-        if longest.get(row, 0) > max_length:
+    both = [_encode(tokenizer, prompt, sentences, answer) for answer in prompt.labels]
+    for row, (sentence, label, *versions) in enumerate(zip(sentences, labels, *both)):
+        if _longest(versions) > max_length:
             if too_long == "drop":
                 continue
-            found = _shorten(tokenizer, prompt, sentence, found.spans, max_length)[label]
+            versions = _truncate(tokenizer, prompt, sentence, label, max_length)
             truncated += 1
-        if found.answer == 0:
+        version = versions[label]
+        if version.answer == 0:
             raise ConfigError("llama.Data.template needs something before {label} that predicts it")
         rows.append(row)
-        tokens.append(found.tokens)
-        starts.append(found.answer)
+        tokens.append(version.tokens)
+        starts.append(version.answer)
     return Encoded(np.array(rows, np.int64), tokens, starts, truncated, len(sentences) - len(tokens))
 
 
-class _Example(NamedTuple):
-    """Tokens with the end token, the place of the first answer token, and the characters of tokens."""
+class _Version(NamedTuple):
+    """A sentence with one of the answers."""
 
-    tokens: list[int]
-    answer: int
-    spans: list[tuple[int, int]]
+    tokens: list[int]  # with the end token
+    answer: int  # index of the first answer token
+
+
+def _longest(versions: Sequence[_Version]) -> int:
+    return max(len(version.tokens) for version in versions)
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str], answers: Sequence[str]
-) -> list[_Example]:
-    """Sentences in the prompt, each with its answer."""
-    questions = [prompt.question(sentence) for sentence in sentences]
-    if not questions:
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str], answer: str
+) -> list[_Version]:
+    """Sentences in the prompt, all with the same answer."""
+    if not sentences:
         return []
-    texts = [question + answer for question, answer in zip(questions, answers)]
+    questions = [prompt.question(sentence) for sentence in sentences]
+    texts = [question + answer for question in questions]
     encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, truncation=False)
-    found = []
+    versions = []
     for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
-        start = next(i for i, (_, end) in enumerate(spans) if end > len(question))
-        ended = ids[-1] == tokenizer.eos_token_id
-        found.append(_Example(list(ids) if ended else [*ids, tokenizer.eos_token_id], start, spans))
-    return found
+        first = next(i for i, (_, end) in enumerate(spans) if end > len(question))
+        ended = ids[-1] == tokenizer.eos_token_id  # some tokenizers add it themselves
+        versions.append(_Version(ids if ended else [*ids, tokenizer.eos_token_id], first))
+    return versions
 
 
-def _shorten(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    sentence: str,
-    spans: Sequence[tuple[int, int]],
-    max_length: int,
-) -> list[_Example]:
-    """A sentence cut until it fits, with each of the answers."""
+def _truncate(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: str, label: int, max_length: int
+) -> list[_Version]:
+    """A sentence, truncated at the end of a token so that it fits, with each answer."""
+
+    def versions(end: int) -> list[_Version]:
+        cut = sentence[:end].rstrip()
+        return [_encode(tokenizer, prompt, [cut], answer)[0] for answer in prompt.labels]
+
+    text = prompt.question(sentence) + prompt.labels[label]
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     first, last = len(prompt.before), len(prompt.before) + len(sentence)
-    ends = sorted({min(end, last) - first for _, end in spans if first < end})
-    ends = [0, *(end for end in ends if end < len(sentence))]
-    # The most that fits, by bisection: fewer characters may give more tokens, but never many.
-    low, high, best = 0, len(ends), None
-    while low < high:
-        middle = (low + high) // 2
-        cut = sentence[: ends[middle]].rstrip()
-        found = _encode(tokenizer, prompt, [cut] * len(prompt.labels), prompt.labels)
-        if max(len(one.tokens) for one in found) <= max_length:
-            best, low = found, middle + 1
-        else:
-            high = middle
-    if best is None:
-        empty = _encode(tokenizer, prompt, [""] * len(prompt.labels), prompt.labels)
-        needed = max(len(one.tokens) for one in empty)
+    ends = sorted({0, *(min(end, last) - first for _, end in spans if first < end)} - {len(sentence)})
+    # Fewer characters can give more tokens, but never many: bisection finds the longest fit to within a few.
+    fitting = bisect.bisect_right(ends, max_length, key=lambda end: _longest(versions(end)))
+    if not fitting:
         raise ConfigError(
-            f"llama.Data.template needs {needed} tokens without a sentence, more than "
+            f"llama.Data.template needs {_longest(versions(0))} tokens without a sentence, more than "
             f"llama.Data.max_length = {max_length}; shorten it or raise the limit"
         )
-    return best
+    return versions(ends[fitting - 1])

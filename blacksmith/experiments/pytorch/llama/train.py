@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from blacksmith.config.settings import check_warmup
-from blacksmith.datasets import sst2
+from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.batches import collate, collate_whole, padding
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model
 from blacksmith.experiments.pytorch.llama.configs import evaluate_every
 from blacksmith.experiments.pytorch.llama.data import drop_short, encode_eval, encode_training, read_data
 from blacksmith.experiments.pytorch.llama.evaluate import autocast, score, test
-from blacksmith.experiments.pytorch.llama.optimizer import Averages
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.prefix import token_losses
 from blacksmith.run.loop import Loop
-from blacksmith.run.order import LengthOrder, seed_words
+from blacksmith.run.order import LengthOrder, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import clip_gradients, make_optimizer
+from blacksmith.trainers.torch_state import set_learning_rate
 
 
 def train(run: Run) -> int:
@@ -38,7 +38,7 @@ def train(run: Run) -> int:
 
     # Data.
     data = read_data(run).split(config.data.validation, config.run.seed)
-    run.use_data(data.info, sst2.describe(data.info))
+    run.use_data(data.info)
     model, tokenizer = build_model(run)
     prompt = Prompt.of(config.data.template, config.data.labels)
     examples = drop_short(run, data.train, "training")
@@ -93,13 +93,12 @@ def train(run: Run) -> int:
             # One batch, perhaps in parts; its loss is the mean over the tokens of all its answers.
             rows = order.rows(step)
             answer_tokens = sum(len(training.tokens[row]) - training.answers[row] for row in rows)
-            for group in optimizer.param_groups:
-                group["lr"] = rate_of(step)
+            set_learning_rate(optimizer, rate_of(step))
             optimizer.zero_grad(set_to_none=True)
             loss, tokens = torch.zeros((), device=run.device), 0
             for number, part in enumerate(np.array_split(rows, min(settings.accumulate, len(rows)))):
                 # Dropout is drawn from the step alone, so that a resumed run draws the same masks.
-                torch.manual_seed(seed_words(config.run.seed, "step", step, number) % 2**63)
+                torch.manual_seed(seed_int(config.run.seed, "step", step, number) % 2**63)
                 with autocast(run):
                     if settings.shared_prefix:
                         batch = collate(training, part, prefix, pad).to(run.device)

@@ -1,20 +1,20 @@
-"""LoRA adapters by peft, in and out of PEFT's own layout, with what peft lets pass checked."""
+"""LoRA adapters in PEFT's own layout. An adapter that does not fit the model is refused; peft accepts it."""
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from blacksmith.errors import ConfigError, DataError
+from blacksmith.errors import ConfigError, DataError, first_line
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -30,33 +30,32 @@ def add_lora(
     target_modules: Literal["all-linear"] | Sequence[str] = "all-linear",
     seed: int = 0,
 ) -> PeftModel:
-    """Puts low-rank updates into a model's linear layers, in place; at first they add nothing.
+    """Adds low-rank updates to a model's linear layers, in place; they start at zero.
 
-    The update of a layer is ``alpha / rank * B A`` (Hu et al., LoRA, 2021), where A is drawn from `seed` and
-    B begins as zeros. The global random state stays as it was.
+    The update of a layer is ``alpha / rank * B A`` (Hu et al., LoRA, 2021), where A is random and B starts as
+    zeros. The global random state is left unchanged.
 
     Args:
-      model: its own weights are no longer trained.
+      model: the base model; its own weights are frozen.
       rank: rows of A and columns of B.
       alpha: scales the updates.
-      dropout: of the updates' inputs.
+      dropout: probability of dropping an input of an update.
       bias: which biases are trained.
       target_modules: names of the layers, such as ``("q_proj", "v_proj")``; ``all-linear``: all but the head.
-      seed: of A.
+      seed: decides A.
 
     Raises:
-      ConfigError: the model has no linear layer of such a name.
+      ConfigError: the model has no linear layer with such a name, or no biases to train.
     """
     if target_modules != "all-linear":
         target_modules = list(target_modules)
-        linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-        unknown = [
-            target for target in target_modules if not any(f".{n}".endswith(f".{target}") for n in linear)
-        ]
+        linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        # peft ignores a name that fits no layer as long as another one fits.
+        unknown = [t for t in target_modules if not any(f".{name}".endswith(f".{t}") for name in linear)]
         if unknown or not target_modules:
+            known = sorted({name.rpartition(".")[2] for name in linear})
             raise ConfigError(
-                f"the model has no linear layers {', '.join(unknown) or 'of no name'}; it has "
-                f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
+                f"llama.Lora.target_modules: no linear layers {unknown}; the model has {', '.join(known)}"
             )
     if bias != "none" and not any(name.endswith(".bias") for name, _ in model.named_parameters()):
         raise ConfigError(f'llama.Lora.bias = {bias!r}: the model has no biases; set it to "none"')
@@ -68,83 +67,81 @@ def add_lora(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
     )
-    # A is drawn on the CPU wherever the model is, so no other generator is touched.
+    # peft draws A on the CPU wherever the model is, so this generator is the only one to restore.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # see `merge`
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # `merge` takes care of it
         torch.default_generator.manual_seed(seed % 2**63)
-        return get_peft_model(model, settings)
+        return peft.get_peft_model(model, settings)
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory."""
     model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
-    (Path(directory) / "README.md").unlink(missing_ok=True)  # a model card to be filled in
+    (Path(directory) / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
 
 
 def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
-    """Puts a saved LoRA adapter into a model, in place, for evaluation.
+    """Adds a saved LoRA adapter to a model, in place, for evaluation.
 
     Args:
-      model: of the sizes that the adapter was made for.
-      directory: in PEFT's layout.
+      model: the base model, with the layer sizes that the adapter was made for.
+      directory: the adapter in PEFT's layout.
 
     Raises:
-      DataError: the adapter is missing, broken, of another kind, or does not fit the model.
+      DataError: the adapter is missing, broken, not LoRA, or does not fit the model.
     """
     settings = read_config(directory)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the base model is in another place now, too
-            peft_model = get_peft_model(model, settings)
+            warnings.simplefilter("ignore")  # the base model may lie elsewhere now
+            peft_model = peft.get_peft_model(model, settings)
     except Exception as error:
-        # Nonsense in a configuration fails anywhere in peft: TypeError, re.error, ImportError, ValueError.
-        raise DataError(
-            f"{Path(directory) / CONFIG} does not fit the model: {type(error).__name__}: {_one_line(error)}"
-        ) from error
+        # Invalid settings fail anywhere in peft: TypeError, re.error, ImportError, ValueError.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{Path(directory) / CONFIG} does not fit the model: {reason}") from error
     load_weights(peft_model, directory)
     return peft_model
 
 
 def load_weights(model: PeftModel, directory: Path) -> None:
-    """Puts the weights of a saved adapter into an adapter of the same kind.
+    """Loads the weights of a saved adapter into an adapter with the same settings.
 
     Raises:
-      DataError: they are missing, broken, or not those of this adapter: other layers or another rank.
+      DataError: they are missing or broken, or belong to other layers or another rank.
     """
     path = Path(directory) / WEIGHTS
     found = read_safetensors(path)
-    # peft itself leaves out what it does not know and starts anew what is missing.
-    check_fit(found, get_peft_model_state_dict(model, save_embedding_layers=False), path)
-    set_peft_model_state_dict(model, found)
+    # peft itself ignores weights it has no place for, and keeps random numbers for those that are missing.
+    check_fit(found, peft.get_peft_model_state_dict(model, save_embedding_layers=False), path)
+    peft.set_peft_model_state_dict(model, found)
 
 
 def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Checks that the tensors read from a path have the names and shapes of those that are wanted.
+    """Checks that the tensors read from `path` have the names and shapes of those in the model.
 
     Raises:
-      DataError: they have not; names the first that differs.
+      DataError: they differ; names the first difference.
     """
     for name in [*sorted(wanted.keys() - found.keys()), *sorted(found.keys() - wanted.keys())]:
-        lacks = "lacks" if name in wanted else "has"
-        raise DataError(f"{path} does not fit the model: it {lacks} {name}")
+        verb = "lacks" if name in wanted else "has"
+        raise DataError(f"{path} does not fit the model: it {verb} {name}")
     for name, value in wanted.items():
-        if found[name].shape != value.shape:
-            raise DataError(
-                f"{path} does not fit the model: {name} is {tuple(found[name].shape)} instead of "
-                f"{tuple(value.shape)}"
-            )
+        shape, needed = tuple(found[name].shape), tuple(value.shape)
+        if shape != needed:
+            raise DataError(f"{path} does not fit the model: {name} is {shape} instead of {needed}")
 
 
 def merge(model: PeftModel) -> LlamaForCausalLM:
-    """Adds the updates to the layers' own weights, in place, and takes the adapter away.
+    """Adds the updates to the layers' own weights, in place, and removes the adapter.
 
-    A head or embedding with an update of its own stops sharing its weights with the other one, which would
-    get that update too; the model is larger then.
+    If the head or the embedding has an update of its own, the two stop sharing their weights, which makes the
+    model larger.
     """
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     updated = isinstance(head, BaseTunerLayer) or isinstance(embedding, BaseTunerLayer)
+    # Merging writes into the weight itself: while it is shared, the other layer would get the update too.
     if updated and head.weight is embedding.weight:
         getattr(head, "base_layer", head).weight = nn.Parameter(head.weight.detach().clone())
     if head.weight is not embedding.weight:
@@ -153,44 +150,35 @@ def merge(model: PeftModel) -> LlamaForCausalLM:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name.
+    """Returns the tensors of a file by name.
 
     Raises:
-      DataError: it is missing or broken.
+      DataError: the file is missing or broken.
     """
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is broken: {_one_line(error)}") from error
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def read_config(directory: Path) -> LoraConfig:
-    """What a saved LoRA adapter says about itself, the base model that it was made on among it.
+    """Returns the settings of a saved LoRA adapter, including the base model that it was trained on.
 
     Raises:
-      DataError: it is missing, broken or of another kind.
+      DataError: they are missing, broken or not those of a LoRA adapter.
     """
     path = Path(directory) / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: {directory} is no adapter") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is broken: {_one_line(error)}") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    if kind != "LORA":
-        raise DataError(f"{path}: peft_type is {kind!r}; only LORA adapters are read")
+    if not path.is_file():  # peft would look for it on the hub
+        raise DataError(f"{path} is missing: {directory} does not contain an adapter")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of settings that a newer peft has; what matters is checked
-            settings = LoraConfig.from_pretrained(directory)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path} is broken: {_one_line(error)}") from error
+            warnings.simplefilter(
+                "ignore"
+            )  # a newer peft has settings that this one skips; weights are checked
+            settings = PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # peft lets through whatever an unexpected value makes it do
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(settings, LoraConfig):
+        raise DataError(f"{path} is not a LoRA adapter but {type(settings).__name__}")
     settings.inference_mode = True
     return settings
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

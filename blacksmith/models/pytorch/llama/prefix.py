@@ -1,13 +1,13 @@
-"""Batches whose sequences all begin alike: what they share is computed once, with gradients.
+"""Batches of sequences with a common prefix, which is computed once per batch, with gradients.
 
-An instruction that stands before every example is the same in each row of a batch, and so are its keys and
-values in every layer, since attention looks back only. `hidden_states` runs the shared tokens through the
-model once and lets all rows attend to what came out; `token_losses` applies the language-model head only
-where there is something to predict. Loss and gradients are those of the ordinary padded batch up to rounding,
-with dropout off; with dropout on, all rows share the prefix's masks.
+An instruction before every example is the same in each row of a batch. Because attention is causal, its keys
+and values do not depend on what follows, so they are the same in every row too. `hidden_states` runs the
+prefix through the model once and lets all rows attend to the result; `token_losses` applies the head only at
+targets. Without dropout, loss and gradients equal those of the ordinary padded batch up to rounding; with
+dropout, all rows share the masks of the prefix.
 
-Rows are padded on the right. Padding comes after every real token, so no real token attends to it and no mask
-is needed beyond the causal one.
+Rows are padded on the right. Padding follows every real token, so no real token attends to it, and the causal
+mask is the only one needed.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 IGNORED = -100
-"""A target that is not learnt."""
+"""The target of a position without a loss (padding, prompt); -100 as in the labels of transformers."""
 
 
 class Batch(NamedTuple):
-    """Sequences that begin with the same tokens.
+    """Sequences with a common prefix.
 
     Attributes:
-      prefix: what they share, int64 [prefix]; may be empty.
-      tokens: what follows in each, padded on the right, int64 [batch, length].
-      targets: the token to be predicted after each of `tokens`, or `IGNORED`: int64 [batch, length].
+      prefix: the tokens that all sequences start with, int64 [prefix]; may be empty.
+      tokens: the rest of each sequence, padded on the right, int64 [batch, length].
+      targets: the token to predict after each of `tokens`, or `IGNORED`: int64 [batch, length].
     """
 
     prefix: Tensor
@@ -38,24 +38,31 @@ class Batch(NamedTuple):
     targets: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on a device."""
+        """Returns the batch on a device."""
         return Batch(*(part.to(device) for part in self))
 
 
 class _Recorded(DynamicLayer):
-    """Keeps the keys and values of the prefix as they pass by, [1, heads, prefix, width] each.
+    """A layer's cache that keeps the prefix's keys and values, [1, key_value_heads, prefix, head_width] each.
 
-    A checkpointed layer passes by again in the backward pass, when its keys have been taken already.
+    They are not detached: the losses of all rows send their gradients through these tensors into the layers
+    that computed them.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        # A checkpointed layer runs again in the backward pass. The rows were computed from the tensors of its
+        # first run, so those must stay.
         if not self.is_initialized:
             self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 
 
 class _Shared(DynamicLayer):
-    """Puts the prefix's keys and values before those of each row, and does not change."""
+    """A layer's cache that puts the prefix's keys and values before those of each row.
+
+    transformers derives the rows' positions and the causal mask from its length, which is that of the prefix.
+    An ordinary cache would append the rows' keys; this one never changes, so a layer can run twice.
+    """
 
     def __init__(self, recorded: _Recorded) -> None:
         super().__init__()
@@ -66,16 +73,18 @@ class _Shared(DynamicLayer):
 
 
 def _after(first: Tensor, rows: Tensor) -> Tensor:
+    # [1, heads, prefix, width] and [batch, heads, length, width] -> [batch, heads, prefix + length, width].
+    # The backward pass of `expand` sums over the batch, which gives the prefix the gradients of all rows.
     return torch.cat([first.expand(len(rows), -1, -1, -1), rows], dim=2)
 
 
 def causal_model(model: torch.nn.Module) -> LlamaForCausalLM:
-    """The Llama model itself, out of a PEFT model that may be around it; adapters stay in it."""
+    """Returns the Llama model inside a PEFT model, adapters included, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def hidden_states(model: torch.nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
-    """The last layer's output for `tokens` that follow `prefix` in every row: [batch, length, width].
+    """Returns the last layer's output at `tokens`, which follow `prefix` in each row: [batch, length, width].
 
     Args:
       model: a `LlamaForCausalLM`, or a PEFT model around one.
@@ -85,6 +94,7 @@ def hidden_states(model: torch.nn.Module, prefix: Tensor, tokens: Tensor) -> Ten
     decoder = causal_model(model).model
     if not len(prefix):
         return decoder(input_ids=tokens, use_cache=False).last_hidden_state
+    # The prefix's own output is not needed: it has no targets. Rows use only its keys and values.
     recorded = [_Recorded() for _ in decoder.layers]
     decoder(input_ids=prefix[None], cache=Cache(layers=recorded), use_cache=True)
     shared = Cache(layers=[_Shared(layer) for layer in recorded])
@@ -92,21 +102,24 @@ def hidden_states(model: torch.nn.Module, prefix: Tensor, tokens: Tensor) -> Ten
 
 
 def target_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """The head's output where there is a target, row by row: float32 [targets, vocabulary]."""
+    """Returns the logits at the targets, row by row: float32 [targets, vocabulary]."""
     hidden = hidden_states(model, batch.prefix, batch.tokens)
+    # At all positions the head's output, [batch, length, vocabulary], would be the largest tensor by far, and
+    # almost all of it unused: an answer is one or two tokens.
     return causal_model(model).lm_head(hidden[batch.targets != IGNORED]).float()
 
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of each target in nats, row by row: float32 [targets]."""
+    """Returns the cross-entropy of each target in nats, row by row: float32 [targets]."""
     logits = target_logits(model, batch)
     return F.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="none")
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """The longest run of tokens that all sequences begin with; empty for no sequences."""
+    """Returns the longest run of tokens that all sequences start with; empty for no sequences."""
     if not sequences:
         return []
+    # In lexicographic order, what the first and the last sequence share is shared by all between them.
     first, last = min(sequences), max(sequences)
     shared = 0
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
@@ -115,11 +128,11 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:
-    """Has every decoder layer computed again in the backward pass instead of keeping what it needs for it.
+    """Recomputes every decoder layer in the backward pass instead of storing its activations, to save memory.
 
-    Transformers' own gradient checkpointing takes the cache away from the layers and cannot be combined with
-    a shared prefix; this one can, since the caches here do not change when a layer runs a second time. Other
-    calls with gradients have to be given ``use_cache=False``.
+    The gradient checkpointing of transformers turns off the cache, and with it a shared prefix. This one can
+    keep it, because the caches here do not change when a layer runs again. Other calls with gradients need
+    ``use_cache=False``.
     """
     for layer in causal_model(model).model.layers:
         layer.forward = _recomputed(layer.forward)
@@ -127,6 +140,7 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
 
 def _recomputed(forward: Any) -> Any:
     def run(*arguments: Any, **options: Any) -> Any:
+        # `checkpoint` also restores the random state, so a recomputed layer draws the same dropout masks.
         if not torch.is_grad_enabled():
             return forward(*arguments, **options)
         return checkpoint(forward, *arguments, use_reentrant=False, **options)

@@ -1,4 +1,4 @@
-"""A tokenizer without a vocabulary to learn: one token a byte."""
+"""A tokenizer that needs no training: one token per byte."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -7,9 +7,9 @@ BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A fast tokenizer of 256 bytes and three special tokens; every text comes back as it was.
+    """Returns a fast tokenizer with 256 bytes and three special tokens, which it never adds automatically.
 
-    It adds no special token by itself.
+    Decoding returns every text unchanged.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([BEGIN, END, PAD, *alphabet])}

@@ -1,0 +1,50 @@
+"""The command `python -m blacksmith.report`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from blacksmith import report
+from blacksmith.errors import DataError, UserError
+from blacksmith.report.read import shared_directory
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the page of one run or a comparison of several; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m blacksmith.report",
+        description="Make one self-contained HTML page of a run, or of several to compare them.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the page to write (default: report.html in the run directory; for several runs "
+        "comparison.html in the directory that holds them all)",
+    )
+    arguments = parser.parse_args(argv)
+    runs, output = arguments.runs, arguments.output
+    if len({run.resolve() for run in runs}) < len(runs):
+        parser.error("a run directory is given twice")
+    if output is not None and output.is_dir():
+        parser.error(f"--output {output} is a directory, must be a file name such as report.html")
+    files = ("config.json", "environment.json", "metrics.jsonl", "result.json")
+    try:
+        for run in runs:
+            if run.is_dir() and not any((run / name).exists() for name in files):
+                raise DataError(f"{run} is not a run directory: it has none of {', '.join(files)}")
+        if len(runs) > 1:
+            written = report.write_comparison(output or shared_directory(runs) / "comparison.html", runs)
+        else:
+            written = report.write(runs[0], output)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_status
+    print(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""The plots of a page, in plotly's JSON built as plain dicts; `page.js` draws them."""
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from blacksmith.report import read, text
+from blacksmith.report.read import Run, Series
+
+# Mid-tones that keep their contrast on the light and on the dark page.
+PALETTE = ["#3b7dd8", "#e0803a", "#2f9e73", "#b657c4", "#d6455d", "#179fb5", "#b08a14", "#7a6ff0", "#7d8793"]
+SPLIT_STYLES = {
+    "train": {"mode": "lines"},
+    "val": {"mode": "lines+markers", "dash": "dash"},
+    "test": {"mode": "markers", "symbol": "diamond", "size": 10},
+}
+OTHER_SPLIT_STYLE = {"mode": "lines+markers", "dash": "dot", "symbol": "square"}
+MAX_POINTS = 2000  # per curve: an SVG path with more is slow and shows nothing new
+MAX_CELL_TEXTS = 25  # classes up to which the counts fit their cells
+MAX_LABEL = 14  # characters that an axis has room for
+
+
+@dataclass
+class Figure:
+    """A panel with one plot.
+
+    Attributes:
+      title: the panel's heading.
+      data: plotly traces.
+      layout: plotly layout.
+      caption: a line below the heading.
+      axes: for each trace, its x values by axis name; empty if the traces have their own.
+      groups: for each trace, the keys of the legend that hide it.
+      log: whether the reader may switch to a logarithmic axis.
+      tall: whether the panel is higher than usual.
+      id: of the element that holds the plot; set by the page.
+    """
+
+    title: str
+    data: list[dict[str, Any]] = field(default_factory=list)
+    layout: dict[str, Any] = field(default_factory=dict)
+    caption: str = ""
+    axes: list[dict[str, list[float | None]]] = field(default_factory=list)
+    groups: list[list[str]] = field(default_factory=list)
+    log: bool = False
+    tall: bool = False
+    id: str = ""
+
+    def add(self, series: Series, name: str, color: str, style: Mapping[str, Any], groups: list[str]) -> None:
+        """Adds a curve; one of a single point gets a marker, or nothing would be seen."""
+        kept = _thinned(series.values)
+        is_point = np.isfinite(series.values).sum() < 2 and style["mode"] == "lines"
+        line = {"color": color, "width": style.get("width", 1.8), "dash": style.get("dash", "solid")}
+        marker = {"color": color, "size": style.get("size", 5), "symbol": style.get("symbol", "circle")}
+        self.data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers" if is_point else style["mode"],
+                "name": _plain(name),
+                "y": _numbers(series.values[kept]),
+                "line": line,
+                "marker": marker,
+            }
+        )
+        self.axes.append({axis: _numbers(values[kept]) for axis, values in series.axes.items()})
+        self.groups.append(groups)
+        if len(kept) < len(series.values):
+            self.caption = (
+                f"Long curves are drawn by their extremes: {len(series.values):,} points were logged."
+            )
+
+    def values(self) -> list[float]:
+        """Every finite value that is drawn."""
+        return [value for trace in self.data for value in trace["y"] if value is not None]
+
+
+def color(index: int) -> str:
+    """The color of a run or a split; after nine they repeat."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def curves(runs: Sequence[Run]) -> list[Figure]:
+    """One figure for each metric, with every split of every run in it."""
+    figures = []
+    splits = read.splits_of(runs)
+    for metric in read.metrics_of(runs):
+        if not any(set(run.series.get(metric, {})) - {"test"} for run in runs):
+            continue  # a number of the final test alone is among the key numbers
+        figure = Figure(text.title(metric))
+        for index, run in enumerate(runs):
+            for split, series in run.series.get(metric, {}).items():
+                style = SPLIT_STYLES.get(split, OTHER_SPLIT_STYLE)
+                if len(runs) == 1:  # colors tell the splits apart, so no line needs to be dashed
+                    style = style | {"dash": "solid"}
+                    figure.add(series, split, color(splits.index(split)), style, [f"split {split}"])
+                else:
+                    groups = [f"run {index}", f"split {split}"]
+                    figure.add(series, f"{run.name} · {split}", color(index), style, groups)
+        figure.log = "loss" in metric and min(figure.values(), default=0) > 0
+        figure.layout = {"yaxis": _value_axis(metric, figure.values())}
+        figures.append(figure)
+    return figures
+
+
+def confusion_matrix(run: Run) -> Figure | None:
+    """Counts, with hits and errors on color scales of their own so that errors are seen."""
+    counts = np.array(run.result.test.confusion_matrix)
+    size = len(counts)
+    if not size:
+        return None
+    ticks = _class_axis(run, size)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    is_hit = np.eye(size, dtype=bool)
+    worst = share[~is_hit].max(initial=0)
+    data = [
+        {
+            "type": "heatmap",
+            "name": name,
+            "z": [_numbers(row) for row in np.where(mask, share, np.nan)],
+            "zmin": 0,
+            "zmax": top,
+            "text": [[f"{c:,.0f}" if m else "" for c, m in zip(*rows)] for rows in zip(counts, mask)],
+            "texttemplate": "%{text}" if size <= MAX_CELL_TEXTS else "",
+            "hovertemplate": "true %{y}, predicted %{x}<br>%{text} (%{z:.2%} of the class)<extra></extra>",
+            "colorscale": [[0, f"rgba({rgb},0.10)"], [1, f"rgba({rgb},0.62)"]],
+        }
+        for name, mask, rgb, top in (
+            ("correct", is_hit, "59,125,216", 1.0),
+            ("error", ~is_hit & (counts > 0), "224,112,40", worst or 1.0),
+        )
+    ]
+    errors = int(counts[~is_hit].sum())
+    caption = f"{errors:,} errors in {int(counts.sum()):,} examples."
+    if errors:
+        caption += f" Shades of orange are shares of the true class, up to {worst:.1%}."
+    layout = {
+        "xaxis": {"title": {"text": "predicted"}, **ticks},
+        "yaxis": {"title": {"text": "true"}, "autorange": "reversed", **ticks},
+    }
+    return Figure("Confusion matrix", data, layout, caption, tall=True)
+
+
+def accuracy_by_class(run: Run) -> Figure | None:
+    """A bar for each class."""
+    values = run.result.test.per_class_accuracy
+    if not values:
+        return None
+    # Where all are high the axis is cut, or their differences would vanish.
+    lowest = min((value for value in values if value is not None), default=0.0)
+    start = math.floor((lowest - 0.02) * 20) / 20 if lowest > 0.6 else 0.0
+    bars = {
+        "type": "bar",
+        "orientation": "h",
+        "x": values,
+        "text": [f"{value:.1%}" if value is not None else "–" for value in values],
+        "textposition": "outside",
+        "cliponaxis": False,
+        "hovertemplate": "class %{y}: %{x:.2%}<extra></extra>",
+        "marker": {"color": color(0)},
+    }
+    layout = {
+        "xaxis": {"range": [start, 1.0001], "tickformat": "~%", "fixedrange": True},
+        "yaxis": {"title": {"text": "class"}, "autorange": "reversed", **_class_axis(run, len(values))},
+        "bargap": 0.25,
+        "margin": {"r": 52},  # the label of a full bar
+    }
+    caption = f"The axis starts at {start:.0%}." if start else ""
+    return Figure("Accuracy by class", [bars], layout, caption, tall=True)
+
+
+def compared_by_class(runs: Sequence[Run]) -> Figure | None:
+    """Dots instead of bars: with several runs only the differences matter."""
+    figure = Figure("Test accuracy by class")
+    for index, run in enumerate(runs):
+        if values := run.result.test.per_class_accuracy:
+            marker = {"color": color(index), "size": 9, "opacity": 0.85}
+            trace = {"type": "scatter", "mode": "markers", "name": _plain(run.name), "marker": marker}
+            figure.data.append({**trace, "y": values})
+            figure.groups.append([f"run {index}"])
+            ticks = {**_class_axis(run, len(values)), "showgrid": True}
+            axis = {"tickformat": "~%", "hoverformat": ".2%"}
+            figure.layout = {"xaxis": {"title": {"text": "class"}, **ticks}, "yaxis": axis}
+    return figure if figure.data else None
+
+
+def parity(curves: Mapping[str, list[float]], reference: str) -> list[Figure]:
+    """The losses, and on a logarithmic axis how far each run is from the reference.
+
+    Args:
+      curves: run name -> loss at each step, from step 1.
+      reference: the run that the others are compared with.
+    """
+    losses, differences = Figure("Loss"), Figure(f"|difference| to {reference}")
+    arrays = {name: np.array(curve, np.float64) for name, curve in curves.items()}
+    gaps = {}
+    for name, array in arrays.items():
+        if name != reference:
+            steps = min(len(array), len(arrays[reference]))
+            gaps[name] = np.abs(array[:steps] - arrays[reference][:steps])
+    all_equal = not any(gap.any() for gap in gaps.values())
+    for index, (name, array) in enumerate(arrays.items()):
+        groups = [f"run {index}"]
+        style = {"mode": "lines", "dash": ("solid", "dash", "dot", "dashdot")[index % 4]}
+        losses.add(_by_step(array), name, color(index), style, groups)
+        if name in gaps:
+            # A logarithmic axis has no zero: equal steps are gaps in it, and counted in the caption.
+            gap = gaps[name] if all_equal else np.where(gaps[name] == 0, np.nan, gaps[name])
+            style = {"mode": "lines+markers", "size": 3, "width": 1}
+            differences.add(_by_step(gap), name, color(index), style, groups)
+    losses.log = min(losses.values(), default=0) > 0
+    losses.layout = {"yaxis": {"hoverformat": ".8~g", "exponentformat": "power"}}
+    scale = {} if all_equal else {"type": "log", "dtick": 1}
+    differences.layout = {"yaxis": {"hoverformat": ".3~e", "exponentformat": "e", **scale}}
+    equal = (f"{name} is equal at {(gap == 0).sum():,} of {len(gap):,} steps" for name, gap in gaps.items())
+    differences.caption = "; ".join(equal) + "."
+    return [losses, differences]
+
+
+def _by_step(values: np.ndarray) -> Series:
+    return Series(values, {"step": np.arange(1.0, len(values) + 1)})
+
+
+def _thinned(values: np.ndarray) -> np.ndarray:
+    """Indices of about `MAX_POINTS` values: the ends and each stretch's extremes and first gap."""
+    if len(values) <= MAX_POINTS:
+        return np.arange(len(values))
+    kept = {0, len(values) - 1}
+    for part in np.array_split(np.arange(len(values)), MAX_POINTS // 3):
+        is_finite = np.isfinite(values[part])
+        if is_finite.any():
+            known = part[is_finite]
+            kept |= {known[values[known].argmin()], known[values[known].argmax()]}
+        if not is_finite.all():
+            kept.add(part[is_finite.argmin()])
+    return np.array(sorted(kept))
+
+
+def _value_axis(metric: str, values: list[float]) -> dict[str, Any]:
+    if metric.endswith("_per_second"):
+        return {"tickformat": "~s", "hoverformat": ",.0f", "rangemode": "tozero"}
+    axis = {"hoverformat": ".4~g", "exponentformat": "power", "minexponent": 5}
+    if text.is_share(metric, values):
+        axis = {"tickformat": "~%", "hoverformat": ".2%"}
+    if values and min(values) == max(values):
+        # plotly would draw an axis that is 2 high, however small the value.
+        margin = abs(values[0]) / 2 or 1.0
+        axis["range"] = [values[0] - margin, values[0] + margin]
+    return axis
+
+
+def _class_axis(run: Run, size: int) -> dict[str, Any]:
+    """An axis with the names of the classes, cut to what it has room for."""
+    names = run.result.test.class_names
+    if len(names) != size:
+        names = [str(index) for index in range(size)]
+    short = [name if len(name) <= MAX_LABEL else f"{name[: MAX_LABEL - 1]}…" for name in names]
+    ticks = {"tickvals": list(range(size)), "ticktext": [_plain(name) for name in short], "ticks": ""}
+    return {**ticks, "showgrid": False, "zeroline": False}
+
+
+def _numbers(values: Iterable[float]) -> list[float | None]:
+    """JSON knows no NaN: what is not finite becomes a gap."""
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def _plain(name: str) -> str:
+    """plotly reads a subset of HTML in names and labels."""
+    return html.escape(name, quote=False)

@@ -1,0 +1,257 @@
+"""Reads a run directory for the report: what is missing is empty, what is broken is a `DataError`.
+
+Files are validated here, once; the rest of the report trusts what `load` returns.
+"""
+
+import base64
+import datetime
+import functools
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from blacksmith.errors import DataError, first_line
+from blacksmith.run import metrics
+from blacksmith.run.checkpoint import direction
+
+AXES = ("step", "epoch", "seconds")
+SPLITS = ("train", "val", "test")
+FIRST_METRICS = ("accuracy", "loss")
+MAX_IMAGE_BYTES = 32 * 2**20  # all images of a run together
+TILE_PIXELS = 100  # images up to this size are shown as small tiles
+
+
+class Config(pydantic.BaseModel):
+    """What the report reads of `config.json`."""
+
+    run: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {}
+
+
+class Environment(pydantic.BaseModel):
+    """What the report reads of `environment.json`."""
+
+    started: datetime.datetime | None = None
+    command: list[Any] = []
+    device: str | None = None
+    data: dict[str, Any] = {}
+    git: dict[str, Any] = {}
+
+
+class Test(pydantic.BaseModel, extra="allow"):
+    """`test` in `result.json`: any number of scores, and tables by class."""
+
+    class_names: list[str] = []
+    confusion_matrix: list[list[pydantic.FiniteFloat]] = []
+    per_class_accuracy: list[pydantic.FiniteFloat | None] = []
+
+    @pydantic.model_validator(mode="after")
+    def _check_square(self) -> "Test":
+        if any(len(row) != len(self.confusion_matrix) for row in self.confusion_matrix):
+            raise ValueError("confusion_matrix is not square")
+        return self
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Every number, accuracy and loss first."""
+        numbers = {name: value for name, value in self.model_extra.items() if isinstance(value, (int, float))}
+        return {name: numbers[name] for name in [*FIRST_METRICS, *numbers] if name in numbers}
+
+
+class Result(pydantic.BaseModel):
+    """What the report reads of `result.json`."""
+
+    status: str = "unfinished"
+    error: str = ""
+    step: int | None = None
+    epoch: float | None = None
+    seconds: float | None = None
+    parameters: int | None = None
+    trained_parameters: int | None = None
+    initial_weights_sha256: str | None = None
+    order_sha256: str | None = None
+    tested_checkpoint: str = ""
+    test: Test = Test()
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of one split.
+
+    Attributes:
+      values: float64 [points]; may hold NaN and infinities.
+      axes: name -> float64 [points]; `AXES`, for a parity check only `step`.
+    """
+
+    values: np.ndarray
+    axes: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a run: its heading, the lines below it, a data URI, and `tile`, `wide` or no layout."""
+
+    title: str
+    caption: list[str]
+    uri: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds.
+
+    Attributes:
+      name: tells it from the other runs on the page.
+      files: the JSON files that are there, by name.
+      config: `config.json`.
+      environment: `environment.json`.
+      result: `result.json`.
+      rows: the lines of `metrics.jsonl` in the order of their steps.
+      pictures: those in `images/`, in the order of their names.
+      notes: what was left out.
+    """
+
+    name: str
+    files: dict[str, dict[str, Any]]
+    config: Config
+    environment: Environment
+    result: Result
+    rows: list[dict[str, Any]]
+    pictures: list[Picture]
+    notes: list[str]
+
+    @property
+    def experiment(self) -> str:
+        """Its name in the registry."""
+        return str(self.config.run.get("experiment", self.name))
+
+    @functools.cached_property
+    def series(self) -> dict[str, dict[str, Series]]:
+        """Metric -> split -> series, with the test drawn where the tested checkpoint was validated."""
+        places = {f"step_{row['step']:08d}": row for row in self.rows if row["split"] == "val"}
+        tested = places.get(self.result.tested_checkpoint)
+        points: dict[str, dict[str, list]] = {}
+        for row in self.rows:
+            place = tested if tested and row["split"] == "test" else row
+            for name, value in row.items():
+                if name not in (*AXES, "split") and isinstance(value, (int, float)):
+                    column = points.setdefault(name, {}).setdefault(row["split"], [])
+                    column.append((value, *(place[axis] for axis in AXES)))
+        series: dict[str, dict[str, Series]] = {}
+        for name, splits in points.items():
+            for split in in_order(splits):
+                values, *axes = np.array(splits[split], np.float64).T
+                series.setdefault(name, {})[split] = Series(values, dict(zip(AXES, axes)))
+        return series
+
+    def reached(self, axis: str) -> float | None:
+        """The step, epoch or seconds that the run came to."""
+        value = getattr(self.result, axis)
+        return max((row[axis] for row in self.rows), default=None) if value is None else value
+
+    def best(self, metric: str) -> tuple[float, float] | None:
+        """(value, step) of the best validation by a metric, the first of equal ones."""
+        series = self.series.get(metric.removeprefix("val_"), {}).get("val")
+        if series is None or not np.isfinite(series.values).any():
+            return None
+        own = self.config.checkpoint
+        mode = direction(metric, own.get("mode", "auto") if metric == own.get("metric") else "auto")
+        at = (np.nanargmax if mode == "max" else np.nanargmin)(series.values)
+        return float(series.values[at]), float(series.axes["step"][at])
+
+    def rate(self) -> tuple[str, float] | None:
+        """(unit, median per second) of the first rate that was logged."""
+        for name, splits in self.series.items():
+            if name.endswith("_per_second") and "train" in splits:
+                return name.removesuffix("_per_second"), float(np.median(splits["train"].values))
+        return None
+
+
+def load(directory: Path, name: str) -> Run:
+    """Reads a run directory, of which any file may be missing.
+
+    Raises:
+      DataError: there is no such directory, or one of its files is broken.
+    """
+    if not directory.is_dir():
+        raise DataError(f"there is no run directory {directory}")
+    files, sections, notes = {}, {}, []
+    try:
+        for kind in (Config, Result, Environment):
+            path = directory / f"{kind.__name__.lower()}.json"
+            if path.exists():
+                files[path.name] = json.loads(path.read_text(encoding="utf-8"))
+            sections[path.stem] = kind.model_validate(files.get(path.name, {}))
+        path = directory / "metrics.jsonl"
+        rows = metrics.read(path) if path.exists() else []
+        pictures = _read_pictures(directory / "images", notes)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or directory}: {error.strerror or error}") from error
+    rows.sort(key=lambda row: row["step"])
+    return Run(name, files, **sections, rows=rows, pictures=pictures, notes=notes)
+
+
+def _read_pictures(directory: Path, notes: list[str]) -> list[Picture]:
+    pictures, size = [], 0
+    for file in sorted(f for f in directory.glob("*") if f.suffix.lower() in (".png", ".gif")):
+        size += file.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            notes.append(
+                f"Images end at {MAX_IMAGE_BYTES >> 20} MiB: those from {file.name} on are left out."
+            )
+            break
+        pictures.append(_read_picture(file))
+    return pictures
+
+
+def _read_picture(file: Path) -> Picture:
+    """Its heading and caption are the PNG's texts `Title` and `Description`, else the file's name."""
+    from PIL import Image
+
+    content = file.read_bytes()
+    try:
+        image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])  # reads the header alone
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} is not a PNG or GIF file: {first_line(error)}") from error
+    width, height = image.size
+    return Picture(
+        title=str(image.info.get("Title", "Images")),
+        caption=str(image.info.get("Description", file.name)).splitlines(),
+        uri=f"data:{image.get_format_mimetype()};base64,{base64.b64encode(content).decode()}",
+        layout="tile" if max(width, height) <= TILE_PIXELS else "wide" if width > 2 * height else "",
+    )
+
+
+def shared_directory(directories: Sequence[Path]) -> Path:
+    """The innermost directory that holds all of the directories."""
+    return Path(os.path.commonpath([path.resolve().parent for path in directories]))
+
+
+def in_order(splits: Iterable[str]) -> list[str]:
+    """Train, val and test first, then any other split by name."""
+    return sorted(splits, key=lambda split: (SPLITS.index(split) if split in SPLITS else len(SPLITS), split))
+
+
+def splits_of(runs: Sequence[Run]) -> list[str]:
+    """Every split that was logged."""
+    return in_order({split for run in runs for splits in run.series.values() for split in splits})
+
+
+def metrics_of(runs: Sequence[Run]) -> list[str]:
+    """Every metric that was logged: loss and accuracy first, the learning rate and rates last."""
+    names = dict.fromkeys(name for run in runs for name in run.series)
+    places = {"loss": 0, "accuracy": 1, "learning_rate": 3}
+    return sorted(names, key=lambda name: 4 if name.endswith("_per_second") else places.get(name, 2))

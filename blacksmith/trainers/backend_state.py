@@ -1,0 +1,121 @@
+"""What the JAX and the PyTorch backend share: named state, random seeds of steps, evaluation in batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from blacksmith.run.order import seed_int
+from blacksmith.trainers.initial_weights import variable_name
+from blacksmith.trainers.optimizers import named_variables
+from blacksmith.trainers.task import Task
+
+EVALUATION_BATCH = 1000
+
+
+def seed_states(model: keras.Model) -> list[keras.Variable]:
+    """The states of the seed generators of the model's layers."""
+    return [v for v in model.non_trainable_variables if v.path.endswith("seed_generator_state")]
+
+
+def named_state(task: Task) -> dict[str, keras.Variable]:
+    """The variables that a checkpoint holds, by backend-neutral name.
+
+    Seed states are left out: they are set again at each step from (seed, step).
+    """
+    model = task.model
+    seeds = {id(v) for v in seed_states(model)}
+    named = {f"model/{variable_name(model, v)}": v for v in model.variables if id(v) not in seeds}
+    named |= {f"optimizer/{n}": v for n, v in named_variables(task.optimizer, model).items()}
+    return named
+
+
+def read_state(task: Task) -> dict[str, np.ndarray]:
+    """`named_state` as NumPy arrays."""
+    return {name: np.array(ops.convert_to_numpy(variable)) for name, variable in named_state(task).items()}
+
+
+def assign_state(task: Task, state: Mapping[str, np.ndarray]) -> None:
+    """Assigns what `read_state` returned to the Keras variables.
+
+    Raises:
+      ValueError: names or shapes differ from the task's; names the first.
+    """
+    variables = named_state(task)
+    missing, unknown = sorted(set(variables) - set(state)), sorted(set(state) - set(variables))
+    if missing:
+        raise ValueError(f"the checkpoint lacks {missing[0]}")
+    if unknown:
+        raise ValueError(f"the checkpoint has {unknown[0]}, which is not part of this model and optimizer")
+    for name, variable in variables.items():
+        if tuple(variable.shape) != state[name].shape:
+            raise ValueError(
+                f"the checkpoint's {name} has the shape {state[name].shape}, not {tuple(variable.shape)}"
+            )
+        variable.assign(state[name].astype(str(variable.dtype)))
+
+
+def check_parts(accumulate: int, batch: int) -> None:
+    """Checks that a batch can be split into `accumulate` equal parts.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    if batch % accumulate:
+        raise ValueError(f"accumulate = {accumulate} does not divide the batch of {batch} samples")
+
+
+def added_loss(added: Sequence[object]) -> object:
+    """What the model's layers add to the loss of a batch (regularizers, `add_loss`), as one float32."""
+    return sum(ops.cast(loss, "float32") for loss in added)
+
+
+def step_seeds(seed: int, first: int, count: int) -> np.ndarray:
+    """Seeds of `count` steps from step `first` on: uint64 [count].
+
+    They depend on (seed, step) alone, so a resumed run draws the dropout masks of the uninterrupted one.
+    """
+    base = np.uint64(seed_int(seed, "step"))
+    # splitmix64 (Steele, Lea and Flood 2014), whose neighboring outputs are unrelated. It wraps by design.
+    with np.errstate(over="ignore"):
+        x = base + np.arange(first, first + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw_augmentation(task: Task, first: int, steps: int, batch: int) -> np.ndarray | None:
+    """The augmentation's parameters for some steps: float32 [steps, batch, parameters], or None."""
+    if task.augmentation is None:
+        return None
+    return np.stack(
+        [
+            task.augmentation.draw(np.random.Generator(np.random.PCG64(int(seed))), batch)
+            # Another seed than that of the dropout masks of the same step.
+            for seed in step_seeds(task.seed ^ 0x5EED, first, steps)
+        ]
+    )
+
+
+def evaluate_in_batches(
+    forward: Callable[[np.ndarray, np.ndarray], tuple[dict[str, np.ndarray], np.ndarray]],
+    inputs: np.ndarray,
+    labels: np.ndarray,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Applies `forward` to at most `EVALUATION_BATCH` samples at a time.
+
+    Args:
+      forward: from inputs and labels to per-sample values [samples] by name and outputs [samples, ...].
+      inputs: [samples, ...], at least one.
+      labels: [samples].
+
+    Returns:
+      What `forward` returned, joined.
+    """
+    parts = []
+    for start in range(0, len(inputs), EVALUATION_BATCH):
+        batch = slice(start, start + EVALUATION_BATCH)
+        parts.append(forward(inputs[batch], labels[batch]))
+    values, outputs = zip(*parts)
+    return {name: np.concatenate([v[name] for v in values]) for name in values[0]}, np.concatenate(outputs)

@@ -1,0 +1,59 @@
+"""Tracing of PyTorch functions into flat graphs of tensor operations, which run without Keras or autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+_ATEN = torch.ops.aten
+
+
+def copies(tensors: Any) -> Any:
+    """Detached copies of tensors in nested containers."""
+    return torch.utils._pytree.tree_map(lambda t: t.detach().clone(), tensors)
+
+
+def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
+    """The graph of `function` for these shapes; takes the arguments as one tuple.
+
+    The function runs once, on copies: tracing does not protect tensors that it updates in place.
+    """
+
+    # One argument, since `make_fx` miscounts those of bound methods.
+    def call(packed: tuple[Any, ...]) -> Any:
+        return function(*packed)
+
+    return make_fx(call)(copies(arguments))
+
+
+def simplify(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+    """The graph without detaches and with joined matrix products and biases; takes the tensors flat."""
+    # The graph runs without autograd, where a detach does nothing but cost a call.
+    for node in list(graph.graph.nodes):
+        if node.target is _ATEN.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    # Keras computes x @ w + b in two operations; addmm does both in one pass over the memory.
+    for node in list(graph.graph.nodes):
+        if node.target is not _ATEN.add.Tensor or node.kwargs:
+            continue
+        product, bias = node.args
+        joinable = (
+            isinstance(product, torch.fx.Node)
+            and isinstance(bias, torch.fx.Node)
+            and product.target is _ATEN.mm.default
+            and len(product.users) == 1
+        )
+        if joinable and bias.meta["val"].ndim == 1:
+            with graph.graph.inserting_before(node):
+                joined = graph.graph.call_function(_ATEN.addmm.default, (bias, *product.args))
+            joined.meta = node.meta
+            node.replace_all_uses_with(joined)
+            graph.graph.erase_node(node)
+            graph.graph.erase_node(product)
+    graph.graph.eliminate_dead_code()
+    # Plain code generation: the default packs and unpacks nested arguments at every call.
+    graph.graph.set_codegen(torch.fx.graph.CodeGen())
+    graph.recompile()
+    return graph.forward

@@ -1,0 +1,148 @@
+"""Any PyTorch model and optimizer as safetensors files, and back: exact to the bit, and without pickle.
+
+`save_state` and `load_state` are for a whole model in a checkpoint directory. An experiment with its own
+files for the weights uses `optimizer_state` and `load_optimizer_state`. Hyperparameters of an optimizer are
+not saved, since they come from the configuration.
+"""
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
+
+from blacksmith.errors import CheckpointError, first_line
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+NUMBERS = "optimizer.json"
+
+
+def save_state(
+    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Writes `model.safetensors` and, with an optimizer, `optimizer.safetensors` and `optimizer.json`.
+
+    Of weights that a model shares between layers, one copy is written.
+
+    Raises:
+      TypeError: see `optimizer_state`.
+    """
+    save_model(model, str(directory / MODEL))
+    if optimizer is not None:
+        tensors, numbers = optimizer_state(optimizer, dict(model.named_parameters()))
+        save_file(tensors, directory / OPTIMIZER)
+        record = {"optimizer": type(optimizer).__name__, "numbers": numbers}
+        (directory / NUMBERS).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def load_state(
+    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Puts what `save_state` wrote into a model and an optimizer of the same kinds, on any device.
+
+    Raises:
+      CheckpointError: a file cannot be read, or has other names, shapes or another optimizer.
+    """
+    path = directory / MODEL
+    try:
+        load_model(model, path)
+    except RuntimeError as error:
+        # PyTorch's message lists every difference, one per line.
+        difference = textwrap.shorten(str(error), 400)
+        raise CheckpointError(f"{path} does not fit the model: {difference}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    if optimizer is None:
+        return
+    path = directory / OPTIMIZER
+    try:
+        tensors = load_file(path)
+        record = json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} or {NUMBERS} cannot be read: {first_line(error)}") from error
+    name = type(optimizer).__name__
+    if record["optimizer"] != name:
+        raise CheckpointError(f"{path} is the state of the optimizer {record['optimizer']}, not of {name}")
+    load_optimizer_state(optimizer, dict(model.named_parameters()), tensors, record["numbers"])
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The state of an optimizer by ``parameter/slot``: its tensors, on the CPU, and its plain numbers.
+
+    Args:
+      optimizer: any with one slot per tensor or number, which is all of `torch.optim` except LBFGS.
+      parameters: what it trains, by name.
+
+    Raises:
+      TypeError: the optimizer keeps something else, or trains a parameter that is not in `parameters`.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    kind = type(optimizer).__name__
+    tensors, numbers = {}, {}
+    for parameter, slots in optimizer.state.items():
+        if parameter not in names:
+            raise TypeError(f"{kind} trains a parameter of shape {tuple(parameter.shape)} without a name")
+        for slot, value in slots.items():
+            key = f"{names[parameter]}/{slot}"
+            if isinstance(value, Tensor):
+                tensors[key] = value.detach().cpu().contiguous()
+            elif isinstance(value, (bool, int, float)):
+                numbers[key] = value
+            elif value is not None:
+                raise TypeError(f"{kind} keeps {slot!r} as a {type(value).__name__}, which cannot be saved")
+    return tensors, numbers
+
+
+@torch.no_grad()
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, float],
+) -> None:
+    """Replaces an optimizer's state by that of `optimizer_state`.
+
+    Not by `Optimizer.load_state_dict`: that casts every slot to the dtype of its parameter, which rounds
+    what is kept in float32 for bfloat16 parameters.
+
+    Raises:
+      CheckpointError: the state has a parameter that this optimizer does not train.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    optimizer.state.clear()
+    for key, value in {**tensors, **numbers}.items():
+        name, _, slot = key.rpartition("/")
+        parameter = parameters.get(name)
+        if id(parameter) not in groups:
+            raise CheckpointError(
+                f"the optimizer's state is for a parameter {name!r}, which it does not train"
+            )
+        if isinstance(value, Tensor):
+            value = _placed(value, slot, parameter, groups[id(parameter)])
+        optimizer.state[parameter][slot] = value
+
+
+def _placed(value: Tensor, slot: str, parameter: Tensor, group: Mapping[str, object]) -> Tensor:
+    """A copy of a slot where, and in the memory layout in which, the optimizer would have made it."""
+    if value.shape == parameter.shape and value.dim():
+        # Fused kernels go through parameter and slots in the order of memory, whatever the strides are.
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    # PyTorch keeps scalar counters on the CPU, where it reads them, unless a kernel on the device does.
+    on_host = slot in ("step", "mu_product") and not (group.get("fused") or group.get("capturable"))
+    return value.to("cpu" if on_host else parameter.device, copy=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of all parameters, also where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

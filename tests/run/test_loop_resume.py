@@ -48,6 +48,14 @@ def _stop():
     signal.raise_signal(signal.SIGTERM)
 
 
+class OneStep(Toy):
+    """Is stopped in each step."""
+
+    def step(self, step):
+        _stop()
+        return super().step(step)
+
+
 def _interrupted(directory, bindings, point, action, **options):
     """A training in which `action` comes at the point number `point`; whether it was reached."""
     number = itertools.count()
@@ -84,16 +92,19 @@ def test_a_run_interrupted_at_any_point_ends_as_if_left_alone(tmp_path, outcome,
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_stopped_at_every_step_ends_as_if_left_alone(tmp_path, outcome, name):
-    class OneStep(Toy):
-        def step(self, step):
-            _stop()
-            return super().step(step)
-
     whole = train(tmp_path / "whole", *VARIANTS[name])
     for _ in range(whole.loop.step):
         assert train(tmp_path / "run", *VARIANTS[name], toy=OneStep).status == 75
     train(tmp_path / "run", *VARIANTS[name], toy=OneStep)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_histograms_are_drawn_once(tmp_path):
+    bindings = ("toy.Train.steps = 6", "Log.tensorboard = True", "Log.histograms_every = 2")
+    runs = [train(tmp_path, *bindings, toy=OneStep) for _ in range(7)]
+    assert [event for toy in runs for event in toy.events if event[0] == "histograms"] == [
+        ("histograms", step) for step in (0, 2, 4, 6)
+    ]
 
 
 def test_an_interrupted_validation_is_repeated_and_saved(tmp_path):
@@ -126,24 +137,26 @@ def test_a_stop_before_the_first_step_loses_nothing(tmp_path, outcome):
 
 @pytest.mark.parametrize("block", [1, 4])
 def test_a_resume_into_a_new_directory_gives_the_rest(tmp_path, stream, tree, block):
+    class Worse(Toy):
+        def loss(self):
+            return 0.1 * self.loop.step
+
     bindings = (STEPS, "Log.every_steps = 4", "Checkpoint.keep_last = 100", "Checkpoint.every_steps = 1")
-    whole = train(tmp_path / "whole", *bindings, block=block)
+    options = {"toy": Worse, "block": block}
+    whole = train(tmp_path / "whole", *bindings, **options)
     before = tree(tmp_path / "whole")
-    (*lines, test) = stream(tmp_path / "whole")
+    (*expected, _) = stream(tmp_path / "whole")
     for start in whole.run.checkpoints.steps()[:-1]:
-        saved = load(start)
-        new = tmp_path / start.name
-        toy = train(new, *bindings, resumed=saved, block=block)
-        # All lines after the checkpoint, then the test, perhaps of a later best than the whole run's.
-        (*rest, own_test) = stream(new)
-        assert rest == [line for line in lines if line["step"] > saved.step]
-        assert own_test["step"] == test["step"]
-        newest = toy.run.checkpoints.newest().path
-        expected = tmp_path / "whole" / "checkpoints" / newest.name / "arrays.npy"
-        assert (newest / "arrays.npy").read_bytes() == expected.read_bytes()
-        # The best is looked for among this directory's checkpoints.
-        best = min(line["loss"] for line in rest if line["split"] == "val")
-        assert result_of(new)["best"]["value"] == best
+        new, saved = tmp_path / start.name, load(start)
+        train(new, *bindings, resumed=saved, **options)
+        (*found, _) = stream(new)
+        assert found == [line for line in expected if line["step"] > saved.step]
+        newest = "checkpoints/step_00000014/arrays.npy"
+        assert (new / newest).read_bytes() == (tmp_path / "whole" / newest).read_bytes()
+        # The search for the best starts again: here with the first validation.
+        best = next(line["step"] for line in found if line["split"] == "val")
+        assert result_of(new)["best"] == {"metric": "val_loss", "value": 0.1 * best, "step": best}
+        assert result_of(new)["tested_checkpoint"] == f"step_{best:08d}"
     assert tree(tmp_path / "whole") == before
 
 

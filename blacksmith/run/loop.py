@@ -230,9 +230,9 @@ class Loop:
         stop = bool(self.run.stop)
         due = self.step and self._due(checkpoint.every_steps, checkpoint.every_epochs)
         best = checkpoint.keep_best and position.best_step == position.validated_at == self.step > 0
-        # At the step that the run resumes from, all is saved but the result of an interrupted validation.
-        new = (due or best) and (self.step > self._first or validated)
-        if (new or self.done or stop) and (self._saved_at != self.step or validated):
+        # Where the run starts or resumes, there is nothing to save but the result of a validation.
+        new = (due or best or stop) and (self.step > self._first or validated)
+        if (new or self.done) and (self._saved_at != self.step or validated):
             self.save()
         return not (self.done or stop)
 

@@ -7,7 +7,7 @@ import signal
 
 import numpy as np
 import pytest
-from numpy_toy import BY_STEPS, STEPS, VARIANTS, Toy, lines, make_run, result_of, train
+from numpy_toy import BY_STEPS, STEPS, VARIANTS, Toy, lines, result_of, train
 
 from blacksmith.errors import ConfigError
 from blacksmith.run.checkpoint import Checkpoints, load
@@ -125,14 +125,22 @@ def test_an_interrupted_validation_is_repeated_and_saved(tmp_path):
     assert saved() == {"val_loss": lines(tmp_path, "val")[2]["loss"]}
 
 
-def test_a_stop_before_the_first_step_loses_nothing(tmp_path, outcome):
+def test_a_stop_before_the_first_step_saves_and_loses_nothing(tmp_path, outcome):
     train(tmp_path / "whole", STEPS)
-    with make_run(tmp_path / "run", STEPS).opened() as run:
-        toy = Toy(run)
-        _stop()
-        assert toy.train() == 75
-    train(tmp_path / "run", STEPS)
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    start = train(tmp_path / "start", STEPS, toy=OneStep).run.checkpoints.newest()
+
+    class AtOnce(Toy):
+        def train(self):
+            _stop()
+            return super().train()
+
+    for resumed in (None, start):
+        directory = tmp_path / ("new" if resumed is None else "resumed")
+        stopped = train(directory, STEPS, resumed=resumed, toy=AtOnce)
+        assert (stopped.status, stopped.events) == (75, [])
+        train(directory, STEPS, resumed=resumed)
+    assert outcome(tmp_path / "new") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "resumed")[2:] == outcome(tmp_path / "whole")[2:]
 
 
 @pytest.mark.parametrize("block", [1, 4])

@@ -104,6 +104,8 @@ class NerfModule(L.LightningModule):
         for old in (self._run.directory / "images").glob("val_*.png"):
             if int(old.stem.removeprefix("val_")) > self.global_step:
                 old.unlink()
+        # Not before: only now has Lightning restored the field, and can save it.
+        self.trainer.should_stop = not self.loop.between()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Takes the field to the level and the occupancy that this step is trained with."""

@@ -553,12 +553,11 @@ def write(directory, step):
 
 
 @pytest.fixture
-def plugin(tmp_path, monkeypatch):
+def plugin(tmp_path, monkeypatch, own_registry):
     """Registers `test/full`, which fails in its second checkpoint with the given error number."""
 
     def register(number):
         (tmp_path / "full_disk.py").write_text(EXPERIMENT % (number, number))
-        monkeypatch.setattr(registry, "_ADDED", dict(registry._ADDED))
         monkeypatch.delitem(sys.modules, "full_disk", raising=False)
         monkeypatch.syspath_prepend(tmp_path)
         registry.add(

@@ -11,7 +11,6 @@ from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.models.pytorch.llama.prefix import IGNORED
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
-from blacksmith.run.order import LengthOrder
 
 LABELS = ("negative", "positive")
 TEMPLATE = "Tell the mood.\n\nReview: {sentence}\nSentiment: {label}"

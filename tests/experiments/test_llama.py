@@ -434,7 +434,7 @@ def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path, cap
         assert torch.equal(value, exported[1][name])
     before = load_file(base / "model.safetensors")
     assert any(not torch.equal(value, before[name]) for name, value in exported[0].items())
-    with pytest.raises(ConfigError, match="no state of a run to resume"):
+    with pytest.raises(ConfigError, match="no training state"):
         run(*settings, directory=tmp_path / "c", flags={"resume": str(adapter)})
 
 

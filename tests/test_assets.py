@@ -201,7 +201,7 @@ def test_the_path_of_an_asset_is_in_the_cache():
 
 @pytest.mark.parametrize("function", [assets.path_of, assets.fetch])
 def test_an_unknown_asset_lists_the_known_ones(function):
-    with pytest.raises(DataError, match=r"unknown asset 'mnsit'; there are: .*mnist"):
+    with pytest.raises(DataError, match=r"unknown asset 'mnsit'; allowed: .*mnist"):
         function("mnsit")
 
 

@@ -69,12 +69,11 @@ registry.add(registry.Experiment("toy", "a toy", "toy", modes, needs, "toy-1"))
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
+def fresh(tmp_path, monkeypatch, own_registry):
     """An empty working directory, and no trace of other tests' backends and plugins."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(registry, "_ADDED", dict(registry._ADDED))
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     monkeypatch.delitem(sys.modules, "keras", raising=False)
     yield
@@ -132,76 +131,40 @@ BAD_LINES = {
         ["bad.gin:3: cannot be parsed", "expected one Section.field = value per line"],
     ),
     "no value": ("mnist.Train.epochs =", ["bad.gin:3", "a value is a number, string"]),
-    "no value before a next line": ("mnist.Train.epochs =\nmnist.Train.steps = 3", ["bad.gin:3"]),
-    "two equals signs": (
-        "mnist.Train.epochs == 3",
-        ["bad.gin:3", "expected one Section.field = value per line"],
-    ),
     "a colon for an equals sign": (
         "mnist.Train.epochs: 3",
         ["bad.gin:3", "expected one Section.field = value per line"],
     ),
-    "a foreign comment": ("// epochs", ["bad.gin:3", "expected one Section.field = value per line"]),
-    "a number for a name": ("3 = 4", ["bad.gin:3: cannot be parsed"]),
-    "two dots": ("mnist..Train.epochs = 3", ["bad.gin:3", "expected one Section.field = value per line"]),
     "a space in a name": (
         "mnist. Train.epochs = 3",
         ["bad.gin:3", "expected one Section.field = value per line"],
     ),
-    "two settings on a line": (
-        "mnist.Train.epochs = 3 mnist.Train.steps = 4",
-        ["bad.gin:3", "per line"],
-    ),
-    "a semicolon": ("mnist.Train.epochs = 3;", ["bad.gin:3"]),
     "an open bracket at the end": ("mnist.Model.hidden = (3, 4", ["bad.gin:3", "never closed"]),
     "an open bracket before a setting": (
         "mnist.Model.hidden = (3, 4\nmnist.Train.epochs = 3",
         ["bad.gin:4", "closing bracket is missing"],
     ),
-    "the wrong closing bracket": ("mnist.Model.hidden = (3, 4]", ["bad.gin:3", "expected ',' or ')'"]),
-    "a closing bracket too many": ("mnist.Train.epochs = 3)", ["bad.gin:3"]),
     "a missing comma": ("mnist.Model.hidden = (3 4)", ["bad.gin:3", "expected ',' or ')'"]),
-    "a comma too many": ("mnist.Model.hidden = (3,, 4)", ["bad.gin:3"]),
     "a tuple without brackets": ("mnist.Model.hidden = 3, 4", ["bad.gin:3"]),
     "an open quote": ('mnist.Data.path = "abc', ["bad.gin:3", "never closed"]),
-    "an open triple quote": ('mnist.Data.path = """abc', ["bad.gin:3", "never closed"]),
     "a string without quotes": ("mnist.Data.source = idx", ["bad.gin:3", 'needs quotes: "idx"']),
-    "a path without quotes": ("mnist.Data.path = /data/mnist  # here", ['needs quotes: "/data/mnist"']),
-    "typographic quotes": ("mnist.Data.path = ‘abc’", ["bad.gin:3: cannot be parsed"]),
-    "an f-string": ("mnist.Data.path = f'abc'", ["bad.gin:3", "a value is a number, string"]),
     "true in lower case": ("mnist.Model.bias = true", ["bad.gin:3", "write True"]),
-    "null": ("mnist.Train.steps = null", ["bad.gin:3", "write None"]),
-    "infinity": ("mnist.Data.mean = inf", ["bad.gin:3", "write a finite number"]),
-    "arithmetic": ("mnist.Train.batch_size = 2 * 64", ["bad.gin:3", "per line"]),
-    "an environment variable": ("mnist.Data.path = $HOME", ["bad.gin:3: cannot be parsed"]),
     "another setting as value": (
         "mnist.Train.steps = mnist.Train.epochs",
         ['needs quotes: "mnist.Train.epochs"'],
     ),
-    "an unhashable key": ("mnist.Data.path = {[]: 1}", ["bad.gin:3: cannot be parsed"]),
     "deep nesting": ("mnist.Model.hidden = " + "(" * 5000, ["bad.gin:3: cannot be parsed"]),
     "a block without a body": ("mnist.Train:\nLog.wandb = 'off'", ["bad.gin:4", "Expected indentation"]),
-    "a block with an unequal indent": (
-        "mnist.Train:\n  epochs = 3\n    steps = 4",
-        ["bad.gin:5", "expected one Section.field = value per line"],
-    ),
-    "a block with whole names": ("mnist.Train:\n  mnist.Train.epochs = 3", ["bad.gin:4"]),
     # What Gin can do and settings cannot.
     "a reference": ("mnist.Data.source = @auto", ["bad.gin:3", "'@auto' is a reference"]),
-    "a reference that is called": ("mnist.Data.source = @auto()", ["'@auto' is a reference"]),
-    "a reference in a tuple": ("mnist.Model.hidden = (3, @width)", ["'@width' is a reference"]),
     "a scope": ("a/mnist.Train.epochs = 3", ["bad.gin:3", "the scope 'a'", "write mnist.Train.epochs"]),
-    "a scoped block": ("a/b/mnist.Train:\n  epochs = 3", ["bad.gin:4", "the scope 'a/b'"]),
     "an import": ("import os", ["bad.gin:3: imports 'os'", "--allow_imports"]),
-    "an import of a name": ("from os import path", ["bad.gin:3: imports 'os.path'", "--allow_imports"]),
-    "an unfinished import": ("from os", ["bad.gin:3", "import package.module"]),
     # Names.
     "an unknown section": (
         "mnst.Train.epochs = 3",
         ["bad.gin:3", "did you mean 'mnist.Train'?", "allowed: Run, "],
     ),
     "a section in British spelling": ("Optimiser.name = 'sgd'", ["bad.gin:3", "did you mean 'Optimizer'?"]),
-    "an abbreviated section": ("Train.epochs = 3", ["bad.gin:3", "did you mean 'mnist.Train'?"]),
     "another experiment's section": (
         "nerf.Train.steps = 3",
         ["bad.gin:3: the experiment 'keras/mnist' has no section 'nerf.Train'", "allowed: Run, mnist.Data"],
@@ -210,10 +173,6 @@ BAD_LINES = {
     "an unknown field": (
         "mnist.Train.epoch = 3",
         ["bad.gin:3", "did you mean 'epochs'?", "allowed: epochs, steps"],
-    ),
-    "an unknown field in a block": (
-        "mnist.Train:\n  bias = True",
-        ["bad.gin:4", "no field 'bias'", "allowed: "],
     ),
     "a field without its section": ("epochs = 3", ["bad.gin:3", "write mnist.Train.epochs"]),
     "a setting twice": (
@@ -231,9 +190,6 @@ BAD_LINES = {
     "macros of each other": ("n = %m\nm = %n\nmnist.Train.epochs = %n", ["%n -> %m -> %n"]),
     # Includes.
     "a missing include": ("include 'nope.gin'", ["bad.gin:3: no Gin file 'nope.gin'", "gin/mnist_jax.gin"]),
-    "a misspelt include": ("include 'mnist_jxa.gin'", ["bad.gin:3", "did you mean 'mnist_jax.gin'?"]),
-    "an include without quotes": ("include nope.gin", ["bad.gin:3", 'expected include "file.gin"']),
-    "an include of nothing": ("include", ["bad.gin:3", 'expected include "file.gin"']),
     "an include of a directory": ("include 'folder'", ["bad.gin:3: 'folder' is a directory"]),
     "a file that includes itself": ("include 'bad.gin'", ["bad.gin:3: bad.gin includes itself"]),
     "a cycle of includes": (
@@ -250,28 +206,14 @@ BAD_LINES = {
         ["bad.gin:3: mnist.Train.epochs = 3.0: must be an integer"],
     ),
     "a bool for an int": ("mnist.Train.epochs = True", ["bad.gin:3", "must be an integer"]),
-    "a string for an int": ("mnist.Train.epochs = '3'", ["bad.gin:3", "must be an integer"]),
-    "None for an int": ("mnist.Train.batch_size = None", ["bad.gin:3", "must be an integer"]),
     "an int for a bool": ("mnist.Model.bias = 1", ["bad.gin:3", "must be a boolean"]),
-    "a bool for a float": ("Optimizer.learning_rate = True", ["bad.gin:3", "must be a number"]),
     "a list for a tuple": ("mnist.Model.hidden = [64, 64]", ["bad.gin:3", "write (64, 64)"]),
-    "an int for a tuple": ("mnist.Model.hidden = 64", ["bad.gin:3", "write (64,)"]),
     "a float in a tuple": ("mnist.Model.hidden = (64, 6.4)", ["bad.gin:3: mnist.Model.hidden[1] = 6.4"]),
-    "a dict for a string": ("mnist.Data.path = {'a': 1}", ["bad.gin:3", "must be a string"]),
-    "bytes for a string": ("mnist.Data.path = b'here'", ["bad.gin:3", "must be a string"]),
-    "a number for a name of a loss": ("mnist.Train.loss = 3", ["bad.gin:3", "'cross_entropy' or 'mse'"]),
-    "a bool for a word": ("Log.wandb = True", ["bad.gin:3", "must be 'off', 'offline' or 'online'"]),
     # Values.
     "an unknown optimizer": ("Optimizer.name = 'adm'", ["bad.gin:3", "did you mean 'adam'?", "'adamw'"]),
-    "a word in capitals": ("mnist.Model.activation = 'ReLU'", ["bad.gin:3", "did you mean 'relu'?"]),
-    "an unknown source": ("mnist.Data.source = 'mnist'", ["bad.gin:3", "did you mean 'mnist5k'?"]),
     "neither of a union": ("mnist.Data.validation = 'tset'", ["bad.gin:3", "must be an integer or 'test'"]),
     "zero epochs": ("mnist.Train.epochs = 0", ["bad.gin:3", "must be greater than 0"]),
-    "a dropout of one": ("mnist.Model.dropout = 1.0", ["bad.gin:3", "must be less than 1"]),
-    "a negative seed": ("Run.seed = -1", ["bad.gin:3", "must be greater than or equal to 0"]),
-    "a seed of 64 bits": ("Run.seed = 9223372036854775808", ["bad.gin:3", "less than or equal to"]),
     "a number too large": ("mnist.Data.mean = 1e999", ["bad.gin:3", "must be a finite number"]),
-    "an empty name": ("mnist.Data.name = ''", ["bad.gin:3", "at least 1 character"]),
     # Rules across fields, each at the place where the first of its fields is bound.
     "accumulation that does not divide": (
         "mnist.Train.batch_size = 10\nmnist.Train.accumulate = 3",
@@ -290,10 +232,6 @@ BAD_LINES = {
         "Optimizer.momentum = 0.9",
         ["bad.gin:3", "has no effect unless Optimizer.name is 'sgd' or 'rmsprop'"],
     ),
-    "amsgrad for sgd": (
-        "Optimizer.name = 'sgd'\nOptimizer.amsgrad = True",
-        ["bad.gin:4", "no effect unless Optimizer.name is 'adam' or 'adamw'"],
-    ),
     "nesterov without momentum": (
         "Optimizer.name = 'sgd'\nOptimizer.nesterov = True",
         ["bad.gin:4", "no effect unless", "Optimizer.momentum is above 0"],
@@ -302,10 +240,6 @@ BAD_LINES = {
     "early stopping without validation": (
         "mnist.Data.validation = 0\nmnist.Train.early_stopping = 3",
         ["bad.gin:4: mnist.Train.early_stopping = 3 has no effect unless mnist.Data.validation is not 0"],
-    ),
-    "an accuracy to stop at without validation": (
-        "mnist.Data.validation = 0\nmnist.Train.stop_at = 0.98",
-        ["bad.gin:4: mnist.Train.stop_at = 0.98 has no effect unless"],
     ),
     "a named set that is not read through TFDS": (
         "mnist.Data.name = 'kmnist'",
@@ -326,14 +260,9 @@ def test_a_bad_line_is_a_one_line_error(tmp_path, fails, nothing_runs, lines, sa
 # Whole files.
 BAD_FILES = {
     "an empty file": ("", ["bad.gin: Run.experiment is not set", "keras/mnist, lightning/mnist"]),
-    "no experiment": ("Run.backend = 'jax'", ["bad.gin: Run.experiment is not set"]),
     "the experiment under a wrong name": (
         "Run.backend = 'jax'\nRun.experimnt = 'keras/mnist'",
         ["bad.gin:2: 'Run.experimnt' is unknown; did you mean 'Run.experiment'?"],
-    ),
-    "the experiment in lower case": (
-        "run.experiment = 'keras/mnist'",
-        ["bad.gin:1", "did you mean 'Run.experiment'?"],
     ),
     "the experiment without its section": (
         "experiment = 'keras/mnist'",
@@ -343,10 +272,7 @@ BAD_FILES = {
         "Run.experiment = 'keras/mnits'",
         ["bad.gin:1", "did you mean 'keras/mnist'?", "allowed: keras/mnist, lightning/mnist"],
     ),
-    "half an experiment": ("Run.experiment = 'mnist'", ["bad.gin:1: Run.experiment: no experiment 'mnist'"]),
-    "an experiment that is no string": ("Run.experiment = 3", ["bad.gin:1: Run.experiment: no experiment 3"]),
     "an experiment in a list": ("Run.experiment = ['keras/mnist']", ["bad.gin:1", "allowed: keras/mnist"]),
-    "an experiment by an undefined macro": ("Run.experiment = %which", ["bad.gin:1: %which is not defined"]),
     "no backend": (
         "Run.experiment = 'keras/mnist'",
         ["Run.backend is required by keras/mnist: jax or torch"],
@@ -355,17 +281,11 @@ BAD_FILES = {
         "Run.experiment = 'keras/mnist'\nRun.backend = 'tensorflow'",
         ["bad.gin:2: Run.backend = 'tensorflow'", "must be 'jax' or 'torch'"],
     ),
-    "a misspelt backend": (
-        "Run.experiment = 'keras/mnist'\nRun.backend = 'Torch'",
-        ["bad.gin:2", "did you mean 'torch'?"],
-    ),
     "a backend that the experiment does not have": (
         "Run.experiment = 'lightning/mnist'\nRun.backend = 'jax'",
         ["bad.gin:2: Run.backend = 'jax': lightning/mnist runs on torch"],
     ),
     "bytes that are no text": (b"Run.experiment = '\xff\xfe'", ["bad.gin: cannot be read", "utf-8"]),
-    "a file of another kind": (b"\x93NUMPY\x01\x00v\x00{'descr'", ["bad.gin: cannot be read"]),
-    "YAML": ("experiment:\n  name: keras/mnist", ["bad.gin:2: cannot be parsed"]),
     "JSON": ('{"Run": {"experiment": "keras/mnist"}}', ["bad.gin:1: cannot be parsed"]),
 }
 
@@ -379,17 +299,13 @@ def test_a_bad_file_is_one_line_of_error_and_creates_nothing(tmp_path, fails, no
 # Command lines; the working directory has a folder, an empty file and nothing else.
 BAD_FLAGS = {
     "nothing at all": ([], ["give a configuration: --gin_file=gin/mnist_jax.gin", "--list"]),
-    "a missing file": (["--gin_file=nope.gin"], ["--gin_file: no Gin file 'nope.gin'", "gin/mnist_jax.gin"]),
     "a misspelt file": (["--gin_file=gin/mnist_jxa.gin"], ["did you mean 'mnist_jax.gin'?"]),
-    "an empty file name": (["--gin_file="], ["--gin_file: no Gin file ''"]),
     "a directory as file": (["--gin_file=folder"], ["--gin_file: 'folder' is a directory, not a Gin file"]),
-    "a name too long": (["--gin_file=" + "a" * 5000], ["--gin_file: no Gin file"]),
     "a fragment alone": (
         ["--gin_file=gin/include/mnist.gin"],
         ["gin/include/mnist.gin: Run.experiment is not set", "is a fragment"],
     ),
     "an empty binding": ([JAX, "--gin_param="], ["--gin_param '': is empty; write 'Section.field = value'"]),
-    "a binding of spaces": ([JAX, "--gin_param=  "], ["--gin_param '  ': is empty"]),
     "a binding without a value": (
         [JAX, "--gin_param=mnist.Train.epochs"],
         ["--gin_param 'mnist.Train.epochs': cannot be parsed: expected one Section.field = value"],
@@ -398,32 +314,20 @@ BAD_FLAGS = {
         [JAX, "--gin_param=mnist.Data.path=/data/mnist"],
         ["--gin_param 'mnist.Data.path=/data/mnist'", 'a string needs quotes: "/data/mnist"'],
     ),
-    "a binding with an open bracket": ([JAX, "--gin_param=mnist.Model.hidden = (3"], ["never closed"]),
-    "a binding that looks like a flag": ([JAX, "--gin_param=--epochs=3"], ["--gin_param '--epochs=3'"]),
-    "a bad binding of two lines": (
-        [JAX, "--gin_param=\nmnist.Train.epoch = 3\n"],
-        ["did you mean 'epochs'?"],
-    ),
     "a binding of an unknown field": (
         [JAX, "--gin_param=mnist.Train.epoch = 3"],
         ["--gin_param 'mnist.Train.epoch = 3': mnist.Train has no field 'epoch' (did you mean 'epochs'?)"],
     ),
-    "a binding of a wrong type": ([JAX, "--gin_param=mnist.Train.epochs = 3.5"], ["must be an integer"]),
     "an import by a binding": ([JAX, "--gin_param=import os"], ["imports 'os'", "--allow_imports"]),
     "an unknown flag": ([JAX, "--epochs=3"], ["Unknown command line flag 'epochs'", "--helpfull"]),
-    "a misspelt flag": (["--gin_fiel=gin/mnist_jax.gin"], ["Did you mean: gin_file", "--helpfull"]),
     "a stray argument": ([JAX, "train"], ["'train' is not a flag", "--helpfull"]),
     "a file without its flag": (["gin/mnist_jax.gin"], ["given as --gin_file=gin/mnist_jax.gin"]),
     "an unknown mode": ([JAX, "--mode=test"], ["--mode=test", "train|eval|export"]),
     "a bad boolean": ([JAX, "--dry_run=perhaps"], ["--dry_run=perhaps: must be true or false"]),
-    "a negated boolean with a value": ([JAX, "--nodry_run=1"], ["--nodry_run=1 does not take an argument"]),
     "a flag without its value": ([JAX, "--workdir"], ["workdir", "--helpfull"]),
     "a missing plugin": ([JAX, "--plugin=no_such"], ["--plugin=no_such: no module 'no_such'"]),
-    "a missing part of a plugin": ([JAX, "--plugin=os.no_such"], ["--plugin=os.no_such: no module"]),
-    "an empty plugin": ([JAX, "--plugin="], ["--plugin=: '' is not a module's name"]),
-    "a relative plugin": ([JAX, "--plugin=.toy"], ["'.toy' is not a module's name"]),
-    "a path as plugin": ([JAX, "--plugin=folder/toy.py"], ["is not a module's name", "without .py"]),
-    "a file as plugin": ([JAX, "--plugin=toy.py"], ["is not a module's name", "without .py"]),
+    "an empty plugin": ([JAX, "--plugin="], ["--plugin=: '' is not a module name"]),
+    "a path as plugin": ([JAX, "--plugin=folder/toy.py"], ["is not a module name", "without .py"]),
 }
 
 
@@ -540,15 +444,13 @@ def test_a_broken_checkpoint_to_resume_from_ends_in_3(tmp_path, fails, toy):
 @pytest.mark.parametrize("device", ["quantum", "cpu:99", "cpu:-1", "cpu:x"])
 def test_an_unknown_device_of_jax_names_those_there_are(fails, toy, device):
     pytest.importorskip("jax")
-    fails(
-        *toy, f"--device={device}", says=[f"--device={device}: JAX has no such device here; there is ", "cpu"]
-    )
+    fails(*toy, f"--device={device}", says=[f"--device={device}: JAX has no such device; available: cpu"])
 
 
 @pytest.mark.parametrize("device", ["quantum", "cpu:-1", "cpu:x", "meta", "hpu"])
 def test_an_unknown_device_of_torch_names_those_there_are(fails, toy, device):
     pytest.importorskip("torch")
-    says = [f"--device={device}: PyTorch has no such device here; there is cpu"]
+    says = [f"--device={device}: PyTorch has no such device; available: cpu"]
     fails(*toy, "--gin_param=Run.backend = 'torch'", f"--device={device}", says=says)
 
 

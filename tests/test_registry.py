@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from blacksmith import config as configuration
 from blacksmith import registry
 from blacksmith.errors import ConfigError
 
+READ = registry._experiments  # replaced by a copy while a test runs
 TOY = registry.Experiment(
     name="toy",
     summary="a toy",
@@ -22,12 +24,7 @@ TOY = registry.Experiment(
 )
 
 
-@pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """Undoes what a test adds."""
-    monkeypatch.setattr(registry, "_ADDED", dict(registry._ADDED))
-    yield
-    registry._declared.cache_clear()
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 @pytest.fixture(params=registry.names())
@@ -52,7 +49,7 @@ def install(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text("[blacksmith.experiments]\n" + "\n".join(entries))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "toys", raising=False)
-        registry._declared.cache_clear()
+        monkeypatch.setattr(registry, "_experiments", functools.cache(READ.__wrapped__))
 
     return put
 

@@ -46,7 +46,7 @@ def test_splits_have_the_documented_shapes_and_types(directory):
         assert (split.labels.shape, split.labels.dtype) == ((len(split),), np.int32)
         assert split.images.flags.writeable
         assert split.images.flags.c_contiguous
-    assert data.num_classes == 10
+    assert data.info.classes == 10
 
 
 def test_splits_are_disjoint_and_together_everything(small_mnist, directory):
@@ -85,7 +85,7 @@ def test_validation_on_the_test_set_is_declared(small_mnist, directory):
     assert sorted(small_mnist.numbers(data.train)) == list(range(40))
     assert data.info.validation_is_test is True
     assert data.info.validation == data.info.test == 12
-    assert "the test set as validation set" in data.info.describe()
+    assert "validation on the test set" in data.info.describe()
 
 
 @pytest.mark.parametrize("validation", [40, 5000, -1, 1.0, -0.1, float("nan"), "tset", True, None])
@@ -304,7 +304,7 @@ def test_auto_never_gives_digits_for_another_name():
 
 
 def test_an_unknown_source_lists_the_known_ones():
-    _refused("unknown MNIST source 'ixd'; there are: auto, idx, tfds", "ixd")
+    _refused("unknown MNIST source 'ixd'; allowed: auto, idx, tfds", "ixd")
 
 
 def test_loading_imports_no_framework_and_no_tfds():

@@ -284,7 +284,7 @@ def _fails_on_call(function, number):
     ("owner", "name", "number"),
     [*((os, "fsync", number) for number in (1, 2, 3, 4)), (Path, "rename", 1), (Path, "write_bytes", 2)],
 )
-def test_a_full_disk_at_any_call_leaves_earlier_ones_as_they_were(
+def test_a_full_disk_at_any_call_leaves_earlier_ones_alone(
     checkpoints, tree, monkeypatch, owner, name, number
 ):
     _save(checkpoints, 1)
@@ -314,7 +314,7 @@ def test_an_interrupt_while_writing_leaves_no_temporary(checkpoints):
     assert list(checkpoints.directory.iterdir()) == []
 
 
-def test_state_that_is_not_json_is_refused_and_leaves_no_temporary(checkpoints):
+def test_state_that_is_not_json_is_refused_and_leaves_nothing(checkpoints):
     with pytest.raises(TypeError):
         checkpoints.save(1, {"loss": np.zeros(2)}, _write(b"x"))
     assert list(checkpoints.directory.iterdir()) == []

@@ -57,6 +57,7 @@ def test_everything_happens_when_it_is_due(tmp_path, block, bindings, validated,
 def test_validate_first_validates_before_the_first_step(tmp_path):
     toy = train(tmp_path, "toy.Train.steps = 4", validate_first=True)
     assert _steps(toy, "validate") == [0, 3, 4]
+    assert _steps(toy, "save") == [3, 4]
     # The toy's initial weights have the least loss of all, and are no candidate for the best.
     losses = [line["loss"] for line in lines(tmp_path, "val")]
     assert min(losses) == losses[0]
@@ -137,7 +138,7 @@ def test_a_checkpoint_carries_only_metrics_of_its_own_weights(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_validation_that_is_not_finite_is_neither_best_nor_target(tmp_path, value):
+def test_a_validation_that_is_not_finite_is_no_best_and_no_target(tmp_path, value):
     class Unstable(Toy):
         def loss(self):
             return value if self.loop.step == 4 else 0.5

@@ -68,11 +68,6 @@ registry.add(registry.Experiment("toy", "a toy", "toy", modes, needs, "toy-1"))
 '''
 
 
-def tree(directory):
-    """Everything below a directory, with the content of files."""
-    return {p.relative_to(directory): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
-
-
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch, own_registry):
     """An empty working directory without the backends and plugins of other tests."""
@@ -86,7 +81,7 @@ def fresh(tmp_path, monkeypatch, own_registry):
 
 
 @pytest.fixture
-def fails(tmp_path, capsys):
+def fails(tmp_path, capsys, tree):
     """Runs the launcher and expects one readable line, the exit status and an untouched directory."""
 
     def run(*argv, status=2, says=()):
@@ -406,7 +401,7 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path, fails, toy):
         fails(*toy, "--workdir=taken", f"--mode={mode}", says=["--workdir: taken is a file"])
 
 
-def test_a_workdir_below_a_file_is_refused(tmp_path, toy, monkeypatch, capsys):
+def test_a_workdir_below_a_file_is_refused(tmp_path, toy, monkeypatch, capsys, tree):
     monkeypatch.setattr(devices, "activate", lambda *_: "cpu")
     (tmp_path / "taken").write_text("")
     before = tree(tmp_path)
@@ -468,7 +463,7 @@ def test_a_missing_gpu_is_named_by_its_flag(fails, toy):
 
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
-def test_every_bundled_file_is_valid(path, capsys, tmp_path):
+def test_every_bundled_file_is_valid(path, capsys, tmp_path, tree):
     assert launch.main(["launch", f"--gin_file=gin/{path.name}", "--dry_run"]) == 0
     assert "Run.experiment = " in capsys.readouterr().out
     assert tree(tmp_path) == {}
@@ -516,7 +511,7 @@ def test_the_only_backend_may_be_omitted():
 # Help, lists and --dry_run
 
 
-def test_answers_need_no_framework(tmp_path):
+def test_answers_need_no_framework(tmp_path, tree):
     commands = [
         [JAX, "--dry_run"],
         ["--gin_file=gin/mnist_lightning.gin", "--dry_run"],

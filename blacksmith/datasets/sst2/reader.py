@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blacksmith import assets
+from blacksmith import network
 from blacksmith.datasets.sst2.examples import Examples
 from blacksmith.datasets.sst2.splits import Source
 from blacksmith.errors import DataError
@@ -217,7 +217,7 @@ def _read_hub(source: str, columns: Sequence[str]) -> dict[str, _Table]:
         if library.config.HF_HUB_OFFLINE:
             unreachable = "HF_HUB_OFFLINE is set"
         else:
-            unreachable = assets.why_unreachable(library.config.HF_ENDPOINT)
+            unreachable = network.why_unreachable(library.config.HF_ENDPOINT)
         # The library retries for minutes when the hub does not answer. Offline, it goes to its cache at once.
         library.config.HF_HUB_OFFLINE = unreachable is not None
         try:

@@ -1,13 +1,12 @@
-"""From sentences to batches: answer tokens, the shared prefix, truncation, and batches of similar length."""
+"""From sentences to batches: answer tokens, the shared prefix and truncation."""
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from blacksmith.errors import ConfigError
-from blacksmith.experiments.pytorch.llama.batches import LengthOrder, collate
+from blacksmith.experiments.pytorch.llama.batches import collate
 from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.models.pytorch.llama.prefix import IGNORED
@@ -197,60 +196,13 @@ def test_a_batch_follows_the_prefix_and_predicts_the_answers(tokenizer):
         rows = [2, 0, 4]
         batch = collate(found, rows, prefix, pad=7)
         assert batch.prefix.tolist() == prefix
-        # The end token is only predicted.
-        assert batch.tokens.shape == (3, max(len(found.tokens[row]) for row in rows) - len(prefix) - 1)
+        width = max(len(found.tokens[row]) for row in rows) - 1  # the last token is only predicted
         for place, row in enumerate(rows):
             tokens, answer = found.tokens[row], found.answers[row]
-            rest = tokens[len(prefix) : -1]
-            assert batch.tokens[place].tolist() == rest + [7] * (batch.tokens.shape[1] - len(rest))
-            targets = (batch.targets[place] != IGNORED).nonzero()[:, 0]
-            assert batch.targets[place, targets].tolist() == tokens[answer:]
-            # Each is predicted by the token before it.
-            before = [*prefix, *batch.tokens[place].tolist()]
-            assert [before[len(prefix) + i] for i in targets] == tokens[answer - 1 : -1]
-
-
-def test_every_epoch_has_every_example_once():
-    lengths = np.random.default_rng(0).integers(5, 60, 103)
-    order = LengthOrder(lengths, 8, 4, seed=0)
-    assert order.steps_per_epoch == 13
-    for epoch in range(3):
-        batches = [order.rows(epoch * 13 + cursor) for cursor in range(13)]
-        assert sorted(np.concatenate(batches).tolist()) == list(range(103))
-        assert sorted(map(len, batches)) == [7] + [8] * 12
-
-
-def test_rows_of_a_batch_have_similar_lengths():
-    lengths = np.random.default_rng(0).integers(5, 60, 4000)
-    sorted_padding, plain_padding = (
-        sum(int((lengths[rows].max() - lengths[rows]).sum()) for rows in map(order.rows, range(125)))
-        for order in (LengthOrder(lengths, 32, 50, seed=0), LengthOrder(lengths, 32, 1, seed=0))
-    )
-    assert sorted_padding < plain_padding / 10
-    assert all(np.all(np.diff(lengths[LengthOrder(lengths, 32, 50, 0).rows(step)]) >= 0) for step in range(9))
-
-
-def test_the_order_is_a_function_of_seed_epoch_and_cursor():
-    lengths = np.random.default_rng(0).integers(5, 60, 500)
-    first, second = LengthOrder(lengths, 8, 4, seed=0), LengthOrder(lengths, 8, 4, seed=0)
-    steps = [0, 62, 63, 5, 130, 64]
-    forwards = {step: first.rows(step).tolist() for step in sorted(steps)}
-    assert all(second.rows(step).tolist() == forwards[step] for step in steps)
-    assert forwards[0] != forwards[63]
-    assert LengthOrder(lengths, 8, 4, seed=1).rows(0).tolist() != forwards[0]
-    # Short batches do not come first.
-    means = [lengths[first.rows(step)].mean() for step in range(63)]
-    assert abs(np.corrcoef(means, np.arange(63))[0, 1]) < 0.4
-
-
-def test_examples_are_counted_over_epochs():
-    order = LengthOrder(np.arange(1, 11), 4, 2, seed=3)
-    seen = 0
-    for step in range(8):
-        assert order.examples_before(step) == seen
-        seen += len(order.rows(step))
-    assert order.examples_before(6) == 20
-    assert order.position(7) == (2, 1)
+            assert [*prefix, *batch.tokens[place].tolist()] == (tokens + [7] * width)[:width]
+            # Each answer token is the target of the token before it; nothing else is predicted.
+            targets = [IGNORED] * (answer - 1) + tokens[answer:] + [IGNORED] * width
+            assert batch.targets[place].tolist() == targets[len(prefix) : width]
 
 
 def test_tokens_are_int64_with_an_empty_prefix():

@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: isolation from the user's files, and the launcher as a real process."""
+"""Fixtures that many tests share: isolation from the user's files, the launcher, what a run left."""
 
 import functools
 import http.server
@@ -36,6 +36,40 @@ def launch():
         return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """Every path below a directory with its bytes, None for directories; a run's lock is left out."""
+
+    def read(directory):
+        paths = [path for path in directory.rglob("*") if path.name != ".lock"]
+        return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in paths}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def stream():
+    """The lines of a run's `metrics.jsonl` without times and rates, which differ between equal runs."""
+    from blacksmith.run import metrics
+
+    def read(directory):
+        lines = metrics.read(directory / "metrics.jsonl")
+        return [{k: v for k, v in line.items() if not metrics.is_timed(k)} for line in lines]
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for PyTorch: where tests share few cores, its threads would wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

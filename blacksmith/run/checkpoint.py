@@ -78,7 +78,7 @@ class Checkpoints:
         """Writes one checkpoint, then removes those that are no longer kept.
 
         Args:
-          step: optimiser steps taken.
+          step: optimizer steps taken.
           state: JSON values to find again in `Saved.state`.
           write: puts the experiment's files into the (existing, empty) directory it is given; returns JSON
             values to find again in `Saved.own`.

@@ -1,8 +1,6 @@
-"""Where numbers go: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request, the console.
+"""The metric stream of a run: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request.
 
-A `Metrics` belongs to one run directory. Each line of the JSON file has ``step``, ``epoch``, ``seconds`` and
-``split`` beside the values. No framework is imported; TensorBoard events are written by TensorBoard's own
-record writer.
+No framework is imported: TensorBoard's own record writer writes its events.
 """
 
 import contextlib
@@ -76,7 +74,6 @@ class TensorBoardWriter:
             self._add(step=purge_step, session_log=start)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Writes ``split/name`` scalars."""
         summary = self._summary.Summary(
             value=[
                 self._summary.Summary.Value(tag=f"{split}/{name}", simple_value=value)
@@ -87,7 +84,6 @@ class TensorBoardWriter:
         self._file.flush()
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """Writes a 30-bucket histogram of the finite values."""
         values = _finite_values(values)
         if not values.size:
             return
@@ -105,7 +101,6 @@ class TensorBoardWriter:
         self._add(step=step, summary=self._summary.Summary(value=[value]))
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Writes a picture, uint8 [height, width, 3], as PNG."""
         from PIL import Image
 
         encoded = io.BytesIO()
@@ -118,11 +113,9 @@ class TensorBoardWriter:
         self._add(step=step, summary=self._summary.Summary(value=[value]))
 
     def flush(self) -> None:
-        """Makes what was written visible to TensorBoard."""
         self._file.flush()
 
     def close(self) -> None:
-        """Flushes and closes the file."""
         self._file.close()
 
     def _add(self, **fields: Any) -> None:
@@ -160,24 +153,20 @@ class WandbWriter:
         )
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Logs ``split/name`` scalars at `step`."""
         self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """Logs a histogram of the finite values at `step`."""
         values = _finite_values(values)
         if values.size:
             self._run.log({name: self._wandb.Histogram(values)}, step=step)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Logs a picture, uint8 [height, width, 3], at `step`."""
         self._run.log({name: self._wandb.Image(pixels)}, step=step)
 
     def flush(self) -> None:
-        """Nothing to do: wandb streams by itself."""
+        pass  # wandb streams on its own
 
     def close(self) -> None:
-        """Ends the wandb run."""
         self._run.finish()
 
 
@@ -212,7 +201,7 @@ class Metrics:
         return time.perf_counter() - self._start
 
     def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        """Writes one line: scalar metrics of one split after `step` optimiser steps."""
+        """Writes one line: scalar metrics of one split after `step` optimizer steps."""
         values = {name: float(value) for name, value in values.items()}
         self.last_step = step
         line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4)}

@@ -18,7 +18,7 @@ def picture(camera: Camera) -> np.ndarray:
     """RGBA of the ball, uint8 [height, width, 4], four by four rays a pixel."""
     fine = camera.resized(4 * camera.width, 4 * camera.height)
     rows, columns = np.mgrid[: fine.height, : fine.width] + 0.5
-    x, y = (columns - fine.centre[0]) / fine.focal[0], (rows - fine.centre[1]) / fine.focal[1]
+    x, y = (columns - fine.center[0]) / fine.focal[0], (rows - fine.center[1]) / fine.focal[1]
     directions = np.stack([x, -y, -np.ones_like(x)], -1) @ camera.pose[:, :3].T
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     origin = camera.pose[:, 3]

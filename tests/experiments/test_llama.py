@@ -1,30 +1,29 @@
-"""The Llama experiment end to end, as a user runs it, on the sentences that come with the package."""
+"""The Llama experiment end to end, as a user runs it, on the bundled sentences."""
 
 import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from blacksmith import launch as launcher
 from blacksmith.datasets import sst2
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from blacksmith.experiments.pytorch.llama import checkpoints, evaluation, train
-from blacksmith.experiments.pytorch.llama.batches import LengthOrder, padding
+from blacksmith.experiments.pytorch.llama.batches import padding
 from blacksmith.experiments.pytorch.llama.prompts import Prompt
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
-from blacksmith.run import metrics
 from blacksmith.run.checkpoint import find
+from blacksmith.run.order import LengthOrder
+from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 
 SMALL = [
@@ -47,7 +46,7 @@ LORA = ["llama.Lora.rank = 4", "llama.Lora.alpha = 8.0"]
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the tiny Gin file with settings in this process; returns the exit status."""
+    """Runs the tiny Gin file, in ``run`` unless a directory is given; returns the exit status."""
 
     def call(*params: str, directory: Path = tmp_path / "run", flags=()) -> int:
         resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], [*SMALL, *params])
@@ -72,51 +71,42 @@ def pretrained(base: Path) -> list[str]:
     return [*sizes, f'llama.Model.name_or_path = "{base}"']
 
 
-def lines(directory: Path) -> list[dict]:
-    """The metrics without wall times and rates."""
-    return [
-        {k: v for k, v in line.items() if not metrics.is_timed(k)}
-        for line in metrics.read(directory / "metrics.jsonl")
-    ]
-
-
 def result(directory: Path) -> dict:
-    """What the run has to say."""
+    """The run's `result.json`."""
     return json.loads((directory / "result.json").read_text())
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The newest checkpoint's tensors, the optimiser's too."""
+    """The newest checkpoint's tensors, the optimizer's too."""
     path = find(directory).path
     return {f"{f.name}/{k}": v for f in path.glob("*.safetensors") for k, v in load_file(f).items()}
 
 
-def test_a_run_learns_and_shows_it(run, tmp_path, capsys):
+def test_the_tiny_file_learns_and_shows_it(stream, tmp_path, capsys):
     directory = tmp_path / "run"
-    params = ["llama.Train.steps = 200", "llama.Train.evaluate_every_steps = 100", "Log.every_steps = 20"]
-    assert run(*params, "llama.Model.hidden_size = 64", "llama.Model.intermediate_size = 176") == 0
+    resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], ['Log.progress = "off"', "Log.every_steps = 20"])
+    assert launcher.run_experiment(resolved, directory, device="cpu") == 0
     content = result(directory)
     assert content["status"] == "done"
-    assert content["test"]["generated"]["examples"] == 3
     assert content["shared_prefix_tokens"] > 5
     count = sum(map(sum, content["test"]["confusion_matrix"]))
     answers = json.loads((directory / "eval_results.json").read_text())
-    assert len(answers) == count == content["data"]["test"]
-    right = sum(answer["prediction"] == answer["label"] for answer in answers)
-    assert right / count == pytest.approx(content["test"]["accuracy"])
+    assert len(answers) == count == content["data"]["test"] == content["test"]["generated"]["examples"] == 80
+    correct = sum(answer["prediction"] == answer["label"] for answer in answers)
+    assert correct / count == pytest.approx(content["test"]["accuracy"])
     for answer in answers:
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert answer["prediction"] == int(answer["probabilities"][1] > answer["probabilities"][0])
-    assert [answer["generated"] is not None for answer in answers] == [True] * 3 + [False] * (count - 3)
-    written = lines(directory)
-    assert [line["step"] for line in written if line["split"] == "val"] == [0, 100, 200]
+        assert answer["generated"] is not None
+    written = stream(directory)
+    assert [line["step"] for line in written if line["split"] == "val"] == list(range(0, 261, 26))
     losses = [line["loss"] for line in written if line["split"] == "train"]
-    assert losses[-1] < losses[0] / 10
+    assert losses[0] > 1 > 0.05 > losses[-1]
     assert {"gradient_norm", "learning_rate"} <= written[1].keys()
     assert written[-1]["split"] == "test"
     out, error = capsys.readouterr()
-    assert "test accuracy" in out
-    assert "shared and computed once a batch" in error
+    assert re.search(r"test loss .*accuracy", out)
+    assert re.search(r"shared \d+-token prefix computed once per batch", error)
     page = (directory / "report.html").read_text()
     assert "Confusion matrix" in page
     assert "negative" in page
@@ -137,101 +127,90 @@ def test_a_run_learns_and_shows_it(run, tmp_path, capsys):
     ],
     ids=["full", "lora", "accumulate", "sgd", "adafactor", "autocast", "bfloat16", "average", "lora-average"],
 )
-def test_a_run_resumed_anywhere_equals_the_uninterrupted_one(run, tmp_path, settings):
-    """In the middle of an epoch and after its end, at an evaluation and between, between log lines."""
+def test_resume_is_bit_equal(run, stream, tmp_path, settings):
+    """In the middle of an epoch and after its end, at a validation and between, between training lines."""
     params = ["llama.Train.steps = 40", "Checkpoint.keep_best = 0", *settings]
     whole = tmp_path / "whole"
     run(*params, "Checkpoint.every_steps = 1", "Checkpoint.keep_last = 50", directory=whole)
     for step in (4, 10, 33):
         resumed = tmp_path / f"from_{step}"
         run(*params, directory=resumed, flags={"resume": str(whole / "checkpoints" / f"step_{step:08d}")})
-        assert lines(resumed) == [line for line in lines(whole) if line["step"] > step], step
-        old, new = weights(whole), weights(resumed)
-        assert old.keys() == new.keys()
-        assert len(old) > 10
-        assert all(torch.equal(old[name], new[name]) for name in old), step
+        assert stream(resumed) == [line for line in stream(whole) if line["step"] > step], step
+        assert len(weights(resumed)) > 10
+        assert equal_weights(resumed, whole), step
 
 
-def test_a_stop_in_the_middle_of_an_accumulated_step_finishes_it(run, tmp_path, monkeypatch):
-    params = ["llama.Train.accumulate = 4", *LORA]
-    run(*params, directory=tmp_path / "whole")
-    losses, calls = train.token_losses, []
-
-    def stopping(model, batch):
-        calls.append(1)
-        if len(calls) == 4 * 6 + 2:  # the second part of the seventh step
-            signal.raise_signal(signal.SIGTERM)
-        return losses(model, batch)
-
-    monkeypatch.setattr(train, "token_losses", stopping)
-    assert run(*params) == 75
-    assert len(calls) == 4 * 7
-    assert result(tmp_path / "run") | {"status": "stopped", "step": 7} == result(tmp_path / "run")
-    monkeypatch.undo()
-    assert run(*params) == 0
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-    old, new = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.equal(old[name], new[name]) for name in old)
+def equal_weights(one: Path, other: Path) -> bool:
+    """Whether the newest checkpoints of two runs have the same tensors."""
+    old, new = weights(one), weights(other)
+    return old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_stop_in_the_middle_of_an_evaluation_leaves_no_gap(run, tmp_path, seed, monkeypatch):
-    """Also in the look that finds the best weights: they are kept when the look is taken again."""
-    params = [f"Run.seed = {seed}", "Optimizer.learning_rate = 0.3", ACCURACY]
-    run(*params, directory=tmp_path / "whole")
-    best = result(tmp_path / "whole")["best"]["step"]
-    looks = [line["step"] for line in lines(tmp_path / "whole") if line["split"] == "val"]
-    assert best < looks[-1]
-    score, calls = evaluation.score, []
+def stop_during(monkeypatch, owner, name, call=1):
+    """Sends SIGTERM when the function `name` of `owner` is called for the given time; returns its calls."""
+    function, calls = getattr(owner, name), []
 
     def stopping(*arguments, **options):
-        if len(calls) == looks.index(best):
-            signal.raise_signal(signal.SIGINT)
-        calls.append(1)
-        return score(*arguments, **options)
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "score", stopping)
+    monkeypatch.setattr(owner, name, stopping)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "step"),
+    [
+        (train, "build_model", 1, 0),  # while the run starts
+        (evaluation, "score", 1, 0),  # in the validation before the first step
+        (train, "token_losses", 4 * 6 + 2, 7),  # in the second part of the seventh step
+        (evaluation, "score", 3, 10),  # in a later validation
+        (evaluation, "score", 5, 12),  # in the test
+        (evaluation, "generate", 1, 12),
+    ],
+    ids=["start", "first", "step", "validation", "test", "generation"],
+)
+def test_a_stop_loses_nothing(run, stream, tmp_path, monkeypatch, owner, name, call, step):
+    params = ["llama.Train.accumulate = 4", *LORA]
+    run(*params, directory=tmp_path / "whole")
+    calls = stop_during(monkeypatch, owner, name, call)
+    assert run(*params) == 75
+    if name == "token_losses":
+        assert len(calls) == 4 * 7
+    stopped = result(tmp_path / "run")
+    assert (stopped["status"], stopped["step"]) == ("stopped", step)
+    monkeypatch.undo()
+    assert run(*params) == 0
+    assert stream(tmp_path / "run") == stream(tmp_path / "whole")
+    assert equal_weights(tmp_path / "run", tmp_path / "whole")
+    for part in ("status", "best", "tested_checkpoint", "final", "test"):
+        assert result(tmp_path / "run")[part] == result(tmp_path / "whole")[part]
+
+
+def test_a_stop_in_the_best_validation_keeps_its_weights(run, stream, tmp_path, monkeypatch):
+    """The checkpoint that the stop leaves gets its metrics when the validation is repeated."""
+    params = ["Optimizer.learning_rate = 0.3", ACCURACY]
+    run(*params, directory=tmp_path / "whole")
+    best = result(tmp_path / "whole")["best"]["step"]
+    validated = [line["step"] for line in stream(tmp_path / "whole") if line["split"] == "val"]
+    assert best < validated[-1]
+    stop_during(monkeypatch, evaluation, "score", 1 + validated.index(best))
     assert run(*params) == 75
     assert result(tmp_path / "run")["step"] == best
     monkeypatch.undo()
     assert run(*params) == 0
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-    scored = [
-        {p.name: json.loads((p / "state.json").read_text())["metrics"] for p in (d / "checkpoints").iterdir()}
-        for d in (tmp_path / "run", tmp_path / "whole")
-    ]
+    assert stream(tmp_path / "run") == stream(tmp_path / "whole")
     tested = f"step_{best:08d}"
-    assert [result(tmp_path / d)["tested_checkpoint"] for d in ("run", "whole")] == [tested, tested]
-    assert scored[0][tested] == scored[1][tested]
+    states = []
+    for directory in (tmp_path / "run", tmp_path / "whole"):
+        assert result(directory)["tested_checkpoint"] == tested
+        states.append(json.loads((directory / "checkpoints" / tested / "state.json").read_text()))
+    assert states[0]["metrics"] == states[1]["metrics"] != {}
 
 
-def test_a_signal_stops_the_process_and_the_same_command_goes_on(tmp_path):
-    directory = tmp_path / "run"
-    settings = [*SMALL, "llama.Train.steps = 400", "Log.every_steps = 1"]
-    command = [
-        sys.executable,
-        "-m",
-        "blacksmith.launch",
-        "--gin_file=gin/llama_sst2_tiny.gin",
-        "--device=cpu",
-    ]
-    command += [f"--workdir={directory}", *(f"--gin_param={binding}" for binding in settings)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    written = directory / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (written.exists() and written.stat().st_size > 2000) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 75, error
-    assert "Traceback" not in error
-    assert 0 < result(directory)["step"] < 400
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in lines(directory) if line["split"] == "train"] == list(range(1, 401))
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_examples(run, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_names_step_and_rows(run, tmp_path, monkeypatch):
     losses, calls = train.token_losses, []
 
     def broken(model, batch):
@@ -240,7 +219,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_examples(run, tmp_
 
     monkeypatch.setattr(train, "token_losses", broken)
     with pytest.raises(
-        RunError, match=r"loss nan .*at step 8, rows ([\d, ]+) of the training data; .*step_00000006"
+        RunError, match=r"loss nan .*at step 8 \(rows [\d, ]+ of the training data\); .*step_00000006"
     ) as caught:
         run("Checkpoint.every_steps = 3", "Checkpoint.keep_best = 0", "llama.Data.min_words = 8")
     assert find(tmp_path / "run").step == 6
@@ -262,59 +241,86 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_examples(run, tmp_
     [
         ["llama.Model.gradient_checkpointing = True"],
         ["llama.Model.gradient_checkpointing = True", *LORA],
-        ["llama.Train.shared_prefix = False"],
+        ["llama.Train.shared_prefix = False", "llama.Model.gradient_checkpointing = True"],
+        ["llama.Train.shared_prefix = False", "llama.Train.accumulate = 3"],
         ["llama.Train.accumulate = 3", "llama.Train.batch_size = 9"],
         ['llama.Model.attention = "eager"'],
     ],
     ids=lambda settings: settings[0].partition(" ")[0],
 )
-def test_what_changes_the_way_does_not_change_the_losses(run, tmp_path, settings):
+def test_other_ways_to_compute_give_the_same_losses(run, stream, tmp_path, settings):
     # Answers of different lengths: parts of a batch do not weigh alike.
     shared = ['llama.Data.labels = ("bad", "positive")', "llama.Train.batch_size = 9"]
     lora = LORA if LORA[0] in settings else []
     run(*shared, *lora, directory=tmp_path / "plain")
     run(*shared, *settings, directory=tmp_path / "run")
-    assert len(lines(tmp_path / "run")) == len(lines(tmp_path / "plain"))
-    for one, other in zip(lines(tmp_path / "run"), lines(tmp_path / "plain")):
+    assert len(stream(tmp_path / "run")) == len(stream(tmp_path / "plain"))
+    for one, other in zip(stream(tmp_path / "run"), stream(tmp_path / "plain")):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5), one
 
 
-def test_a_template_without_a_shared_beginning_falls_back_to_padded_batches(run, tmp_path, capsys):
+def test_without_shared_prefix_the_plain_model_is_called(run, tmp_path, monkeypatch, capsys):
+    forward, training = LlamaForCausalLM.forward, []
+
+    def recorded(model, input_ids=None, **options):
+        if model.training:
+            training.append(input_ids.shape == options["labels"].shape)
+        return forward(model, input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", recorded)
+    assert run("llama.Train.shared_prefix = False") == 0
+    assert training == [True] * 12
+    assert result(tmp_path / "run")["shared_prefix_tokens"] == 0
+    assert "no shared prefix" in capsys.readouterr().err
+
+
+def test_a_template_without_a_common_beginning_is_padded(run, tmp_path, capsys):
     assert run('llama.Data.template = "{sentence} It was {label}"') == 0
     assert result(tmp_path / "run")["shared_prefix_tokens"] == 0
-    assert "no prefix is shared" in capsys.readouterr().err
+    assert "no shared prefix" in capsys.readouterr().err
 
 
-def test_best_weights_are_tested(run, tmp_path):
-    """Though no checkpoint is due at the step that they were found at."""
-    run("Optimizer.learning_rate = 0.3", ACCURACY)
+@pytest.fixture
+def accuracies(monkeypatch):
+    """Replaces the validation's scores: the given accuracies in turn, that before the first step included."""
+
+    def give(*values):
+        scores = iter([SimpleNamespace(loss=1.0, accuracy=value) for value in values])
+        monkeypatch.setattr(train, "score", lambda *_: next(scores))
+
+    return give
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "step", "best"),
+    [
+        ("llama.Train.early_stopping = None", (0.9, 0.5, 0.7, 0.6), 12, 10),
+        ("llama.Train.early_stopping = 1", (0.9, 0.7, 0.6), 10, 5),
+        ("llama.Train.stop_at = 0.8", (0.5, 0.7, 0.8), 10, 10),
+    ],
+    ids=["best", "early_stopping", "stop_at"],
+)
+def test_the_best_is_tested_and_validation_may_end_the_run(
+    run, accuracies, tmp_path, setting, values, step, best
+):
+    accuracies(*values)
+    assert run(setting, ACCURACY) == 0
     content = result(tmp_path / "run")
-    tested = content["tested_checkpoint"]
-    looks = [line for line in lines(tmp_path / "run") if line["split"] == "val" and line["step"] > 0]
-    best = max(looks, key=lambda line: line["accuracy"])
-    assert tested == f"step_{best['step']:08d}" != f"step_{looks[-1]['step']:08d}"
-    assert content["best"] == {"metric": "val_accuracy", "value": best["accuracy"], "step": best["step"]}
-
-
-def test_checkpoints_carry_the_metrics_of_their_own_weights_alone(run, tmp_path):
-    run("Checkpoint.every_steps = 1", "Checkpoint.keep_last = 100")
-    looks = {line["step"]: line for line in lines(tmp_path / "run") if line["split"] == "val"}
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        state = json.loads((path / "state.json").read_text())
-        look = looks.get(state["step"])
-        expected = {f"val_{name}": look[name] for name in ("loss", "accuracy")} if look else {}
-        assert state["metrics"] == expected
+    assert (content["status"], content["step"]) == ("done", step)
+    assert content["tested_checkpoint"] == f"step_{best:08d}"
+    assert content["best"]["step"] == best
 
 
 @pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
-def test_averages_are_validated_saved_and_tested_and_training_does_not_see_them(run, tmp_path, lora):
+def test_averages_are_validated_saved_and_tested(run, stream, tmp_path, lora):
+    """And training does not see them."""
     params = [*lora, "Checkpoint.every_steps = 1", "Checkpoint.keep_last = 100"]
     run(*params, directory=tmp_path / "plain")
     run(*params, "Optimizer.learning_rate = 1e-30", directory=tmp_path / "start")
     run(*params, "llama.Train.average = 0.3", "llama.Model.gradient_checkpointing = True")
     of = {}
     for directory in (tmp_path / "plain", tmp_path / "run"):
-        of[directory.name] = [line["loss"] for line in lines(directory) if line["split"] == "train"]
+        of[directory.name] = [line["loss"] for line in stream(directory) if line["split"] == "train"]
     assert of["run"] == pytest.approx(of["plain"], rel=1e-6)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     average = load_file(tmp_path / "start" / "checkpoints" / "step_00000001" / name)
@@ -338,47 +344,14 @@ def test_averages_are_validated_saved_and_tested_and_training_does_not_see_them(
     )
     assert content["test"] == trained["test"]
     tested = int(trained["tested_checkpoint"].removeprefix("step_"))
-    (look,) = [a for a in lines(tmp_path / "run") if a["split"] == "val" and a["step"] == tested]
+    (look,) = [a for a in stream(tmp_path / "run") if a["split"] == "val" and a["step"] == tested]
     assert content["val"] == {name: look[name] for name in ("loss", "accuracy")}
     flags = {"resume": str(tmp_path / "run" / "checkpoints" / "step_00000005")}
-    with pytest.raises(ConfigError, match=r"llama\.Train\.average was 0\.3, now None"):
+    with pytest.raises(ConfigError, match=r"llama\.Train\.average 0\.3 -> None"):
         run(*params, directory=tmp_path / "other", flags=flags)
 
 
-def test_the_search_for_the_best_starts_anew_in_another_directory(run, tmp_path):
-    settings = ["Optimizer.learning_rate = 0.3", "Schedule.decay_steps = 10", ACCURACY]
-    run(*settings)
-    before = result(tmp_path / "run")["best"]
-    flags = {"resume": str(tmp_path / "run" / "checkpoints" / "step_00000012")}
-    run(*settings, "llama.Train.steps = 20", directory=tmp_path / "other", flags=flags)
-    after = result(tmp_path / "other")
-    assert before["step"] < 12 < after["best"]["step"]
-    assert after["tested_checkpoint"] == f"step_{after['best']['step']:08d}"
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_run_stopped_at_once_and_resumed_tests_what_an_uninterrupted_one_does(
-    run, tmp_path, seed, monkeypatch
-):
-    params = [f"Run.seed = {seed}", "Optimizer.learning_rate = 0.3"]
-    run(*params, directory=tmp_path / "whole")
-    prepare = train.make_optimizer
-
-    def stopping(*arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return prepare(*arguments)
-
-    monkeypatch.setattr(train, "make_optimizer", stopping)
-    assert run(*params) == 75
-    assert result(tmp_path / "run")["step"] == 0
-    monkeypatch.undo()
-    assert run(*params) == 0
-    for name in ("best", "tested_checkpoint", "final"):
-        assert result(tmp_path / "run")[name] == result(tmp_path / "whole")[name]
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-
-
-def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
+def test_eval_scores_a_checkpoint_as_training_did(run, stream, tmp_path, capsys):
     settings = [*LORA, "llama.Data.min_words = 8", 'llama.Train.precision = "bfloat16"']
     run(*settings)
     assert run(*settings, flags={"mode": "eval"}) == 0
@@ -388,16 +361,14 @@ def test_eval_scores_a_checkpoint_as_training_did(run, tmp_path, capsys):
     written = [tmp_path / "run" / name for name in ("eval_results.json", "eval/eval_results.json")]
     assert written[0].read_text() == written[1].read_text()
     tested = int(trained["tested_checkpoint"].removeprefix("step_"))
-    (look,) = [a for a in lines(tmp_path / "run") if a["split"] == "val" and a["step"] == tested]
+    (look,) = [a for a in stream(tmp_path / "run") if a["split"] == "val" and a["step"] == tested]
     assert content["val"] == {name: look[name] for name in ("loss", "accuracy")}
     assert "val: accuracy" in capsys.readouterr().out
-    with pytest.raises(
-        ConfigError, match=r"cannot evaluate .*llama\.Train\.batch_size was 8, now 4; set them back"
-    ):
+    with pytest.raises(ConfigError, match=r"settings differ .*llama\.Train\.batch_size 8 -> 4"):
         run(*settings, "llama.Train.batch_size = 4", flags={"mode": "eval"})
 
 
-def test_a_run_its_checkpoints_directory_and_a_copy_of_it_mean_the_same_checkpoint(run, tmp_path):
+def test_eval_finds_the_best_in_a_run_or_a_copied_directory(run, tmp_path):
     settings = ["Optimizer.learning_rate = 0.3", ACCURACY]
     run(*settings)
     tested = result(tmp_path / "run")["tested_checkpoint"]
@@ -410,15 +381,15 @@ def test_a_run_its_checkpoints_directory_and_a_copy_of_it_mean_the_same_checkpoi
         assert Path(json.loads((directory / "eval.json").read_text())["checkpoint"]).name == tested
 
 
-def test_validation_is_scored_in_the_precision_of_the_training(run, tmp_path):
+def test_validation_has_the_precision_of_training(run, stream, tmp_path):
     for precision in ("float32", "bfloat16"):
         run(f'llama.Train.precision = "{precision}"', directory=tmp_path / precision)
-    one, other = (lines(tmp_path / precision)[0]["loss"] for precision in ("float32", "bfloat16"))
+    one, other = (stream(tmp_path / precision)[0]["loss"] for precision in ("float32", "bfloat16"))
     assert one != other
     assert one == pytest.approx(other, rel=0.02)
 
 
-def test_a_checkpoint_is_evaluated_on_a_small_file_of_one_s_own(run, tmp_path, capsys):
+def test_a_checkpoint_is_evaluated_on_a_small_file(run, tmp_path, capsys):
     run()
     rows = [("a warm and clever film", 1), ("dull", 0), ("clever", 1)]
     own = tmp_path / "own.tsv"
@@ -426,7 +397,7 @@ def test_a_checkpoint_is_evaluated_on_a_small_file_of_one_s_own(run, tmp_path, c
     flags = {"mode": "eval", "resume": str(tmp_path / "run")}
     assert run(f'llama.Data.source = "{own}"', directory=tmp_path / "e", flags=flags) == 0
     told = capsys.readouterr().err
-    assert f"data: {own}: 3 test sentences from the file" in told
+    assert f"{own}: 3 test sentences" in told
     assert "note: the model was trained on other data" in told
     assert "val" not in json.loads((tmp_path / "e" / "eval.json").read_text())
     answers = json.loads((tmp_path / "e" / "eval" / "eval_results.json").read_text())
@@ -463,7 +434,7 @@ def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path, cap
         assert torch.equal(value, exported[1][name])
     before = load_file(base / "model.safetensors")
     assert any(not torch.equal(value, before[name]) for name, value in exported[0].items())
-    with pytest.raises(ConfigError, match="no state of a run to go on from"):
+    with pytest.raises(ConfigError, match="no state of a run to resume"):
         run(*settings, directory=tmp_path / "c", flags={"resume": str(adapter)})
 
 
@@ -477,7 +448,7 @@ def test_the_base_model_may_move_but_not_change(run, base, tmp_path):
     tokenizer = byte_tokenizer()
     loading.make_model(len(tokenizer), 32, 48, 2, 4, 2, 512, seed=6).save_pretrained(moved)
     for flags in ({}, {"mode": "eval"}, {"mode": "export"}):
-        with pytest.raises(CheckpointError, match="base model of other weights") as caught:
+        with pytest.raises(CheckpointError, match="base model with different weights") as caught:
             run(*settings, *pretrained(moved), "llama.Train.steps = 10", flags=flags)
         assert "\n" not in str(caught.value)
     assert result(tmp_path / "run")["step"] == 8
@@ -488,18 +459,18 @@ def test_the_base_model_may_move_but_not_change(run, base, tmp_path):
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
     ):
         (moved / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(CheckpointError, match="base model of another architecture"):
+        with pytest.raises(CheckpointError, match="base model with different architecture"):
             run(*settings, *pretrained(moved), flags={"mode": "eval"})
     (moved / "config.json").write_text(json.dumps(config))
     vocabulary = json.loads((moved / "tokenizer.json").read_text())
     words = vocabulary["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     (moved / "tokenizer.json").write_text(json.dumps(vocabulary))
-    with pytest.raises(CheckpointError, match="base model of another tokenizer"):
+    with pytest.raises(CheckpointError, match="base model with different tokenizer"):
         run(*settings, *pretrained(moved), "llama.Train.steps = 10")
 
 
-def test_a_full_fine_tuning_goes_on_without_its_base(run, base, tmp_path):
+def test_full_fine_tuning_resumes_without_its_base(run, base, tmp_path):
     own = shutil.copytree(base, tmp_path / "own")
     settings = ["llama.Train.steps = 4", "Schedule.decay_steps = 10"]
     run(*settings, *pretrained(own))
@@ -513,7 +484,7 @@ def test_a_full_fine_tuning_goes_on_without_its_base(run, base, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_export_is_a_model_that_transformers_reads_and_answers_the_same(run, base, tmp_path, lora):
+def test_an_exported_model_answers_the_same(run, base, tmp_path, lora):
     settings = [*pretrained(base), *(LORA if lora else []), "Optimizer.learning_rate = 0.01"]
     run(*settings)
     assert run(*settings, flags={"mode": "export"}) == 0
@@ -534,7 +505,7 @@ def test_export_is_a_model_that_transformers_reads_and_answers_the_same(run, bas
     assert abs(before.probabilities - scores.probabilities).max() > 1e-2
 
 
-def test_the_export_of_a_bfloat16_model_loses_nothing_of_the_adapter(run, base, tmp_path, capsys):
+def test_a_bfloat16_export_loses_nothing_of_the_adapter(run, base, tmp_path, capsys):
     # Updates so small that bfloat16 would round most of them away.
     settings = [
         *pretrained(base),
@@ -557,8 +528,8 @@ def test_the_export_of_a_bfloat16_model_loses_nothing_of_the_adapter(run, base, 
     assert torch.allclose(exported[f"{name}.weight"], expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(("too_long", "word"), [("drop", "left out"), ("truncate", "cut")])
-def test_examples_that_are_too_long_are_counted_and_said(run, tmp_path, too_long, word, capsys):
+@pytest.mark.parametrize(("too_long", "word"), [("drop", "left out"), ("truncate", "truncated")])
+def test_examples_that_are_too_long_are_counted(run, tmp_path, too_long, word, capsys):
     run("llama.Data.max_length = 90", f'llama.Data.too_long = "{too_long}"')
     said = capsys.readouterr().err
     config = launcher.resolve(["gin/llama_sst2_tiny.gin"], SMALL).config
@@ -569,39 +540,28 @@ def test_examples_that_are_too_long_are_counted_and_said(run, tmp_path, too_long
     lengths = [len(prompt.question(s).encode()) + longer + 1 for s in data.train.sentences]
     count = sum(length > 90 for length in lengths)
     assert 0 < count < len(lengths)
-    assert f"{count} of {len(lengths)} training examples have more than 90 tokens and were {word}" in said
+    assert f"{count} of {len(lengths)} training examples have more than 90 tokens: {word}" in said
     for what, part in (("validation", data.validation), ("test", data.test)):
         over = sum(len(prompt.question(s).encode()) + longer + 1 > 90 for s in part.sentences)
         assert over > 0
-        assert f"{over} of {len(part)} {what} examples have more than 90 tokens and were cut" in said
+        assert f"{over} of {len(part)} {what} examples have more than 90 tokens: truncated" in said
 
 
-def test_short_examples_are_left_out_of_training_and_validation_and_said(run, tmp_path, capsys):
+def test_short_examples_are_left_out(run, tmp_path, capsys):
     assert run("llama.Data.min_words = 8") == 0
     said = capsys.readouterr().err
     everything = sst2.read("sample").split(validation=20)
     for what, examples in (("training", everything.train), ("validation", everything.validation)):
         short = sum(len(sentence.split()) < 8 for sentence in examples.sentences)
         assert 0 < short < len(examples)
-        assert f"{short} of {len(examples)} {what} examples have fewer than 8 words and were left out" in said
+        assert f"{short} of {len(examples)} {what} examples have fewer than 8 words: left out" in said
     answers = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     assert min(len(answer["sentence"].split()) for answer in answers) < 8
     with pytest.raises(ConfigError, match="leaves no training example"):
         run("llama.Data.min_words = 80", directory=tmp_path / "none")
 
 
-def test_the_tiny_file_runs_as_it_is(tmp_path, capsys):
-    resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], ['Log.progress = "off"'])
-    began = time.monotonic()
-    assert launcher.run_experiment(resolved, tmp_path / "run", device="cpu") == 0
-    assert time.monotonic() - began < 120
-    content = result(tmp_path / "run")
-    assert content["test"]["generated"]["examples"] == content["data"]["test"] == 80
-    train_lines = [line for line in lines(tmp_path / "run") if line["split"] == "train"]
-    assert train_lines[-1]["loss"] < 0.05
-
-
-def test_histograms_and_a_trace_are_written_when_asked_for(run, tmp_path):
+def test_histograms_and_a_trace_are_written(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = [*LORA, "Log.tensorboard = True", "Log.histograms_every = 6", "llama.Train.profile_steps = 2"]
@@ -611,25 +571,27 @@ def test_histograms_and_a_trace_are_written_when_asked_for(run, tmp_path):
     names = events.Tags()["histograms"]
     assert any(name.startswith("weights/") and "lora_A" in name for name in names)
     assert any(name.startswith("gradients/") and "lora_B" in name for name in names)
-    assert [event.step for event in events.Histograms(names[0])] == [6, 12]
+    for name in names:
+        steps = [event.step for event in events.Histograms(name)]
+        assert steps == ([0, 6, 12] if name.startswith("weights/") else [6, 12])
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
     steps = {e["name"] for e in trace["traceEvents"] if e.get("name", "").startswith("ProfilerStep")}
     assert len(steps) == 2
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_losses(run, tmp_path):
+def test_compiled_layers_give_the_same_losses(run, stream, tmp_path):
     deep = [*LORA, "llama.Model.layers = 12"]
     run(*deep, directory=tmp_path / "plain")
     torch._dynamo.utils.counters.clear()
     run(*deep, "llama.Model.compile = True", directory=tmp_path / "run")
     frames = torch._dynamo.utils.counters["frames"]
     assert frames["total"] == frames["ok"] > 0
-    for one, other in zip(lines(tmp_path / "run"), lines(tmp_path / "plain")):
+    for one, other in zip(stream(tmp_path / "run"), stream(tmp_path / "plain")):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4), one
 
 
-def test_likelihood_takes_the_same_answer_from_one_row_as_from_two(base):
+def test_likelihoods_are_those_of_whole_answers(base):
     model, tokenizer = loading.load_model(str(base))
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
     for words in (("A", "B"), ("AA", "AB"), ("A", "BCD")):
@@ -652,7 +614,7 @@ def test_likelihood_takes_the_same_answer_from_one_row_as_from_two(base):
                 assert scores.probabilities[row] == pytest.approx(expected.numpy(), abs=1e-5)
 
 
-def test_the_validation_loss_is_the_mean_over_answer_tokens_and_end_token(base):
+def test_the_validation_loss_is_the_mean_over_answer_tokens(base):
     model, tokenizer = loading.load_model(str(base))
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
     prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "good"))
@@ -691,7 +653,7 @@ def test_generation_in_batches_is_that_of_each_alone(base):
         assert text == tokenizer.decode(tokens[len(question) :], skip_special_tokens=True)
 
 
-def test_generation_is_greedy_whatever_the_model_s_own_settings_are(base):
+def test_generation_is_greedy_whatever_the_model_s_settings(base):
     model, tokenizer = loading.load_model(str(base))
     prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
     pairs = evaluation.EvalPairs.encode(tokenizer, prompt, ["fine", "so so"], [1, 0], 200)
@@ -716,7 +678,7 @@ def test_answers_are_parsed(text, expected):
     assert evaluation.parse_answer(text, ("negative", "positive")) == expected
 
 
-def test_the_longer_of_two_words_that_begin_alike_is_meant():
+def test_of_labels_that_begin_alike_the_longer_one_counts():
     assert evaluation.parse_answer("goodish", ("good", "goodish")) == 1
     assert evaluation.parse_answer("good", ("good", "goodish")) == 0
 
@@ -725,8 +687,8 @@ def test_the_longer_of_two_words_that_begin_alike_is_meant():
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
-def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, tmp_path, shared):
-    """Same model, adapter, data, batches and optimiser: the same losses within 1e-4."""
+def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, stream, tmp_path, shared):
+    """Same model, adapter, data, batches and optimizer: the same losses within 1e-4."""
     settings = [
         *pretrained(base),
         *LORA,
@@ -739,11 +701,12 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, tmp_path, sh
         "Log.every_steps = 1",
     ]
     run(*settings)
-    ours = [line["loss"] for line in lines(tmp_path / "run") if line["split"] == "train"]
+    ours = [line["loss"] for line in stream(tmp_path / "run") if line["split"] == "train"]
 
     resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], [*SMALL, *settings])
-    other = launcher_run(resolved, tmp_path / "trainer")
     config = resolved.config
+    options = {"experiment": "llama", "checkpoint_format": "", "backend": "torch", "device": "cpu"}
+    other = Run(tmp_path / "trainer", config, **options)
     model, tokenizer = checkpoints.build_model(other)
     prompt = Prompt.of(config.data.template, config.data.labels)
     encoded = train.encode_training(other, tokenizer, prompt, sst2.read("sample").split(validation=20).train)
@@ -798,13 +761,6 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(run, base, tmp_path, sh
     assert len(ours) == len(theirs) == 10
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert max(ours) - min(ours) > 0.1
-
-
-def launcher_run(resolved, directory: Path):
-    """A run object that is not opened."""
-    from blacksmith.run.run import Run
-
-    return Run(directory, resolved.config, resolved.experiment, backend="torch", device="cpu")
 
 
 # --- what can go wrong ---
@@ -877,28 +833,14 @@ def test_a_bad_setting_is_one_line_and_leaves_nothing(run, tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
-BAD_DATA = {
-    "empty file": ("train.tsv", "", "is empty"),
-    "header only": ("train.tsv", "sentence\tlabel\n", "no rows"),
-    "wrong columns": ("train.tsv", "text\tlabel\nfine\t1\n", "sentence"),
-    "a label of 2": ("train.tsv", "sentence\tlabel\nfine\t1\nbad\t2\n", "row 2"),
-    "not UTF-8": ("train.tsv", b"sentence\tlabel\nna\xefve\t1\n", "utf-8"),
-    "no test set": ("dev.tsv", None, "test"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_one_line_that_names_the_file_and_leaves_nothing(run, tmp_path, case):
-    name, content, message = BAD_DATA[case]
+@pytest.mark.parametrize(("missing", "message"), [("dev.tsv", "test"), ("sentence", "sentence")])
+def test_bad_data_is_one_line_and_leaves_nothing(run, tmp_path, missing, message):
     directory = tmp_path / "data"
     directory.mkdir()
+    column = "text" if missing == "sentence" else "sentence"
     rows = "".join(f"sentence {i}\t{i % 2}\n" for i in range(40))
-    for file in ("train.tsv", "dev.tsv"):
-        (directory / file).write_text("sentence\tlabel\n" + rows)
-    if content is None:
-        (directory / name).unlink()
-    else:
-        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for file in {"train.tsv", "dev.tsv"} - {missing}:
+        (directory / file).write_text(f"{column}\tlabel\n{rows}")
     with pytest.raises(DataError, match=message) as caught:
         run(f'llama.Data.source = "{directory}"')
     assert "\n" not in str(caught.value)
@@ -910,25 +852,11 @@ def break_config(base):
     (base / "config.json").unlink()
 
 
-def break_kind(base):
-    content = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(content | {"model_type": "gpt2"}))
-
-
 def break_weights(base):
     truncated(base / "model.safetensors")
 
 
-def lose_weights(base):
-    (base / "model.safetensors").unlink()
-
-
-def lose_tokenizer(base):
-    for file in base.glob("tokenizer*"):
-        file.unlink()
-
-
-@pytest.mark.parametrize("breaking", [break_config, break_kind, break_weights, lose_weights, lose_tokenizer])
+@pytest.mark.parametrize("breaking", [break_config, break_weights])
 def test_a_broken_model_is_one_line_and_leaves_nothing(run, base, tmp_path, breaking):
     own = copy_of(base, tmp_path / "own")
     breaking(own)
@@ -961,7 +889,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(run, base, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_longer_linear_schedule_is_refused_and_says_how(run, tmp_path):
+def test_a_longer_linear_schedule_is_refused(run, tmp_path):
     run()
     with pytest.raises(ConfigError, match=r"would now over 18; set Schedule\.decay_steps = 10"):
         run("llama.Train.steps = 20")

@@ -1,8 +1,4 @@
-"""Where a scene is, guessed from where its cameras look.
-
-The experiment takes its box from `estimate_bounds` unless it is given one, and the stretch of a ray that is
-worth sampling from `near_far`.
-"""
+"""Where a scene lies, estimated from its cameras alone: a box, and the stretch of each ray worth sampling."""
 
 from collections.abc import Sequence
 
@@ -14,16 +10,16 @@ PARALLEL = 1e-3
 """Optical axes count as parallel below this mean of sin^2 of the angle to their common direction."""
 
 NEAREST = 0.05
-"""No ray begins nearer to its camera than this part of the camera's distance to the middle of the box."""
+"""Rays start at least this fraction of a camera's distance to the box's middle away from the camera."""
 
 
 def estimate_bounds(cameras: Sequence[Camera]) -> np.ndarray:
-    """The cube that every camera sees, as far as it is known without the pictures.
+    """A cube that all cameras see.
 
-    Its centre is the point nearest to all optical axes, by least squares; where the axes are parallel, or
-    meet behind most of the cameras, it is the point of the mean axis nearest to the world's origin, and at
-    least as far in front of the cameras as they are apart. Half its side is the least of the cameras'
-    distance * tan(angle / 2), for the wider angle of view; cameras that look away do not count.
+    Its center is the point nearest to all optical axes, by least squares. If the axes are parallel, or meet
+    behind most of the cameras, the center is the point of the mean axis nearest to the world's origin, but
+    at least as far in front of the cameras as they are apart. Half its side is the smallest of the cameras'
+    distance * tan(angle / 2), for the wider angle of view. Cameras that look away do not count.
 
     Args:
       cameras: at least one.
@@ -33,21 +29,22 @@ def estimate_bounds(cameras: Sequence[Camera]) -> np.ndarray:
     """
     positions, axes = _positions_and_axes(cameras)
     spread = float(np.linalg.norm(positions - positions.mean(0), axis=1).max())
-    # The squared distance of a point x to an axis is (x - o)^T (I - d d^T) (x - o).
+    # The squared distance of a point x to an axis is (x - o)^T (I - d d^T) (x - o). Setting the gradient of
+    # the sum over the cameras to zero gives sum(I - d d^T) x = sum((I - d d^T) o).
     across = np.eye(3) - axes[:, :, None] * axes[:, None, :]
     total = across.sum(0)
     ahead = np.zeros(len(cameras), bool)
     if np.linalg.eigvalsh(total)[0] > PARALLEL * len(cameras):
-        centre = np.linalg.solve(total, (across @ positions[:, :, None]).sum(0)[:, 0])
-        # Cameras that only turn on the spot meet in that spot, but for rounding.
-        ahead = ((centre - positions) * axes).sum(1) > max(1e-3 * spread, 1e-6)
+        center = np.linalg.solve(total, (across @ positions[:, :, None]).sum(0)[:, 0])
+        # Cameras that only turn in place meet where they stand, up to rounding.
+        ahead = ((center - positions) * axes).sum(1) > max(1e-3 * spread, 1e-6)
     if ahead.mean() <= 0.5:
-        centre = _ahead_of_the_mean(positions, axes, spread)
-        ahead = ((centre - positions) * axes).sum(1) > 0
-    distance = np.linalg.norm(centre - positions, axis=1)
+        center = _ahead_of_the_mean(positions, axes, spread)
+        ahead = ((center - positions) * axes).sum(1) > 0
+    distance = np.linalg.norm(center - positions, axis=1)
     slope = np.array([max(c.width / c.focal[0], c.height / c.focal[1]) / 2 for c in cameras])
     half = (distance * slope)[ahead if ahead.any() else slice(None)].min()
-    return np.stack([centre - half, centre + half]).astype(np.float32)
+    return np.stack([center - half, center + half]).astype(np.float32)
 
 
 def near_far(cameras: Sequence[Camera], bounds: np.ndarray) -> tuple[float, float]:
@@ -58,7 +55,7 @@ def near_far(cameras: Sequence[Camera], bounds: np.ndarray) -> tuple[float, floa
       bounds: the lower and the upper corner, float [2, 3].
 
     Returns:
-      near: the least distance of a camera to the box, but at least `NEAREST` times that to its middle.
+      near: the smallest distance of a camera to the box, but at least `NEAREST` times that to its middle.
       far: the largest distance of a camera to a corner.
     """
     positions, _ = _positions_and_axes(cameras)
@@ -70,7 +67,7 @@ def near_far(cameras: Sequence[Camera], bounds: np.ndarray) -> tuple[float, floa
 
 
 def _positions_and_axes(cameras: Sequence[Camera]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the cameras are and the unit directions they look in, float64 [cameras, 3] each."""
+    """The cameras' positions and unit viewing directions, float64 [cameras, 3] each."""
     poses = np.stack([camera.pose for camera in cameras]).astype(np.float64)
     axes = -poses[:, :, 2]
     return poses[:, :, 3], axes / np.linalg.norm(axes, axis=1, keepdims=True)
@@ -79,7 +76,7 @@ def _positions_and_axes(cameras: Sequence[Camera]) -> tuple[np.ndarray, np.ndarr
 def _ahead_of_the_mean(positions: np.ndarray, axes: np.ndarray, spread: float) -> np.ndarray:
     """A point in front of the mean camera, float64 [3]."""
     position, axis = positions.mean(0), axes.mean(0)
-    if np.linalg.norm(axis) < 1e-3:  # they look everywhere
+    if np.linalg.norm(axis) < 1e-3:  # they look in all directions
         axis = axes[0]
     axis = axis / np.linalg.norm(axis)
     distance = max(-position @ axis, 2 * spread)

@@ -18,12 +18,12 @@ def open_scene_of(run: Run) -> Scene:
     needs_alpha = hull or data.background == "random"
     scene = open_scene(data.scene, downscale=data.downscale, needs_alpha=needs_alpha)
     smallest = scores.SSIM_WINDOW_PIXELS
-    if min(scene.info["width"], scene.info["height"]) < smallest:
+    if min(scene.info.width, scene.info.height) < smallest:
         raise DataError(
             f"{scene.path}: pictures of {scene.info['width']}x{scene.info['height']} pixels are too small "
             f"for SSIM, which needs {smallest}; lower nerf.Data.downscale"
         )
-    run.use_data({**scene.info, "alpha_hull": hull}, scene.describe())
+    run.use_data(scene.info, alpha_hull=hull)
     return scene
 
 

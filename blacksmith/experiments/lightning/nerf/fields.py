@@ -8,9 +8,10 @@ import torch
 from blacksmith.datasets.blender import Views, estimate_bounds, near_far
 from blacksmith.errors import CheckpointError, ConfigError, DataError
 from blacksmith.experiments.lightning.nerf.configs import Config
-from blacksmith.models.pytorch.nerf.grid import GridField, level_shape, reachable_vertices
+from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mlp import MlpField
 from blacksmith.models.pytorch.nerf.occupancy import box_of, visual_hull
+from blacksmith.models.pytorch.nerf.vertices import level_shape, reachable_vertices
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.order import seed_int
 
@@ -76,7 +77,7 @@ def for_scene(config: Config, views: Views, device: str) -> GridField | MlpField
             raise ConfigError(
                 f"rays would begin at {near:.3f} and end at {far:.3f}; set nerf.Data.near and far"
             )
-        field.range.copy_(torch.tensor([near, far]))
+        field.near_far.copy_(torch.tensor([near, far]))
         field.bounds.copy_(torch.from_numpy(box))
         return field.to(device)
     box = torch.from_numpy(box).to(device)
@@ -95,8 +96,8 @@ def for_scene(config: Config, views: Views, device: str) -> GridField | MlpField
     else:
         hull = torch.ones((resolution,) * 3, dtype=torch.bool, device=device)
     field = build(config, rows=rows_of(config, box, hull)).to(device)
-    reach = (near or 0.0, math.inf if far is None else far)
-    field.begin(box, hull, config.grid.resolutions[0], reach)
+    distances = (near or 0.0, math.inf if far is None else far)
+    field.begin(box, hull, config.grid.resolutions[0], distances)
     return field
 
 

@@ -104,6 +104,8 @@ class NerfModule(L.LightningModule):
         for old in (self._run.directory / "images").glob("val_*.png"):
             if int(old.stem.removeprefix("val_")) > self.global_step:
                 old.unlink()
+        # Not before: only now has Lightning restored the field, and can save it.
+        self.trainer.should_stop = not self.loop.between()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Takes the field to the level and the occupancy that this step is trained with."""
@@ -140,7 +142,7 @@ class NerfModule(L.LightningModule):
             step_length = self.field.voxel * self.field.train_step
             interpolate = step >= config.grid.interpolate_at * config.train.steps
             traced = self.field.trace(origins, directions, step_length, random, interpolate=interpolate)
-            self._dense = traced.dense
+            self._dense = traced.num_samples
             rendered = [traced]
         else:
             rendered = list(self.field.trace(origins, directions, random))
@@ -316,8 +318,8 @@ class NerfModule(L.LightningModule):
         if isinstance(field, GridField):
             reached = (level for when, level in self._levels.items() if when <= step)
             first = max(reached, default=self._config.grid.resolutions[0])
-            reach = tuple(field.occupancy.reach.tolist())
-            field.begin(field.bounds.clone(), field.hull.clone(), first, reach)
+            near_far = tuple(field.occupancy.near_far.tolist())
+            field.begin(field.bounds.clone(), field.hull.clone(), first, near_far)
         self._forget_moments(list(field.parameters()))
         self.loop.discard()
         self._collapse = None

@@ -27,7 +27,7 @@ class RayBank:
         self.pixels = torch.from_numpy(views.pixels).to(device).view(-1, 4)
         self.cameras = cameras = views.cameras
         self._poses = torch.from_numpy(np.stack([c.pose for c in cameras])).to(device)
-        intrinsics = np.array([(*c.focal, *c.centre) for c in cameras], np.float32)
+        intrinsics = np.array([(*c.focal, *c.center) for c in cameras], np.float32)
         self._intrinsics = torch.from_numpy(intrinsics).to(device)
 
     def __len__(self) -> int:

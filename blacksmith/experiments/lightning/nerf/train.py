@@ -34,8 +34,9 @@ def train(run: Run) -> int:
     module, loader, loop = prepare(run, scene)
     parameters = sum(p.numel() for p in module.field.parameters())
     run.begin()
-    if loop.between():
+    if not (loop.done and run.resumes_in_place):
         fit(run, module, loader)
+        loop.between()  # a new directory needs a checkpoint also where no step was left to take
     module.release()
 
     def test(saved: Saved) -> dict[str, Any] | None:

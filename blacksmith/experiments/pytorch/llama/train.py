@@ -108,7 +108,9 @@ def train(run: Run) -> int:
                         tokens += len(prefix) + batch.tokens.numel()
                     else:
                         input_ids, labels = (t.to(run.device) for t in collate_whole(training, part, pad))
-                        part_loss = model(input_ids, labels=labels, num_items_in_batch=answer_tokens).loss
+                        part_loss = model(
+                            input_ids, labels=labels, num_items_in_batch=answer_tokens, use_cache=False
+                        ).loss
                         tokens += input_ids.numel()
                 part_loss.backward()
                 loss += part_loss.detach()

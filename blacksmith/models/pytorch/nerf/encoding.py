@@ -1,4 +1,4 @@
-"""Positional encoding and the small networks that read it."""
+"""Positional encoding, and small networks on top of it."""
 
 import itertools
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 def positional_encoding(values: Tensor, frequencies: int) -> Tensor:
-    """sin and cos of 2^k times the values, k < `frequencies`, after the values themselves.
+    """The values, followed by sin and cos of 2^k times the values for k < `frequencies`.
 
     Equation 4 of Mildenhall et al., NeRF (2020), without its factor of pi, as in the authors' code.
 
     Args:
       values: float [..., d].
-      frequencies: how many octaves.
+      frequencies: number of octaves.
 
     Returns:
       Float [..., d * (1 + 2 * frequencies)].

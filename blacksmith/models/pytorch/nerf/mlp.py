@@ -20,15 +20,15 @@ from blacksmith.models.pytorch.nerf.rendering import (
 )
 
 FAR_AWAY = 1e10
-"""Length that the last sample of a ray stands for: all the rest of it."""
+"""Length that the last sample of a ray represents: the rest of the ray."""
 
 
 class Network(nn.Module):
-    """Density and colour of points seen along directions: the paper's figure 7.
+    """Density and color of points seen along directions: the paper's figure 7.
 
     Args:
-      width: of the hidden layers; the last one, after the direction comes in, has half of it.
-      depth: hidden layers before the density; half-way, the encoded position comes in again.
+      width: of the hidden layers; the last one, which also reads the direction, has half of it.
+      depth: hidden layers before the density; the middle one also reads the encoded position.
       position_frequencies: octaves of the encoded position.
       direction_frequencies: octaves of the encoded direction.
     """
@@ -52,21 +52,21 @@ class Network(nn.Module):
         self.to_density = nn.Linear(width, 1)
         self.bottleneck = nn.Linear(width, width)
         self.directed = nn.Linear(width + direction, width // 2)
-        self.to_colour = nn.Linear(width // 2, 3)
+        self.to_color = nn.Linear(width // 2, 3)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def forward(self, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Density, float32 [...], and colour, float32 [..., 3], at points and unit directions [..., 3]."""
+        """Density, float32 [...], and color, float32 [..., 3], at points and unit directions [..., 3]."""
         hidden, density = self._trunk(points)
         encoded = positional_encoding(directions, self.direction_frequencies)
         directed = F.relu(self.directed(torch.cat([self.bottleneck(hidden), encoded], -1)))
-        return density, torch.sigmoid(self.to_colour(directed).float())
+        return density, torch.sigmoid(self.to_color(directed).float())
 
     def density(self, points: Tensor) -> Tensor:
-        """Density alone, float32 [...]."""
+        """Density only, float32 [...]."""
         return self._trunk(points)[1]
 
     def _trunk(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,10 +80,10 @@ class Network(nn.Module):
 
 
 class Composited(NamedTuple):
-    """One network's view of a bundle of rays.
+    """A bundle of rays as one network sees it, with gradients.
 
     Attributes:
-      rgb: colour without background, float32 [rays, 3].
+      rgb: color without background, float32 [rays, 3].
       opacity: float32 [rays].
       weights: float32 [rays, samples].
       samples: flat, in the order of the weights.
@@ -96,13 +96,13 @@ class Composited(NamedTuple):
 
 
 class MlpField(nn.Module):
-    """The coarse and the fine network and their sampling; `bounds` are for meshes and the viewer alone.
+    """The coarse and the fine network and their sampling; `bounds` is used by meshes and the viewer only.
 
     Args:
-      near: distance from a ray's origin to its first sample, in world units; kept with the weights.
+      near: distance from a ray's origin to its first sample, in world units; stored with the weights.
       far: distance to the last.
       coarse_samples: stratified samples for the coarse network.
-      fine_samples: samples added where the coarse network saw something.
+      fine_samples: samples added where the coarse network sees something.
       network: sizes, see `Network`.
     """
 
@@ -118,7 +118,7 @@ class MlpField(nn.Module):
         super().__init__()
         self.coarse_samples, self.fine_samples = coarse_samples, fine_samples
         self.register_buffer("bounds", torch.tensor([[-1.0] * 3, [1.0] * 3]))
-        self.register_buffer("range", torch.tensor([near, far]))
+        self.register_buffer("near_far", torch.tensor([near, far]))
         self.coarse = Network(**network)
         self.fine = Network(**network)
 
@@ -138,12 +138,13 @@ class MlpField(nn.Module):
           quality: scales the numbers of samples.
 
         Returns:
-          What the coarse and what the fine network sees.
+          What the coarse network sees, and what the fine network sees.
         """
         count = max(3, round(self.coarse_samples * quality))
         edges = torch.linspace(0, 1, count + 1, device=origins.device)
-        near, far = self.range[0], self.range[1]
+        near, far = self.near_far
         shape = (len(origins), count)
+        # One sample in each of `count` equal strata from near to far (equation 2).
         if generator is None:
             within = torch.full(shape, 0.5, device=origins.device)
         else:
@@ -151,6 +152,8 @@ class MlpField(nn.Module):
         distance = near + (far - near) * (edges[:-1] + within / count)
         coarse = self._composite(self.coarse, origins, directions, distance)
         more = max(1, round(self.fine_samples * quality))
+        # A weight belongs to the piece between the middles on either side of its sample; the two at the ends
+        # have a middle on one side only and are left out. No gradient flows through where samples are taken.
         middles = (distance[:, 1:] + distance[:, :-1]) / 2
         extra = sample_pdf(middles, coarse.weights[:, 1:-1].detach(), more, generator)
         distance = torch.cat([distance, extra], 1).sort(1).values
@@ -162,7 +165,7 @@ class MlpField(nn.Module):
     ) -> Rendered:
         """Renders rays; see `RadianceField`."""
         parts = []
-        # A ray has 192 samples of 256 numbers in each layer: a few at a time.
+        # With 192 samples per ray and 256 numbers per layer, memory allows only some rays at a time.
         for some in torch.arange(len(origins), device=origins.device).split(1024):
             _, fine = self.trace(origins[some], directions[some], quality=quality)
             depth = expected_depth(fine.weights.view(-1), fine.samples, fine.opacity)
@@ -177,8 +180,8 @@ class MlpField(nn.Module):
         return torch.cat([self.fine.density(some) for some in points.split(1 << 16)]) * inside
 
     @torch.no_grad()
-    def colour(self, points: Tensor, directions: Tensor) -> Tensor:
-        """Colour of single points; see `RadianceField`."""
+    def color(self, points: Tensor, directions: Tensor) -> Tensor:
+        """Color of single points; see `RadianceField`."""
         pieces = zip(points.split(1 << 16), directions.split(1 << 16))
         return torch.cat([self.fine(some, seen)[1] for some, seen in pieces])
 
@@ -187,13 +190,13 @@ class MlpField(nn.Module):
     ) -> Composited:
         rays, count = distance.shape
         points = origins[:, None] + directions[:, None] * distance[..., None]
-        density, colour = network(points, directions[:, None].expand_as(points))
+        density, color = network(points, directions[:, None].expand_as(points))
         length = torch.cat([distance.diff(dim=1), torch.full_like(distance[:, :1], FAR_AWAY)], 1)
         ray = torch.arange(rays, device=distance.device).repeat_interleave(count)
         reaching, alpha = transmittance((density * length).view(-1), ray, rays)
         weights = reaching * alpha
         samples = Samples(ray, distance.reshape(-1), length.view(-1))
-        rgb = sum_along_rays(weights[:, None] * colour.view(-1, 3), ray, rays)
+        rgb = sum_along_rays(weights[:, None] * color.view(-1, 3), ray, rays)
         opacity = sum_along_rays(weights, ray, rays)
         return Composited(rgb, opacity, weights.view(rays, count), samples)
 
@@ -205,14 +208,16 @@ def sample_pdf(
 
     Args:
       edges: of the pieces, increasing, float32 [rays, pieces + 1].
-      weights: of the pieces, not normalised, float32 [rays, pieces].
-      count: samples to draw from each ray.
+      weights: of the pieces, not normalized, float32 [rays, pieces].
+      count: samples per ray.
       generator: draws them; None takes evenly spaced quantiles.
 
     Returns:
       Distances, float32 [rays, count].
     """
-    weights = weights + 1e-5  # an empty ray is sampled evenly
+    weights = weights + 1e-5  # so that an empty ray is sampled evenly
+    # `total` is the cumulative distribution F at the edges. A quantile u lies in the piece with
+    # F_low <= u < F_high, at the fraction (u - F_low) / (F_high - F_low) of it, because F is linear there.
     total = torch.cumsum(weights / weights.sum(1, keepdim=True), 1)
     total = torch.cat([torch.zeros_like(total[:, :1]), total], 1)
     if generator is None:

@@ -1,12 +1,12 @@
 """Where a scene can have matter: the visual hull of its masks, and a grid of cells that rays step through.
 
-A grid of bool cells spans a box. Rays look at blocks of 4x4x4 cells first and at single cells only where a
-block, or one beside it, holds any; samples outside of the marked cells are never made.
+A grid of bool cells spans a box, and rays have samples only in marked cells. Blocks of 4x4x4 cells are tested
+first; single cells only where a block or one of its neighbors contains a marked cell.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,41 +19,27 @@ from blacksmith.models.pytorch.nerf.rendering import Samples
 BLOCK = 4
 """Side of a block, in cells."""
 
-_NEAR = 3  # radii of depth below which a ball may fill the picture
-_SEGMENT = 2 * BLOCK  # cells that one look at a block decides for: the block, and half of those beside it
-
-
-class Segments(NamedTuple):
-    """Stretches of rays that samples are taken from, ordered by ray and then by distance.
-
-    Attributes:
-      ray: int64 [segments].
-      distance: of each segment's samples along the ray, float32 [segments, samples].
-      start: the rays' origins in the box, where it runs from 0 to 1: float32 [3, rays].
-      slope: the change of that with the distance, float32 [3, rays].
-      step: distance between samples, in world units.
-    """
-
-    ray: Tensor
-    distance: Tensor
-    start: Tensor
-    slope: Tensor
-    step: float
+_NEAR = 3  # depth, in radii, below which a ball may fill the picture
+_SEGMENT = 2 * BLOCK  # length of a ray's segment, in cells
 
 
 class Occupancy(nn.Module):
-    """Bool cells [z, y, x] over the box `bounds`, float32 [2, 3]: all marked in the unit box at first.
-
-    Rays have samples between the two distances in `reach` only, float32 [2] in world units.
+    """Bool cells [z, y, x] over a box; at first the unit box, with all cells marked.
 
     Args:
       resolution: cells along each side.
+
+    Attributes:
+      bounds: the box, float32 [2, 3].
+      near_far: distances between which rays have samples, float32 [2] in world units.
+      cells: bool [z, y, x]; change them with `set`.
+      blocks: bool [z, y, x]; blocks of cells that contain a marked cell or touch such a block.
     """
 
     def __init__(self, resolution: int) -> None:
         super().__init__()
         self.register_buffer("bounds", torch.tensor([[0.0] * 3, [1.0] * 3]))
-        self.register_buffer("reach", torch.tensor([0.0, math.inf]))
+        self.register_buffer("near_far", torch.tensor([0.0, math.inf]))
         self.register_buffer("cells", torch.ones((resolution,) * 3, dtype=torch.bool))
         blocks = math.ceil(resolution / BLOCK)
         self.register_buffer("blocks", torch.ones((blocks,) * 3, dtype=torch.bool), persistent=False)
@@ -66,7 +52,7 @@ class Occupancy(nn.Module):
         return self.cells.shape[0]
 
     def _apply(self, *arguments: Any, **options: Any) -> "Occupancy":
-        self._surface = None  # it lies where the grid lay
+        self._surface = None  # it is on the old device
         return super()._apply(*arguments, **options)
 
     def set(self, cells: Tensor) -> None:
@@ -77,38 +63,42 @@ class Occupancy(nn.Module):
         whole = F.pad(cells.float(), [0, padding] * 3)[None, None]
         self.blocks.copy_(F.max_pool3d(F.max_pool3d(whole, BLOCK), 3, 1, 1)[0, 0] > 0)
 
-    def centres(self) -> Tensor:
-        """World positions of the cells' centres, float32 [cells, 3], in the cells' flat order."""
-        return grid_points(self.bounds, (self.resolution,) * 3, centred=True)
-
-    def holds(self, points: Tensor) -> Tensor:
-        """Whether world points [points, 3] lie in marked cells, bool [points]."""
-        unit = (points - self.bounds[0]) / (self.bounds[1] - self.bounds[0])
-        inside = ((unit >= 0) & (unit < 1)).all(-1)
-        return inside & self.cells.view(-1)[flat_cell(unit, self.resolution)]
+    def centers(self) -> Tensor:
+        """World positions of the cells' centers, float32 [cells, 3], in the cells' flat order."""
+        return grid_points(self.bounds, (self.resolution,) * 3, centered=True)
 
     @torch.no_grad()
-    def segments(
+    def samples(
         self, origins: Tensor, directions: Tensor, step: float, generator: torch.Generator | None = None
-    ) -> "Segments":
-        """The stretches of rays near marked cells.
+    ) -> tuple[Samples, Tensor]:
+        """Evenly spaced samples of rays, only those in marked cells and between near and far.
 
         Args:
           origins: float32 [rays, 3].
           directions: unit vectors, float32 [rays, 3].
           step: distance between samples, in world units.
-          generator: moves each ray's samples by a random part of a step; None puts them at half steps.
+          generator: shifts each ray's samples by a random part of a step; None puts them at half steps.
+
+        Returns:
+          The samples, and their places in the box, where it runs from 0 to 1: float32 [3, samples].
         """
         device, resolution = origins.device, self.resolution
         low, size = self.bounds[0], self.bounds[1] - self.bounds[0]
-        count = max(1, int(_SEGMENT * float(size.min()) / resolution / step))
-        # One row an axis: each is a contiguous run for the vector units.
+        # Transposed to [3, rays]: the values of an axis are contiguous, which CPU vector instructions need.
         start = ((origins - low) / size).T.contiguous()
         slanted = torch.where(directions.abs() < 1e-6, torch.full_like(directions, 1e-6), directions)
         slope = (slanted / size).T.contiguous()
+        # In the unit box a ray is start + distance * slope, and it crosses the two planes of an axis at
+        # -start / slope and (1 - start) / slope. It is inside from the last entry to the first exit (the slab
+        # method, Kay and Kajiya 1986).
         enter, leave = -start / slope, (1 - start) / slope
-        near = torch.minimum(enter, leave).amax(0).clamp(min=self.reach[0])
-        far = torch.maximum(enter, leave).amin(0).clamp(max=self.reach[1])
+        near = torch.minimum(enter, leave).amax(0).clamp(min=self.near_far[0])
+        far = torch.maximum(enter, leave).amin(0).clamp(max=self.near_far[1])
+
+        # Rays are cut into segments of `count` samples, at most two blocks long. One lookup at the middle of
+        # a segment decides for all of its samples: they lie within one block of the middle, and `blocks`
+        # marks the neighbors of marked blocks too.
+        count = max(1, int(_SEGMENT * float(size.min()) / resolution / step))
         length = count * step
         longest = float((far - near).amax()) if len(near) else 0.0
         most = max(1, math.ceil(longest / length))
@@ -126,52 +116,31 @@ class Occupancy(nn.Module):
             shift = torch.rand(len(origins), generator=generator, device=device)
         first = (begin[ray, segment] + shift[ray] * step)[:, None]
         distance = torch.arange(count, device=device) * step + first
-        return Segments(ray, distance, start, slope, step)
 
-    @torch.no_grad()
-    def samples(self, segments: "Segments") -> tuple[Samples, Tensor]:
-        """The samples of segments that lie in marked cells and within reach.
-
-        Returns:
-          The samples, and where they are in the box: float32 [3, samples], 0 to 1.
-        """
-        ray, distance = segments.ray, segments.distance
-        cell = torch.zeros(distance.shape, dtype=torch.int64, device=distance.device)
-        inside = distance < self.reach[1]
+        # Now the cell of each sample in the segments that are left.
+        cell = torch.zeros(distance.shape, dtype=torch.int64, device=device)
+        inside = distance < self.near_far[1]
         places = []
         for axis in (2, 1, 0):
-            start, slope = segments.start[axis][ray], segments.slope[axis][ray]
-            place = torch.addcmul(start[:, None], slope[:, None], distance)
+            place = torch.addcmul(start[axis][ray][:, None], slope[axis][ray][:, None], distance)
             inside &= (place >= 0) & (place < 1)
-            cell.mul_(self.resolution).add_((place * self.resolution).long())
+            cell.mul_(resolution).add_((place * resolution).long())
             places.append(place.view(-1))
-        cell.clamp_(0, self.resolution**3 - 1)
+        cell.clamp_(0, resolution**3 - 1)
         kept = (inside & self.cells.view(-1)[cell]).view(-1).nonzero()[:, 0]
-        row = kept // distance.shape[1]
         unit = torch.stack([place[kept] for place in reversed(places)])
-        return Samples(ray[row], distance.view(-1)[kept], segments.step), unit
-
-    @torch.no_grad()
-    def march(
-        self, origins: Tensor, directions: Tensor, step: float, generator: torch.Generator | None = None
-    ) -> tuple[Samples, Tensor]:
-        """Evenly spaced samples of rays, those in marked cells only; arguments as for `segments`.
-
-        Returns:
-          The samples, and where they are in the box: float32 [samples, 3], 0 to 1.
-        """
-        samples, unit = self.samples(self.segments(origins, directions, step, generator))
-        return samples, unit.T
+        return Samples(ray[kept // count], distance.view(-1)[kept], step), unit
 
     def visible_pixels(self, camera: Camera) -> Tensor:
-        """Pixels whose rays may meet a marked cell, bool [height * width]; never too few."""
+        """Pixels whose rays can meet a marked cell, bool [height * width]; may include others."""
         if self._surface is None:
             self._surface = self._surface_points()
         points, radius = self._surface
         return _splat(camera, points, radius).reshape(-1)
 
     def _surface_points(self) -> tuple[Tensor, float]:
-        """Centres of pairs^3 of cells on the surface of the marked region, and half of their diagonal."""
+        """Centers of 2x2x2 cells on the surface of the marked region, and half of their diagonal."""
+        # A ray that meets the region crosses its surface, and pairs of cells are an eighth of the points.
         pairs = -(-self.resolution // 2)
         whole = F.pad(self.cells.float(), [0, 2 * pairs - self.resolution] * 3)[None, None]
         marked = F.max_pool3d(whole, 2)
@@ -182,40 +151,39 @@ class Occupancy(nn.Module):
         return self.bounds[0] + (index + 0.5) * side, float(side.norm()) / 2
 
 
-def grid_points(bounds: Tensor, shape: Sequence[int], *, centred: bool = False) -> Tensor:
-    """World positions of a grid's points, float32 [points, 3] in the flat order of [z, y, x].
+def grid_points(
+    bounds: Tensor, shape: Sequence[int], flat: Tensor | None = None, *, centered: bool = False
+) -> Tensor:
+    """World positions of a grid's points, float32 [points, 3].
 
     Args:
       bounds: float32 [2, 3].
       shape: points along z, y and x.
-      centred: the points are the centres of as many cells; else they span the box from corner to corner.
+      flat: indices of the points in the flat order of [z, y, x]; None for all.
+      centered: the points are the centers of cells that fill the box; otherwise they reach its corners.
     """
-    flat = torch.arange(math.prod(shape), device=bounds.device)
-    return grid_places(bounds, shape, flat, centred=centred)
-
-
-def grid_places(bounds: Tensor, shape: Sequence[int], flat: Tensor, *, centred: bool = False) -> Tensor:
-    """World positions of some of a grid's points, float32 [points, 3] of flat indices."""
+    if flat is None:
+        flat = torch.arange(math.prod(shape), device=bounds.device)
     index = _unravel(flat, shape)
     count = torch.tensor(shape[::-1], device=bounds.device)
-    unit = (index + 0.5) / count if centred else index / (count - 1).clamp(min=1)
+    unit = (index + 0.5) / count if centered else index / (count - 1).clamp(min=1)
     return bounds[0] + unit * (bounds[1] - bounds[0])
 
 
 @torch.no_grad()
 def visual_hull(masks: Tensor, cameras: Sequence[Camera], bounds: Tensor, resolution: int) -> Tensor:
-    """The cells of a box that every view could have matter in, bool [z, y, x].
+    """The cells of a box in which no view rules out matter, bool [z, y, x].
 
-    A cell stays if it projects to within its own size of a masked pixel in each view that it falls into
+    A cell stays if it projects to within its own size of a masked pixel in each view that contains it
     (Laurentini, The visual hull concept, 1994).
 
     Args:
       masks: bool [views, height, width], true where a picture is not empty.
-      cameras: one for each view.
+      cameras: one per view.
       bounds: the box, float32 [2, 3].
       resolution: cells along each side.
     """
-    # Coarse cells first: what a view rules out there needs no look at its eighths.
+    # Coarse to fine: if a view rules out a cell, its eight parts need no test.
     level = resolution
     while level % 2 == 0 and level > 32:
         level //= 2
@@ -223,13 +191,13 @@ def visual_hull(masks: Tensor, cameras: Sequence[Camera], bounds: Tensor, resolu
     while True:
         side = (bounds[1] - bounds[0]) / level
         for mask, camera in zip(masks, cameras):
-            centres = bounds[0] + (_unravel(cells, (level,) * 3) + 0.5) * side
-            x, y, depth = _project(camera, centres)
+            centers = bounds[0] + (_unravel(cells, (level,) * 3) + 0.5) * side
+            x, y, depth = _project(camera, centers)
             radius = float(side.norm()) / 2
             pixels = _pixels_across(camera, radius, depth)
             grown = _grow(mask.to(bounds.device), pixels)
             column, row = x.long(), y.long()
-            # Only a cell that lies in the picture as a whole can be ruled out by it.
+            # A view can rule out only cells that are completely inside its picture.
             seen = (depth > _NEAR * radius) & (x >= pixels) & (x < camera.width - pixels)
             seen &= (y >= pixels) & (y < camera.height - pixels)
             place = row.clamp(0, camera.height - 1) * camera.width + column.clamp(0, camera.width - 1)
@@ -246,7 +214,7 @@ def visual_hull(masks: Tensor, cameras: Sequence[Camera], bounds: Tensor, resolu
 
 
 def box_of(cells: Tensor, bounds: Tensor, margin: float = 0.5) -> Tensor:
-    """The box around the marked cells and `margin` cells more, float32 [2, 3]; `bounds` if none is marked."""
+    """The box around the marked cells plus `margin` cells, float32 [2, 3]; `bounds` if none is marked."""
     marked = cells.nonzero()
     if not len(marked):
         return bounds
@@ -256,7 +224,7 @@ def box_of(cells: Tensor, bounds: Tensor, margin: float = 0.5) -> Tensor:
 
 
 def flat_cell(unit: Tensor, resolution: int) -> Tensor:
-    """Flat index of the cell of a place in the unit box, clamped into it: int64 [points] of [points, 3]."""
+    """Flat index, int64 [points], of the cells of places in the unit box, [points, 3]; clamped to the box."""
     index = (unit * resolution).long().clamp_(0, resolution - 1)
     return (index[:, 2] * resolution + index[:, 1]) * resolution + index[:, 0]
 
@@ -268,20 +236,21 @@ def _unravel(flat: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _project(camera: Camera, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Picture coordinates x and y in pixels and depth, float32 [points] each."""
+    """Picture coordinates x and y in pixels, and depth in world units: float32 [points] each."""
     pose = torch.as_tensor(np.asarray(camera.pose), device=points.device)
     local = (points - pose[:, 3]) @ pose[:, :3]
     depth = -local[:, 2]
     safe = torch.where(depth.abs() < 1e-6, torch.full_like(depth, 1e-6), depth)
-    x = local[:, 0] / safe * camera.focal[0] + camera.centre[0]
-    return x, -local[:, 1] / safe * camera.focal[1] + camera.centre[1], depth
+    x = local[:, 0] / safe * camera.focal[0] + camera.center[0]
+    return x, -local[:, 1] / safe * camera.focal[1] + camera.center[1], depth
 
 
 def _pixels_across(camera: Camera, radius: float, depth: Tensor) -> int:
-    """How far apart, in pixels, a place in the picture and the centre of a ball seen there can be.
+    """How far, in pixels, a pixel that shows a ball can be from the ball's projected center.
 
-    For balls of `radius` world units with centres at these depths. A place p' = x'/z' and a centre p = x/z
-    with |x - x'| and |z - z'| up to r differ by (x - x' - p' (z - z')) / z, at most r (1 + |p'|) / z.
+    For balls of radius r = `radius` with centers at these depths. A point of the ball at p' = x'/z' and the
+    center at p = x/z with |x - x'| and |z - z'| up to r differ by (x - x' - p' (z - z')) / z, at most
+    r (1 + |p'|) / z.
     """
     ahead = depth[depth > _NEAR * radius]
     nearest = float(ahead.amin()) if len(ahead) else math.inf
@@ -290,14 +259,15 @@ def _pixels_across(camera: Camera, radius: float, depth: Tensor) -> int:
 
 
 def _steepest(camera: Camera) -> float:
-    """The largest tangent of an angle, along x or y, between the optical axis and what the picture shows."""
-    x = max(camera.centre[0], camera.width - camera.centre[0]) / camera.focal[0]
-    y = max(camera.centre[1], camera.height - camera.centre[1]) / camera.focal[1]
+    """The largest tangent, along x or y, of the angle between the optical axis and a ray of the picture."""
+    x = max(camera.center[0], camera.width - camera.center[0]) / camera.focal[0]
+    y = max(camera.center[1], camera.height - camera.center[1]) / camera.focal[1]
     return max(x, y, 0.0)
 
 
 def _grow(mask: Tensor, pixels: int) -> Tensor:
-    """Marks everything within `pixels` of a marked pixel, along rows and then along columns."""
+    """Marks everything within `pixels` of a marked pixel."""
+    # A square maximum is one along rows, then one along columns: 2n operations per pixel instead of n^2.
     grown = F.max_pool2d(mask.float()[None, None], (1, 2 * pixels + 1), 1, (0, pixels))
     return F.max_pool2d(grown, (2 * pixels + 1, 1), 1, (pixels, 0))[0, 0] > 0
 
@@ -305,11 +275,12 @@ def _grow(mask: Tensor, pixels: int) -> Tensor:
 def _splat(camera: Camera, points: Tensor, radius: float) -> Tensor:
     """Pixels within `radius` world units of a point, bool [height, width]."""
     x, y, depth = _project(camera, points)
-    beside = (points - torch.as_tensor(np.asarray(camera.pose[:, 3]), device=points.device)).norm(dim=1)
-    if bool((beside < radius * (2 + _NEAR) * (1 + _steepest(camera))).any()):
+    away = (points - torch.as_tensor(np.asarray(camera.pose[:, 3]), device=points.device)).norm(dim=1)
+    # From inside a ball, or close to it, every pixel can show it.
+    if bool((away < radius * (2 + _NEAR) * (1 + _steepest(camera))).any()):
         return torch.ones(camera.height, camera.width, dtype=torch.bool, device=points.device)
     pixels = _pixels_across(camera, radius, depth)
-    # Points beside the picture still reach into it.
+    # Balls with centers beside the picture can reach into it, hence the border of `pixels` on each side.
     row, column = (y.floor().long() + pixels), (x.floor().long() + pixels)
     height, width = camera.height + 2 * pixels, camera.width + 2 * pixels
     near = (depth > _NEAR * radius) & (row >= 0) & (row < height) & (column >= 0) & (column < width)

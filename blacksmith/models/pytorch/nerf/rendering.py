@@ -1,7 +1,7 @@
 """Volume rendering: rays of a camera, compositing of samples along rays, whole pictures in chunks.
 
-Every field composites with `transmittance` and `sum_along_rays`, whatever way it takes its samples: they come
-as flat arrays, ordered by ray and then by distance, so that rays may have any number of them.
+All fields composite with `transmittance` and `sum_along_rays`. Samples are flat arrays, ordered by ray and
+then by distance, so that each ray can have a different number of them.
 """
 
 from typing import NamedTuple, Protocol
@@ -13,13 +13,13 @@ from blacksmith.datasets.blender.cameras import Camera
 
 
 class Rendered(NamedTuple):
-    """What a bundle of rays sees; leading axes are those of the rays.
+    """Rendered rays; the leading axes are those of the rays.
 
     Attributes:
-      rgb: float32 [..., 3], over the background; inside [0, 1] but for rounding only if the colours are.
-      opacity: float32 [...], the sum of the weights, 0 for an empty ray.
-      depth: float32 [...], the expected distance of termination along the ray in world units, given that
-        it ends; 0 where nothing is there.
+      rgb: float32 [..., 3], over the background; may leave [0, 1] if the colors of the field do.
+      opacity: float32 [...], the sum of the weights; 0 for an empty ray.
+      depth: float32 [...], the expected distance in world units at which the ray ends, given that it ends; 0
+        for an empty ray.
     """
 
     rgb: Tensor
@@ -33,7 +33,7 @@ class Samples(NamedTuple):
     Attributes:
       ray: int64 [samples], the ray of each sample.
       distance: float32 [samples], from the ray's origin in world units.
-      length: the stretch of the ray that a sample stands for in world units, float32 [samples] or one number.
+      length: of the ray's segment that a sample represents, in world units: float32 [samples] or one number.
     """
 
     ray: Tensor
@@ -47,30 +47,33 @@ class Samples(NamedTuple):
 
 
 OPAQUE = 40.0
-"""Optical thickness at which a sample counts as opaque: what lies behind it weighs 4e-18."""
+"""Optical thickness at which a sample counts as opaque: what lies behind it has a weight of 4e-18."""
 
 
 def transmittance(thickness: Tensor, ray: Tensor, rays: int) -> tuple[Tensor, Tensor]:
-    """How much light reaches each sample, and how much of that the sample stops.
+    """The light that reaches each sample, and the fraction of it that the sample absorbs.
 
-    T_i = exp(-sum_{j<i} tau_j) over the samples of the same ray and alpha_i = 1 - exp(-tau_i): equation 3 of
-    Mildenhall et al., NeRF (2020), so that the weight of sample i is T_i alpha_i. One running sum serves all
-    rays, in float64 since it grows over the whole bundle.
+    T_i = exp(-sum_{j<i} tau_j) over the samples of the same ray, and alpha_i = 1 - exp(-tau_i): equation 3 of
+    Mildenhall et al., NeRF (2020). The weight of sample i is T_i alpha_i.
 
     Args:
       thickness: tau = density * length, not negative, float32 [samples].
       ray: int64 [samples], not decreasing.
-      rays: how many rays there are.
+      rays: number of rays.
 
     Returns:
       T and alpha, float32 [samples].
     """
+    # Without the clamp, one huge tau (the last sample of a ray may be 1e10 long) would swamp the sum below.
     thickness = thickness.clamp(max=OPAQUE)
+    # One cumulative sum over all rays, less its value where each ray starts, is the sum within the ray: a
+    # fixed number of kernels for rays of any length. In float64, because it grows over the whole bundle.
     total = thickness.double().cumsum(0)
     before = total - thickness
     first = torch.ones_like(ray, dtype=torch.bool)
     first[1:] = ray[1:] != ray[:-1]
     start = before.new_zeros(rays).index_put((ray[first],), before[first])
+    # expm1 keeps the digits of a small tau, which 1 - exp(-tau) would lose.
     return torch.exp((start[ray] - before).float()), -torch.expm1(-thickness)
 
 
@@ -80,17 +83,19 @@ def sum_along_rays(values: Tensor, ray: Tensor, rays: int) -> Tensor:
 
 
 def expected_depth(weights: Tensor, samples: Samples, opacity: Tensor) -> Tensor:
-    """The mean distance of termination of rays that end, float32 [rays]; 0 for rays that pass through."""
+    """The mean distance at which rays end, float32 [rays]; 0 for rays that pass through."""
     depth = sum_along_rays(weights * samples.distance, samples.ray, len(opacity))
     return torch.where(opacity > 1e-4, depth / opacity.clamp(min=1e-4), torch.zeros_like(depth))
 
 
 def distortion(weights: Tensor, samples: Samples, rays: int, scale: float) -> Tensor:
-    """How spread out the weights lie along each ray, float32 [rays].
+    """How spread out the weights are along each ray, float32 [rays].
 
     sum_ij w_i w_j |s_i - s_j| + 1/3 sum_i w_i^2 l_i, equation 15 of Barron et al., Mip-NeRF 360 (2022), with
-    distances s and lengths l divided by `scale`, in linear time by running sums.
+    distances s and lengths l divided by `scale`.
     """
+    # Samples are sorted, so for j < i |s_i - s_j| = s_i - s_j, and the double sum becomes
+    # 2 sum_i w_i (s_i sum_{j<i} w_j - sum_{j<i} w_j s_j): linear time with two cumulative sums.
     weight, place = weights.double(), samples.distance.double() / scale
     first = torch.ones_like(samples.ray, dtype=torch.bool)
     first[1:] = samples.ray[1:] != samples.ray[:-1]
@@ -106,7 +111,7 @@ def distortion(weights: Tensor, samples: Samples, rays: int, scale: float) -> Te
 
 
 class RadianceField(Protocol):
-    """What pictures, videos, meshes and the viewer need to know of a trained field."""
+    """What pictures, videos, meshes and the viewer need of a trained field."""
 
     bounds: Tensor
     """float32 [2, 3]: the lower and the upper corner of the box that holds the scene, in world units."""
@@ -126,27 +131,27 @@ class RadianceField(Protocol):
     def density(self, points: Tensor) -> Tensor:
         """Extinction per world unit, float32 [points], at world positions float32 [points, 3]; 0 outside."""
 
-    def colour(self, points: Tensor, directions: Tensor) -> Tensor:
-        """Colours in [0, 1] of world positions seen along unit directions: all float32 [points, 3]."""
+    def color(self, points: Tensor, directions: Tensor) -> Tensor:
+        """Colors in [0, 1] of world positions seen along unit directions: all float32 [points, 3]."""
 
 
 def camera_rays(camera: Camera, pixels: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The rays through the centres of some pixels.
+    """The rays through the centers of some pixels.
 
     Args:
       camera: the camera.
       pixels: int64 [rays], row * width + column.
-      device: where the rays are made.
+      device: of the result.
 
     Returns:
       Origins and unit directions, float32 [rays, 3], in world coordinates.
     """
     pixels = pixels.to(device)
-    x = (pixels % camera.width + 0.5 - camera.centre[0]) / camera.focal[0]
-    y = (pixels.div(camera.width, rounding_mode="floor") + 0.5 - camera.centre[1]) / camera.focal[1]
+    x = (pixels % camera.width + 0.5 - camera.center[0]) / camera.focal[0]
+    y = (pixels.div(camera.width, rounding_mode="floor") + 0.5 - camera.center[1]) / camera.focal[1]
     local = torch.stack([x, -y, -torch.ones_like(x)], -1).float()
     pose = torch.as_tensor(camera.pose, device=device)
-    # Not a matrix product: autocast would take that to half precision, which moves rays by pixels.
+    # Not a matrix product: autocast would compute it in half precision, which moves rays by pixels.
     directions = torch.nn.functional.normalize((pose[:, :3] * local[:, None, :]).sum(-1), dim=-1)
     return pose[:, 3].expand_as(directions), directions
 
@@ -160,7 +165,7 @@ def render_image(
     quality: float = 1.0,
     chunk: int = 16384,
 ) -> Rendered:
-    """Renders one picture, [height, width] rays, `chunk` rays at a time, on the field's own device."""
+    """Renders one picture, [height, width] rays, `chunk` rays at a time, on the field's device."""
     device = field.bounds.device
     parts = []
     for pixels in torch.arange(camera.height * camera.width).split(chunk):

@@ -82,31 +82,30 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return {f"{f.name}/{k}": v for f in path.glob("*.safetensors") for k, v in load_file(f).items()}
 
 
-def test_a_run_learns_and_shows_it(run, stream, tmp_path, capsys):
+def test_the_tiny_file_learns_and_shows_it(stream, tmp_path, capsys):
     directory = tmp_path / "run"
-    params = ["llama.Train.steps = 200", "llama.Train.evaluate_every_steps = 100", "Log.every_steps = 20"]
-    assert run(*params, "llama.Model.hidden_size = 64", "llama.Model.intermediate_size = 176") == 0
+    resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], ['Log.progress = "off"', "Log.every_steps = 20"])
+    assert launcher.run_experiment(resolved, directory, device="cpu") == 0
     content = result(directory)
     assert content["status"] == "done"
-    assert content["test"]["generated"]["examples"] == 3
     assert content["shared_prefix_tokens"] > 5
     count = sum(map(sum, content["test"]["confusion_matrix"]))
     answers = json.loads((directory / "eval_results.json").read_text())
-    assert len(answers) == count == content["data"]["test"]
-    right = sum(answer["prediction"] == answer["label"] for answer in answers)
-    assert right / count == pytest.approx(content["test"]["accuracy"])
+    assert len(answers) == count == content["data"]["test"] == content["test"]["generated"]["examples"] == 80
+    correct = sum(answer["prediction"] == answer["label"] for answer in answers)
+    assert correct / count == pytest.approx(content["test"]["accuracy"])
     for answer in answers:
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert answer["prediction"] == int(answer["probabilities"][1] > answer["probabilities"][0])
-    assert [answer["generated"] is not None for answer in answers] == [True] * 3 + [False] * (count - 3)
+        assert answer["generated"] is not None
     written = stream(directory)
-    assert [line["step"] for line in written if line["split"] == "val"] == [0, 100, 200]
+    assert [line["step"] for line in written if line["split"] == "val"] == list(range(0, 261, 26))
     losses = [line["loss"] for line in written if line["split"] == "train"]
-    assert losses[-1] < losses[0] / 10
+    assert losses[0] > 1 > 0.05 > losses[-1]
     assert {"gradient_norm", "learning_rate"} <= written[1].keys()
     assert written[-1]["split"] == "test"
     out, error = capsys.readouterr()
-    assert "test accuracy" in out
+    assert re.search(r"test loss .*accuracy", out)
     assert re.search(r"shared \d+-token prefix computed once per batch", error)
     page = (directory / "report.html").read_text()
     assert "Confusion matrix" in page
@@ -242,7 +241,8 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(run, tmp_path, monkeypatc
     [
         ["llama.Model.gradient_checkpointing = True"],
         ["llama.Model.gradient_checkpointing = True", *LORA],
-        ["llama.Train.shared_prefix = False"],
+        ["llama.Train.shared_prefix = False", "llama.Model.gradient_checkpointing = True"],
+        ["llama.Train.shared_prefix = False", "llama.Train.accumulate = 3"],
         ["llama.Train.accumulate = 3", "llama.Train.batch_size = 9"],
         ['llama.Model.attention = "eager"'],
     ],
@@ -262,14 +262,14 @@ def test_other_ways_to_compute_give_the_same_losses(run, stream, tmp_path, setti
 def test_without_shared_prefix_the_plain_model_is_called(run, tmp_path, monkeypatch, capsys):
     forward, training = LlamaForCausalLM.forward, []
 
-    def recorded(model, *arguments, **options):
+    def recorded(model, input_ids=None, **options):
         if model.training:
-            training.append((len(arguments), {name for name, value in options.items() if value is not None}))
-        return forward(model, *arguments, **options)
+            training.append(input_ids.shape == options["labels"].shape)
+        return forward(model, input_ids, **options)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", recorded)
     assert run("llama.Train.shared_prefix = False") == 0
-    assert training == [(0, {"input_ids", "labels", "num_items_in_batch"})] * 12
+    assert training == [True] * 12
     assert result(tmp_path / "run")["shared_prefix_tokens"] == 0
     assert "no shared prefix" in capsys.readouterr().err
 
@@ -398,7 +398,7 @@ def test_a_checkpoint_is_evaluated_on_a_small_file(run, tmp_path, capsys):
     assert run(f'llama.Data.source = "{own}"', directory=tmp_path / "e", flags=flags) == 0
     told = capsys.readouterr().err
     assert f"{own}: 3 test sentences" in told
-    assert "note: the model was trained on other or unknown data" in told
+    assert "note: the model was trained on other data" in told
     assert "val" not in json.loads((tmp_path / "e" / "eval.json").read_text())
     answers = json.loads((tmp_path / "e" / "eval" / "eval_results.json").read_text())
     assert [(answer["sentence"], answer["label"]) for answer in answers] == rows
@@ -418,12 +418,12 @@ def test_an_adapter_directory_is_evaluated_and_exported(run, base, tmp_path, cap
     one, other = (json.loads((tmp_path / d / "eval.json").read_text()) for d in ("a", "b"))
     assert one["test"] == other["test"]
     assert "val" not in other
-    assert f"made on {base}; llama.Lora has no effect" in capsys.readouterr().err
+    assert f"trained on {base}; llama.Lora has no effect" in capsys.readouterr().err
     content = json.loads((adapter / "adapter_config.json").read_text())
     content["base_model_name_or_path"] = "some/other"
     (adapter / "adapter_config.json").write_text(json.dumps(content))
     assert run(*settings, directory=tmp_path / "x", flags={"mode": "export", "resume": str(adapter)}) == 0
-    assert f"made on some/other, here on {base}; llama.Lora has no" in capsys.readouterr().err
+    assert f"trained on some/other, used with {base}; llama.Lora has no" in capsys.readouterr().err
     public = (tmp_path / "x" / "export" / "config.json").stat().st_mode
     assert {file.stat().st_mode for file in (tmp_path / "x" / "export").iterdir()} == {public}
     assert {file.stat().st_mode for file in find(tmp_path / "run").path.iterdir()} == {public}
@@ -561,15 +561,6 @@ def test_short_examples_are_left_out(run, tmp_path, capsys):
         run("llama.Data.min_words = 80", directory=tmp_path / "none")
 
 
-def test_the_tiny_file_runs_as_it_is(stream, tmp_path):
-    resolved = launcher.resolve(["gin/llama_sst2_tiny.gin"], ['Log.progress = "off"'])
-    assert launcher.run_experiment(resolved, tmp_path / "run", device="cpu") == 0
-    content = result(tmp_path / "run")
-    assert content["test"]["generated"]["examples"] == content["data"]["test"] == 80
-    train_lines = [line for line in stream(tmp_path / "run") if line["split"] == "train"]
-    assert train_lines[-1]["loss"] < 0.05
-
-
 def test_histograms_and_a_trace_are_written(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -600,7 +591,7 @@ def test_compiled_layers_give_the_same_losses(run, stream, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4), one
 
 
-def test_likelihood_takes_the_same_answer_from_one_row_as_from_two(base):
+def test_likelihoods_are_those_of_whole_answers(base):
     model, tokenizer = loading.load_model(str(base))
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
     for words in (("A", "B"), ("AA", "AB"), ("A", "BCD")):
@@ -623,7 +614,7 @@ def test_likelihood_takes_the_same_answer_from_one_row_as_from_two(base):
                 assert scores.probabilities[row] == pytest.approx(expected.numpy(), abs=1e-5)
 
 
-def test_the_validation_loss_is_the_mean_over_answer_tokens_and_end_token(base):
+def test_the_validation_loss_is_the_mean_over_answer_tokens(base):
     model, tokenizer = loading.load_model(str(base))
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
     prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "good"))
@@ -662,7 +653,7 @@ def test_generation_in_batches_is_that_of_each_alone(base):
         assert text == tokenizer.decode(tokens[len(question) :], skip_special_tokens=True)
 
 
-def test_generation_is_greedy_whatever_the_model_s_own_settings_are(base):
+def test_generation_is_greedy_whatever_the_model_s_settings(base):
     model, tokenizer = loading.load_model(str(base))
     prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
     pairs = evaluation.EvalPairs.encode(tokenizer, prompt, ["fine", "so so"], [1, 0], 200)
@@ -687,7 +678,7 @@ def test_answers_are_parsed(text, expected):
     assert evaluation.parse_answer(text, ("negative", "positive")) == expected
 
 
-def test_the_longer_of_two_words_that_begin_alike_is_meant():
+def test_of_labels_that_begin_alike_the_longer_one_counts():
     assert evaluation.parse_answer("goodish", ("good", "goodish")) == 1
     assert evaluation.parse_answer("good", ("good", "goodish")) == 0
 

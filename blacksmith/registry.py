@@ -40,7 +40,7 @@ class Experiment:
     uses_keras: bool = False  # whether ``KERAS_BACKEND`` must be set before Keras is imported
     # A file that marks a directory of weights that no run wrote, but that can be evaluated and exported.
     external_weights: str | None = None
-    # The safetensors file in a checkpoint whose arrays, except ``optimizer/...``, the parity command compares.
+    # The safetensors file in a checkpoint that parity compares, except its arrays ``optimizer/...``.
     weights: str | None = None
 
 

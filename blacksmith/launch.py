@@ -28,21 +28,15 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     mine = {"flag_values": values}
     flags.DEFINE_multi_string(
-        "gin_file",
-        [],
-        "A Gin file: a path, or the name of a bundled file; repeatable, later files override earlier ones.",
-        **mine,
+        "gin_file", [], "A Gin file, by path or bundled name; repeatable, later files override.", **mine
     )
     flags.DEFINE_multi_string(
-        "gin_param",
-        [],
-        "A binding that overrides the files, such as 'mnist.Train.epochs = 3'; repeatable.",
-        **mine,
+        "gin_param", [], "A binding that overrides the files, 'mnist.Train.epochs = 3'; repeatable.", **mine
     )
     flags.DEFINE_string(
         "workdir",
         None,
-        "The run directory; default runs/<gin file>/<time>. A directory with checkpoints is resumed.",
+        "The run directory, default runs/<gin file>/<time>; resumed if it has checkpoints.",
         **mine,
     )
     flags.DEFINE_enum("mode", "train", MODES, "What to do. Not every experiment can be viewed.", **mine)
@@ -54,20 +48,11 @@ def define_flags() -> flags.FlagValues:
         "evaluate and export a directory that contains an adapter.",
         **mine,
     )
-    flags.DEFINE_string(
-        "device", "auto", "auto, cpu, gpu, tpu, or the name of a JAX platform or torch device.", **mine
-    )
+    flags.DEFINE_string("device", "auto", "auto, cpu, gpu, tpu, or a JAX platform or torch device.", **mine)
     flags.DEFINE_bool("dry_run", False, "Print the resolved configuration and exit.", **mine)
     flags.DEFINE_bool("list", False, "List the experiments and exit.", **mine)
-    flags.DEFINE_bool(
-        "allow_imports", False, "Let Gin files import Python modules, which runs their code.", **mine
-    )
-    flags.DEFINE_multi_string(
-        "plugin",
-        [],
-        "A Python module that registers an experiment, imported first; repeatable.",
-        **mine,
-    )
+    flags.DEFINE_bool("allow_imports", False, "Let Gin files import Python modules, which runs them.", **mine)
+    flags.DEFINE_multi_string("plugin", [], "A Python module that registers experiments; repeatable.", **mine)
     return values
 
 
@@ -218,7 +203,7 @@ def run_experiment(
     Raises:
       UserError: the run cannot start or continue.
     """
-    # Imported here: --list, --dry_run and a bad configuration do not need them.
+    # Not needed by --list, --dry_run and bad configurations.
     from blacksmith import devices
     from blacksmith.run import run as runs
 

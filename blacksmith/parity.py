@@ -40,42 +40,25 @@ _SHARED_BINDINGS = {
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far a run may be from the first one.
+    """How far a run may be from the first one."""
 
-    Attributes:
-      loss: largest absolute difference in the loss of any step.
-      weights: norm of the difference of all final weights, relative to their norm. Single weights are not
-        compared, since those near zero differ by percents without consequence.
-      accuracy: difference in test accuracy, in percentage points.
-    """
-
-    loss: float = 1e-4
+    loss: float = 1e-4  # largest absolute difference of any step
+    # Norm of the difference of all final weights over their norm. Single weights near zero may differ more.
     weights: float = 1e-3
-    accuracy: float = 0.1
+    accuracy: float = 0.1  # percentage points on the test set
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is compared of a run.
+    """What is compared of a run."""
 
-    Attributes:
-      name: the Gin file's stem.
-      backend: experiment, backend and device.
-      initial_weights: sha256.
-      batches: sha256 of the stream of indices.
-      losses: float64 [steps].
-      weights: final weights by name.
-      test_accuracy: from 0 to 1.
-      seconds: wall time of the run.
-    """
-
-    name: str
-    backend: str
-    initial_weights: str
-    batches: str
-    losses: np.ndarray
-    weights: Mapping[str, np.ndarray]
-    test_accuracy: float
+    name: str  # the Gin file's stem
+    backend: str  # with experiment and device
+    initial_weights: str  # sha256
+    batches: str  # sha256 of the stream of indices
+    losses: np.ndarray  # float64 [steps]
+    weights: Mapping[str, np.ndarray]  # after the last step
+    test_accuracy: float  # from 0 to 1
     seconds: float
 
 

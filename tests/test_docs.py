@@ -1,4 +1,4 @@
-"""What the documentation says is what the code does."""
+"""The documentation matches the code: its links, tables, commands and programs."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from blacksmith import launch
 from blacksmith.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,10 +37,7 @@ def test_the_tables_of_parameters_are_up_to_date():
 
 
 def test_the_commands_of_the_readme_run(tmp_path):
-    """Every command of the bash blocks, in order, in one directory, with a small and short model.
-
-    The set-up commands (make ...) are what started this test.
-    """
+    """Runs every command of the bash blocks but `make`, in order, with a small model and few epochs."""
     short = [
         "mnist.Model.hidden = (16,)",
         "mnist.Train.epochs = 2",
@@ -75,10 +73,10 @@ def run(directory, command):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A directory with the two experiments of docs/experiment.md, where the page's commands have run."""
+    """A directory in which the programs and commands of docs/experiment.md have run."""
     directory, page = tmp_path_factory.mktemp("own"), ROOT / "docs" / "experiment.md"
-    for name, code, most in zip(("cnn.py", "vit.py"), blocks(page, "python"), (80, 110)):
-        assert len(code.splitlines()) <= most
+    for name, code, limit in zip(("cnn.py", "vit.py"), blocks(page, "python"), (80, 110)):
+        assert len(code.splitlines()) <= limit
         (directory / name).write_text(code)
     for block in blocks(page, "bash"):
         for command in block.splitlines():
@@ -86,7 +84,7 @@ def own(tmp_path_factory):
     return directory
 
 
-def test_own_keras_model_trains_on_jax_resumes_on_torch_and_evaluates(own):
+def test_own_keras_model_resumes_on_another_backend(own):
     first, second = (json.loads((own / f"runs/{d}/result.json").read_text()) for d in ("cnn", "cnn_torch"))
     assert (first["backend"], second["backend"]) == ("jax", "torch")
     assert second["step"] == 1.5 * first["step"]
@@ -106,10 +104,11 @@ def test_own_keras_model_exports_and_passes_parity(own):
     run(own, "python -m blacksmith.parity --plugin=cnn --gin_file=jax.gin --gin_file=torch.gin --steps=5")
 
 
-def test_own_torch_model_resumes_bit_for_bit(own):
-    vit = """python -m blacksmith.launch --plugin=vit --gin_param='Run.experiment = "pytorch/vit"'"""
+def test_own_torch_model_resumes_bit_for_bit(own, own_registry, monkeypatch):
+    monkeypatch.chdir(own)
+    vit = ["launch", "--plugin=vit", '--gin_param=Run.experiment = "pytorch/vit"', "--workdir=runs/resumed"]
     for steps in (20, 56):  # a run of two epochs that first stops in the middle of one
-        run(own, f"{vit} --gin_param='vit.Train.steps = {steps}' --workdir=runs/resumed")
+        assert launch.main([*vit, f"--gin_param=vit.Train.steps = {steps}"]) == 0
     whole, resumed = (
         Checkpoints(own / "runs" / name / "checkpoints").newest().path for name in ("vit", "resumed")
     )

@@ -153,7 +153,7 @@ def test_a_truncated_tfrecord_file_is_refused(prepared, kept):
     (shard,) = directory.glob("*-train.tfrecord-*")
     content = shard.read_bytes()
     shard.write_bytes(content[: int(len(content) * kept)])
-    _refused("is truncated|records where 40 are announced", prepared, validation=8)
+    _refused("is truncated|but 40 are declared", prepared, validation=8)
 
 
 UNFIT = {
@@ -167,7 +167,7 @@ UNFIT = {
         "dataset_info.json",
         '"40"',
         '"41"',
-        "index 40 out of bound|records where 41",
+        "index 40 out of bound|but 41 are declared",
     ),
 }
 

@@ -25,9 +25,8 @@ from blacksmith.datasets.mnist.arrays import SIDE, Arrays
 from blacksmith.errors import DataError, first_line
 from blacksmith.network import why_unreachable
 
+# Class names in tensorflow_datasets.image_classification.mnist; all download idx files.
 PREPARABLE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-"""TFDS name -> class in `tensorflow_datasets.image_classification.mnist`; all are idx files."""
-
 MAX_CLASSES = 256
 
 _PACKAGES = ("tensorflow_datasets", "array_record", "importlib_resources", "PIL")

@@ -232,7 +232,7 @@ def test_a_resumed_loader_draws_the_same_batches(taken):
     state = json.loads(json.dumps(loader.state_dict()))
     resumed = RayLoader(1000, 5, 999, rays=100)
     resumed.load_state_dict(state)
-    resumed.use_pool(torch.arange(100, dtype=torch.int32) * 3 + 7, anew=False)
+    resumed.use_pool(torch.arange(100, dtype=torch.int32) * 3 + 7, reshuffle=False)
     assert _take(resumed, 50 - taken) == whole[taken:]
     assert resumed.step == 50
 
@@ -280,7 +280,7 @@ def test_a_changed_pool_is_resumed():
     expected = _take(loader, 10)
     resumed = RayLoader(1000, 5, 8, rays=100)
     resumed.load_state_dict(state)
-    resumed.use_pool(second, anew=False)
+    resumed.use_pool(second, reshuffle=False)
     assert _take(resumed, 10) == expected
 
 

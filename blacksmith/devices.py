@@ -104,7 +104,7 @@ def _activate_torch(device: str) -> str:
     # PyTorch's threads spin while they wait for each other. On cores shared with another process, that made a
     # small model 20 times slower. Sleeping instead costs up to a factor of 2 on idle cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _keep_freed_memory()
+    keep_freed_memory()
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -124,7 +124,7 @@ def _activate_torch(device: str) -> str:
     return name
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Makes glibc keep freed large blocks for reuse instead of returning each to the kernel.
 
     Every training step allocates and frees the same large tensors. Mapping and zeroing their pages each time

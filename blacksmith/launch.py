@@ -24,7 +24,7 @@ MODES = ("train", "eval", "export", "view")
 
 
 def define_flags() -> flags.FlagValues:
-    """The launcher's flags, in a set of their own."""
+    """The launcher's flags, apart from absl's global ones."""
     values = flags.FlagValues()
     mine = {"flag_values": values}
     flags.DEFINE_multi_string(

@@ -63,7 +63,7 @@ class Outcome:
 
 
 def define_flags() -> flags.FlagValues:
-    """The command's flags, in a set of their own."""
+    """The command's flags, apart from absl's global ones."""
     values = flags.FlagValues()
     mine = {"flag_values": values}
     default = Tolerances()

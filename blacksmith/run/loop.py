@@ -130,7 +130,7 @@ class Loop:
                 self.position.best, self.position.best_step, self.position.worse = None, 0, 0
         self._first = self.step
         self._tried_at = self.position.validated_at  # the step of the last validation, perhaps interrupted
-        self._drawn_at = -1 if self.step == 0 else self.step
+        self._drawn_at = -1 if run.resumed is None else self.step
         # Values since the last fetch: (first step, steps, values), perhaps still being computed on a device.
         self._pending: list[tuple[int, int, Mapping[str, Any]]] = []
         self._latest: dict[str, float] = {}

@@ -18,11 +18,7 @@ from blacksmith.registry import Experiment, Needs
 
 
 def check_installed(what: str, needs: Needs) -> None:
-    """Checks that the packages that `what` needs are installed, without importing them.
-
-    Raises:
-      ConfigError: one is missing; names the extra that installs it.
-    """
+    """Raises a `ConfigError` with the extra to install if packages are missing; imports nothing."""
     missing = [m for m in needs.modules if importlib.util.find_spec(m) is None]
     if missing:
         raise ConfigError(
@@ -35,10 +31,9 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
     """Imports the framework and chooses the device.
 
     Args:
-      experiment: what will run.
+      experiment: the experiment to run.
       backend: ``jax`` or ``torch``.
-      device: ``auto``, ``cpu``, ``gpu``, ``tpu``, or a JAX platform or torch device by name, with an
-        optional index (``cuda:1``).
+      device: the value of ``--device``, a name with an optional index (``cuda:1``).
 
     Returns:
       The framework's name of the device, such as ``cpu`` or ``cuda:0``.

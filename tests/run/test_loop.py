@@ -169,6 +169,19 @@ def test_a_finished_run_writes_and_prints_its_test(tmp_path, capsys):
     assert "report.html" not in printed  # there is none
 
 
+def test_finish_does_what_a_framework_with_its_own_loop_left_out(tmp_path):
+    class Framework(Toy):
+        def train(self):
+            for step in range(self.loop.step, self.loop.end):
+                self.loop.log({"loss": self.step(step)})
+            return self.loop.finish(self.test)
+
+    toy = train(tmp_path, "toy.Train.steps = 5", toy=Framework)
+    assert toy.events == [("validate", 5), ("save", 5), ("test", 5)]
+    again = train(tmp_path, "toy.Train.steps = 5", toy=Framework)
+    assert (again.status, again.events) == (0, [("test", 5)])
+
+
 def test_show_rounds_for_the_console():
     assert show({"loss": 0.12734, "accuracy": 0.961}) == "loss 0.1273, accuracy 96.10%"
 

@@ -19,9 +19,9 @@ from blacksmith.run.signals import StopFlag
 
 @dataclass(frozen=True, eq=False)
 class EvalPairs:
-    """Sentences in the prompt, with the correct and with the incorrect answer; labels: int64 [pairs]."""
+    """Sentences in the prompt, with the correct and with the incorrect answer."""
 
-    labels: np.ndarray
+    labels: np.ndarray  # the correct ones, int64 [pairs]
     correct: Encoded
     incorrect: Encoded
 
@@ -70,17 +70,11 @@ class EvalPairs:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Likelihoods of the labels.
+    """Likelihoods of the labels."""
 
-    Attributes:
-      loss: mean cross-entropy of the tokens of the correct answers, end tokens included, in nats.
-      probabilities: of the labels 0 and 1, summing to 1, float64 [pairs, 2].
-      labels: the true labels, int64 [pairs].
-    """
-
-    loss: float
-    probabilities: np.ndarray
-    labels: np.ndarray
+    loss: float  # mean cross-entropy of the tokens of the correct answers, end tokens included, in nats
+    probabilities: np.ndarray  # of the labels 0 and 1, summing to 1, float64 [pairs, 2]
+    labels: np.ndarray  # the correct ones, int64 [pairs]
 
     @property
     def predictions(self) -> np.ndarray:
@@ -89,7 +83,7 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the predictions that are correct."""
+        """The fraction of correct predictions."""
         return float((self.predictions == self.labels).mean())
 
     @property
@@ -116,7 +110,7 @@ def score(
       batch_size: sentences per batch.
       pad: token that fills up shorter rows.
       shared_prefix: whether the common prefix of all prompts is computed once per batch.
-      stop: checked before each batch; once true, None is returned.
+      stop: ends the computation early, with None as the result.
     """
     device = next(model.parameters()).device
     correct, incorrect, single_token = pairs.correct, pairs.incorrect, pairs.single_token
@@ -189,15 +183,10 @@ def generate(
     max_new_tokens: int,
     stop: StopFlag | None = None,
 ) -> list[str] | None:
-    """Returns an answer to each prompt by greedy decoding, with dropout off.
+    """Answers each prompt by greedy decoding, with dropout off; the encoded answers are ignored.
 
-    Args:
-      model: a `LlamaForCausalLM`, or a PEFT model around one.
-      encoded: the prompts; their answers are ignored.
-      tokenizer: decodes the answers.
-      batch_size: prompts per batch.
-      max_new_tokens: maximum length of an answer.
-      stop: checked before each batch; once true, None is returned.
+    Returns:
+      The text of each answer; None if `stop` became true.
     """
     device = next(model.parameters()).device
     pad = padding(tokenizer)

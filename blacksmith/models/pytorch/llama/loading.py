@@ -55,7 +55,7 @@ def make_model(
     """Returns a model with random weights and tied embeddings; the global random state is left unchanged.
 
     Raises:
-      ConfigError: the attention implementation is not installed.
+      ConfigError: the implementation of attention is not installed.
     """
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -69,8 +69,8 @@ def make_model(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        attn_implementation=attention,
     )
-    config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed % 2**63)
         try:
@@ -90,8 +90,6 @@ def load_model(
     Args:
       name_or_path: an asset, a directory, a ``.gguf`` file, or a Hugging Face id; a model that is not in the
         hub's own cache is downloaded.
-      dtype: data type of the weights.
-      attention: implementation of attention.
 
     Raises:
       DataError: the model is missing, unreachable, gated, broken, quantized or not a Llama.

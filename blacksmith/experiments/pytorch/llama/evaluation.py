@@ -125,22 +125,19 @@ def score(
             if stop:
                 return None
             rows = order[begin : begin + batch_size]
-            batch = collate(correct, rows, shared, pad).to(device)
-            place, found = _log_probabilities(model, batch)
-            true = _of_targets(found, batch)
+            place, found, true = _log_probabilities(model, collate(correct, rows, shared, pad).to(device))
             loss -= float(true.cpu().double().sum())
             count += len(true)
             if single_token:
-                # The position that predicts the correct answer also predicts the incorrect one.
+                # The position that predicts the correct answer also predicts the incorrect one. Every second
+                # target is an end token.
                 other = [incorrect.tokens[row][incorrect.answers[row]] for row in rows]
-                starts = torch.cat([place.new_ones(1, dtype=torch.bool), place[1:] != place[:-1]])
-                of_correct = true[starts]
-                of_incorrect = found[starts].gather(1, torch.tensor(other, device=device)[:, None])[:, 0]
+                of_correct = true[::2]
+                of_incorrect = found[::2].gather(1, torch.tensor(other, device=device)[:, None])[:, 0]
             else:
                 of_correct = _per_row(true, place, len(rows))
-                batch = collate(incorrect, rows, shared, pad).to(device)
-                place, found = _log_probabilities(model, batch)
-                of_incorrect = _per_row(_of_targets(found, batch), place, len(rows))
+                place, _, true = _log_probabilities(model, collate(incorrect, rows, shared, pad).to(device))
+                of_incorrect = _per_row(true, place, len(rows))
             both = torch.stack([of_correct, of_incorrect], 1).cpu().double().numpy()
             logs[rows] = np.where(pairs.labels[rows, None] == 0, both, both[:, ::-1])
     probabilities = np.exp(logs - np.logaddexp(logs[:, 0], logs[:, 1])[:, None])
@@ -157,14 +154,11 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _log_probabilities(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Each target's row, int64 [targets], and the log-probabilities there, float32 [targets, vocabulary]."""
-    return (batch.targets != IGNORED).nonzero()[:, 0], F.log_softmax(target_logits(model, batch), 1)
-
-
-def _of_targets(found: Tensor, batch: Batch) -> Tensor:
-    """Log-probabilities of the target tokens, float32 [targets]."""
-    return found.gather(1, batch.targets[batch.targets != IGNORED][:, None])[:, 0]
+def _log_probabilities(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the targets, log-probabilities of all tokens there [targets, vocabulary] and of the targets."""
+    is_target = batch.targets != IGNORED
+    found = F.log_softmax(target_logits(model, batch), 1)
+    return is_target.nonzero()[:, 0], found, found.gather(1, batch.targets[is_target][:, None])[:, 0]
 
 
 def _per_row(values: Tensor, place: Tensor, rows: int) -> Tensor:

@@ -33,7 +33,6 @@ Dtype = Literal["float32", "bfloat16"]
 _TINY = "gin/llama_sst2_tiny.gin needs no download"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _GGUF_HEADER_BYTES = 32 << 20
-_GGUF_CONVERTER = f"transformers-{transformers.__version__}"
 _SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
 # Settings that change what a model computes but neither the names nor the shapes of its weights.
 _ARCHITECTURE = ("head_dim", "hidden_act", "rms_norm_eps", "rope_parameters")
@@ -203,7 +202,8 @@ def _convert_gguf(name: str, path: Path) -> Path:
     convert differently, so it is part of the directory's name.
     """
     with _one_line_errors(name):
-        copy = files.cache_dir() / "gguf" / f"{files.file_sha256(path)[:32]}-{_GGUF_CONVERTER}"
+        version = f"transformers-{transformers.__version__}"
+        copy = files.cache_dir() / "gguf" / f"{files.file_sha256(path)[:32]}-{version}"
     if copy.is_dir():
         return copy
     with open(path, "rb") as file:

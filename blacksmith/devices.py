@@ -1,7 +1,6 @@
-"""Makes one backend ready on one device before any experiment code is imported.
+"""Imports one backend and chooses its device, before any experiment code is imported.
 
-The launcher calls `check_installed` and `activate`; frameworks are imported here, inside the functions,
-once the configuration is known to be good.
+The launcher calls `check_installed` and `activate` once the configuration has been validated.
 """
 
 import contextlib
@@ -14,77 +13,59 @@ from pathlib import Path
 from typing import Any
 
 from blacksmith import files
-from blacksmith.errors import ConfigError
-from blacksmith.registry import Experiment
+from blacksmith.errors import ConfigError, first_line
+from blacksmith.registry import Experiment, Needs
 
 
-def check_installed(experiment: Experiment, backend: str) -> None:
-    """Checks that the packages of `backend` are installed, without importing them.
-
-    Raises:
-      ConfigError: one is missing; names the extra that brings it.
-    """
-    needs = experiment.backends[backend]
+def check_installed(what: str, needs: Needs) -> None:
+    """Raises a `ConfigError` with the extra to install if packages are missing; imports nothing."""
     missing = [m for m in needs.modules if importlib.util.find_spec(m) is None]
     if missing:
         raise ConfigError(
-            f"{experiment.name} on {backend} needs {' and '.join(missing)}, which "
-            f"{'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install '.[{needs.extra}]' in blacksmith's directory"
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            f"installed: pip install '.[{needs.extra}]'"
         )
-
-
-def check_keras(backend: str) -> None:
-    """Checks that nothing contradicts the Keras backend that the configuration names.
-
-    Raises:
-      ConfigError: ``KERAS_BACKEND`` says otherwise, or Keras is already imported on another backend.
-    """
-    wanted = os.environ.get("KERAS_BACKEND")
-    if wanted and wanted != backend:
-        raise ConfigError(
-            f"KERAS_BACKEND={wanted} in the environment contradicts Run.backend = {backend!r}; "
-            "unset it, or change Run.backend"
-        )
-    if "keras" in sys.modules:
-        imported = sys.modules["keras"].config.backend()
-        if imported != backend:
-            raise ConfigError(
-                f"Keras is already imported with the backend {imported!r} and cannot change to "
-                f"{backend!r}; start a new process"
-            )
 
 
 def activate(experiment: Experiment, backend: str, device: str) -> str:
     """Imports the framework and chooses the device.
 
     Args:
-      experiment: what will run.
+      experiment: the experiment to run.
       backend: ``jax`` or ``torch``.
-      device: ``auto``, ``cpu``, ``gpu``, ``tpu``, or a JAX platform or torch device by name, with an
-        optional index (``cuda:1``).
+      device: the value of ``--device``, a name with an optional index (``cuda:1``).
 
     Returns:
-      The device in the framework's words, ``cpu`` or ``cuda:0`` for example.
+      The framework's name of the device, such as ``cpu`` or ``cuda:0``.
 
     Raises:
-      ConfigError: there is no such device; names those there are.
+      ConfigError: there is no such device, or Keras is already set to a different backend.
     """
+    if not device:
+        raise ConfigError("--device is empty; allowed: auto, cpu, gpu, tpu, or a device by name")
     if experiment.uses_keras:
-        check_keras(backend)
-        os.environ["KERAS_BACKEND"] = backend
-        # Keras writes a keras.json into its home when imported; a run must not depend on the user's.
-        os.environ.setdefault("KERAS_HOME", str(files.cache_dir() / "keras"))
+        _set_keras_backend(backend)
     name = _activate_jax(device) if backend == "jax" else _activate_torch(device)
-    if device == "auto" and name == "cpu" and _gpu_present():
-        how = "the extra jax-cuda" if backend == "jax" else "a CUDA build of PyTorch, see pytorch.org"
-        print(
-            f"note: this machine has an NVIDIA GPU that the installed {backend} does not use; install {how}",
-            file=sys.stderr,
-        )
-    if device == "auto" and name == "cpu" and backend == "torch" and _mps_present():
-        print("note: this machine has an Apple GPU; --device=mps uses it", file=sys.stderr)
+    if device == "auto" and name == "cpu":
+        _note_unused_gpu(backend)
     return name
+
+
+def _set_keras_backend(backend: str) -> None:
+    wanted = os.environ.get("KERAS_BACKEND")
+    if wanted and wanted != backend:
+        raise ConfigError(
+            f"KERAS_BACKEND={wanted} in the environment contradicts Run.backend = {backend!r}; "
+            "unset it, or change Run.backend"
+        )
+    if "keras" in sys.modules and (imported := sys.modules["keras"].config.backend()) != backend:
+        raise ConfigError(
+            f"Keras is already imported with the backend {imported!r} and cannot change to {backend!r}; "
+            "start a new process"
+        )
+    os.environ["KERAS_BACKEND"] = backend
+    # On import Keras writes a keras.json into its home. A run must not depend on the user's file.
+    os.environ.setdefault("KERAS_HOME", str(files.cache_dir() / "keras"))
 
 
 def _activate_jax(device: str) -> str:
@@ -95,22 +76,17 @@ def _activate_jax(device: str) -> str:
     try:
         present = jax.devices()
     except (RuntimeError, AssertionError) as error:
-        asked = os.environ.get("JAX_PLATFORMS")
-        raise ConfigError(
-            f"JAX finds no device (JAX_PLATFORMS={asked}): {str(error).partition(chr(10))[0]}"
-        ) from error
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise ConfigError(f"JAX finds no device (JAX_PLATFORMS={platforms}): {first_line(error)}") from error
     if device == "auto":
-        chosen = present[0]
-    else:
-        platform, _, index = device.partition(":")
-        try:
-            chosen = {str(i): d for i, d in enumerate(jax.devices(platform))}[index or "0"]
-        except (RuntimeError, KeyError) as error:
-            here = sorted({_jax_name(d) for d in present} | {"cpu"})
-            raise ConfigError(
-                f"--device={device}: JAX has no such device here; there is {', '.join(here)}"
-            ) from error
-        jax.config.update("jax_default_device", chosen)
+        return _jax_name(present[0])
+    platform, _, index = device.partition(":")
+    try:
+        # Looked up as text: a negative index would count from the end.
+        chosen = {str(i): d for i, d in enumerate(jax.devices(platform))}[index or "0"]
+    except (RuntimeError, KeyError) as error:
+        raise _no_device(device, "JAX", sorted({_jax_name(d) for d in present} | {"cpu"})) from error
+    jax.config.update("jax_default_device", chosen)
     return _jax_name(chosen)
 
 
@@ -120,56 +96,56 @@ def _jax_name(device: Any) -> str:
 
 
 def _activate_torch(device: str) -> str:
-    # PyTorch's threads spin while they wait for one another. On cores that something else uses too, that cost
-    # a factor of 20 on a small model; sleeping costs up to a factor of 2 on idle ones.
+    # PyTorch's threads spin while they wait for each other. On cores shared with another process, that made a
+    # small model 20 times slower. Sleeping instead costs up to a factor of 2 on idle cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _keep_freed_memory()
+    keep_freed_memory()
     import torch
 
-    asked = device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "gpu":
-        present = [
-            name
-            for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps), ("xpu", torch.xpu))
-            if backend.is_available()
-        ]
-        device = present[0] if present else "cuda"
+        name = accelerator.type if accelerator else "cuda"
     try:
-        # Read back, since the meta device has shapes without values.
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=name).item()  # read back, since the meta device has shapes without values
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        if torch.backends.mps.is_available():
-            here.append("mps")
-        raise ConfigError(
-            f"--device={asked}: PyTorch has no such device here; there is {', '.join(here)}"
+        count = torch.accelerator.device_count()
+        raise _no_device(
+            device, "PyTorch", ["cpu", *(f"{accelerator.type}:{i}" for i in range(count))]
         ) from error
-    os.environ["KERAS_TORCH_DEVICE"] = device
-    return device
+    os.environ["KERAS_TORCH_DEVICE"] = name
+    return name
 
 
-def _keep_freed_memory() -> None:
-    """Has glibc's allocator hold on to large blocks instead of handing each back to the kernel.
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed large blocks for reuse instead of returning each to the kernel.
 
-    A step makes and frees the same large tensors again and again; mapping and zeroing their pages anew each
-    time cost a third of it. Other C libraries have no `mallopt`; settings of the environment stay.
+    Every training step allocates and frees the same large tensors. Mapping and zeroing their pages each time
+    took a third of the step. Other C libraries have no `mallopt`; the user's settings take precedence.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    trim_threshold, map_most = -1, -4  # from malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(map_most, 0)
+        mallopt(mmap_max, 0)
 
 
-def _mps_present() -> bool:
-    import torch
-
-    return torch.backends.mps.is_available()
+def _no_device(device: str, framework: str, present: list[str]) -> ConfigError:
+    return ConfigError(f"--device={device}: {framework} has no such device; available: {', '.join(present)}")
 
 
-def _gpu_present() -> bool:
-    return Path("/proc/driver/nvidia/gpus").is_dir() or shutil.which("nvidia-smi") is not None
+def _note_unused_gpu(backend: str) -> None:
+    if Path("/proc/driver/nvidia/gpus").is_dir() or shutil.which("nvidia-smi") is not None:
+        cure = "the extra jax-cuda" if backend == "jax" else "a CUDA build of PyTorch, see pytorch.org"
+        print(
+            f"note: this machine has an NVIDIA GPU that {backend} cannot use; install {cure}", file=sys.stderr
+        )
+    if backend == "torch":
+        import torch
+
+        if torch.backends.mps.is_available():
+            print("note: this machine has an Apple GPU; use it with --device=mps", file=sys.stderr)

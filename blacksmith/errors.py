@@ -1,7 +1,7 @@
-"""The errors a user can cause, each with the exit status that the launcher ends with.
+"""The errors a user can cause, each with the exit status of the launcher.
 
-Raise one with a single readable line: what is wrong, where, what is allowed, what to do next.
-The launcher prints that line without a traceback; any other exception is a bug and shows one.
+Raise them with one readable line: what is wrong, where, what is allowed, what to do next. The launcher prints
+that line without a traceback. Any other exception is a bug and shows one.
 """
 
 import difflib
@@ -15,37 +15,35 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A flag, a Gin file or a binding is wrong (exit status 2)."""
-
-    exit_status = 2
+    """A flag, a Gin file or a binding is wrong."""
 
 
 class DataError(UserError):
-    """A dataset is missing, broken or not what it claims to be (exit status 3)."""
+    """A dataset is missing, corrupt or of the wrong kind."""
 
     exit_status = 3
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, broken or does not fit the run (exit status 3)."""
+    """A checkpoint is missing, corrupt or does not fit the run."""
 
     exit_status = 3
 
 
 class RunError(UserError):
-    """The run cannot go on, though the program is right: a full disk, a loss that is not finite."""
+    """The run cannot continue, for a reason outside the program: a full disk, a loss that is not finite."""
 
     exit_status = 1
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not empty, or the name of its type."""
+    """The first non-empty line of an exception's message, or the name of its type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the name nearest to `name`, or nothing."""
+    """`` (did you mean 'x'?)`` for the name most similar to `name`, or an empty string."""
     by_lower = {n.lower(): n for n in names}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.55)
     return f" (did you mean {by_lower[found[0]]!r}?)" if found else ""

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, hashes of files, and the cache directory."""
+"""Files and directories that appear complete or not at all, file hashes, and the cache directory."""
 
 import hashlib
 import json
@@ -27,16 +27,9 @@ def cache_dir() -> Path:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file for writing that replaces `target` when the block succeeds.
+    """Opens a temporary file that replaces `target` once the block succeeds and the content is on disk.
 
-    The content is flushed to disk before the rename. If the block raises, `target` stays as it was and the
-    temporary file is removed.
-
-    Args:
-      target: the file to write, in a directory that exists.
-
-    Raises:
-      OSError: the directory cannot be written.
+    If the block raises, `target` is unchanged and the temporary file is removed. The directory must exist.
     """
     temporary = _temporary_name(target)
     try:
@@ -51,13 +44,9 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Makes a temporary directory to fill that is renamed to `target` when the block succeeds.
+    """Makes a temporary directory that becomes `target` once the block succeeds and all files are on disk.
 
-    All files are flushed to disk before the rename. They get the permissions of ordinary new files, since
-    some libraries write private ones. If the block raises, the temporary directory is removed.
-
-    Args:
-      target: the directory to make.
+    If the block raises, the temporary directory is removed.
 
     Raises:
       OSError: the parent cannot be written, or `target` exists and is not an empty directory.
@@ -68,7 +57,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         yield temporary
         mode = temporary.stat().st_mode & 0o666
         for file in (path for path in temporary.rglob("*") if path.is_file()):
-            file.chmod(mode)
+            file.chmod(mode)  # some libraries create files that only their owner can read
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
         temporary.rename(target)
@@ -82,7 +71,7 @@ def _temporary_name(target: Path) -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

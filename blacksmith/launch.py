@@ -1,13 +1,12 @@
-"""The command: flags, then configuration, then a run directory, then the experiment.
+"""The launcher: reads flags and configuration, opens a run directory and starts the experiment.
 
 ``python -m blacksmith.launch --gin_file=gin/mnist_jax.gin``. Exit status: 0 done, 1 crash, 2 bad usage or
 configuration, 3 bad data or checkpoint, 75 stopped by a signal and resumable. No framework is imported before
-the configuration is known to be good.
+the configuration has been validated.
 """
 
 import dataclasses
 import difflib
-import importlib.util
 import re
 import sys
 import time
@@ -25,67 +24,40 @@ MODES = ("train", "eval", "export", "view")
 
 
 def define_flags() -> flags.FlagValues:
-    """The launcher's flags, in a set of their own."""
+    """The launcher's flags, apart from absl's global ones."""
     values = flags.FlagValues()
     mine = {"flag_values": values}
     flags.DEFINE_multi_string(
-        "gin_file",
-        [],
-        "A Gin file, from here or by its name in the package; repeatable, later ones override.",
-        **mine,
+        "gin_file", [], "A Gin file, by path or bundled name; repeatable, later files override.", **mine
     )
     flags.DEFINE_multi_string(
-        "gin_param",
-        [],
-        "A binding that overrides the files, such as 'mnist.Train.epochs = 3'; repeatable.",
-        **mine,
+        "gin_param", [], "A binding that overrides the files, 'mnist.Train.epochs = 3'; repeatable.", **mine
     )
     flags.DEFINE_string(
         "workdir",
         None,
-        "The run directory; runs/<gin file>/<time> if not given. One with checkpoints is resumed.",
+        "The run directory, default runs/<gin file>/<time>; resumed if it has checkpoints.",
         **mine,
     )
-    flags.DEFINE_enum(
-        "mode", "train", list(MODES), "What to do; view is for experiments with something to look at.", **mine
-    )
+    flags.DEFINE_enum("mode", "train", MODES, "What to do. Not every experiment can be viewed.", **mine)
     flags.DEFINE_string(
         "resume",
         "auto",
-        "auto: go on from --workdir's newest checkpoint, if any; never: refuse a directory with "
-        "checkpoints; a path: start a new directory from that checkpoint or run. pytorch/llama evaluates and "
-        "exports a directory with an adapter, too.",
+        "auto: resume from the newest checkpoint in --workdir, if any; never: refuse a directory with "
+        "checkpoints; a path: start a new directory from that checkpoint or run. pytorch/llama can also "
+        "evaluate and export a directory that contains an adapter.",
         **mine,
     )
-    flags.DEFINE_string(
-        "device",
-        "auto",
-        "auto, cpu, gpu, tpu, or any JAX platform or torch device by name.",
-        **mine,
-    )
-    flags.DEFINE_bool("dry_run", False, "Print the resolved configuration and stop there.", **mine)
-    flags.DEFINE_bool("list", False, "List the experiments.", **mine)
-    flags.DEFINE_bool(
-        "allow_imports",
-        False,
-        "Let Gin files import Python modules, which runs their code.",
-        **mine,
-    )
-    flags.DEFINE_multi_string(
-        "plugin",
-        [],
-        "A Python module to import first that adds an experiment to the registry; repeatable.",
-        **mine,
-    )
+    flags.DEFINE_string("device", "auto", "auto, cpu, gpu, tpu, or a JAX platform or torch device.", **mine)
+    flags.DEFINE_bool("dry_run", False, "Print the resolved configuration and exit.", **mine)
+    flags.DEFINE_bool("list", False, "List the experiments and exit.", **mine)
+    flags.DEFINE_bool("allow_imports", False, "Let Gin files import Python modules, which runs them.", **mine)
+    flags.DEFINE_multi_string("plugin", [], "A Python module that registers experiments; repeatable.", **mine)
     return values
 
 
 def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bool:
-    """Parses `argv` into `values`; returns False when help was printed instead.
-
-    Raises:
-      ConfigError: an unknown flag, a bad value or a stray argument.
-    """
+    """Parses `argv` into `values`; returns False if it printed help instead. Mistakes raise `ConfigError`."""
     for name in ("help", "helpfull", "helpshort"):
         flags.DEFINE_bool(name, False, "Show this help.", flag_values=values)
     try:
@@ -99,17 +71,13 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bo
         return False
     if len(rest) > 1:
         raise ConfigError(
-            f"{rest[1]!r} is not a flag; a Gin file is given as --gin_file={rest[1]} (see --helpfull)"
+            f"{rest[1]!r} is not a flag; Gin files are given as --gin_file={rest[1]} (see --helpfull)"
         )
     return True
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Imports modules that add experiments; they may lie in the directory one works in.
-
-    Raises:
-      ConfigError: there is no such module.
-    """
+    """Imports modules that register experiments, also from the current directory."""
     for name in names:
         if "" not in sys.path:
             sys.path.insert(0, "")
@@ -118,7 +86,7 @@ def import_plugins(names: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A validated configuration and what it asks for."""
+    """A validated configuration with its experiment and backend."""
 
     experiment: registry.Experiment
     backend: str
@@ -127,38 +95,30 @@ class Resolved:
 
 
 def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_imports: bool = False) -> Resolved:
-    """Reads and validates a configuration; creates nothing and imports no framework.
-
-    Raises:
-      ConfigError: the first mistake.
-    """
+    """Reads and validates a configuration without side effects; the first mistake raises `ConfigError`."""
     if not gin_files and not gin_params:
         raise ConfigError("give a configuration: --gin_file=gin/mnist_jax.gin (--list shows the experiments)")
     bindings = configuration.parse(gin_files, gin_params, allow_imports=allow_imports)
     binding = configuration.bound(bindings, "Run", "experiment")
     if binding is None:
         bound = {f"{b.selector}.{b.field}".strip("."): b.where for b in bindings}
-        near = difflib.get_close_matches("Run.experiment", bound, n=1, cutoff=0.7)
-        if near:
-            raise ConfigError(f"{bound[near[0]]}: {near[0]!r} is unknown; did you mean 'Run.experiment'?")
+        for near in difflib.get_close_matches("Run.experiment", bound, n=1, cutoff=0.7):
+            raise ConfigError(f"{bound[near]}: {near!r} is unknown; did you mean 'Run.experiment'?")
         raise ConfigError(
-            f"{', '.join(gin_files) or '--gin_param'}: Run.experiment is not set; it names the "
-            f"experiment, one of: {', '.join(registry.names())}. A file in gin/include/ is a fragment, "
-            "not a whole configuration"
+            f"{', '.join(gin_files) or '--gin_param'}: Run.experiment is not set; allowed: "
+            f"{', '.join(registry.names())}. A file in gin/include/ is a fragment, not a whole configuration"
         )
     experiment = registry.get(binding.value, where=f"{binding.where}: Run.experiment")
     module = registry.import_module(experiment.configs, what=f"experiment {experiment.name}")
     config = configuration.build(module.Config, bindings, experiment=experiment.name)
     backends = list(experiment.backends)
+    allowed = " or ".join(backends)
     backend = config.run.backend or (backends[0] if len(backends) == 1 else None)
-    chosen = configuration.bound(bindings, "Run", "backend")
-    where = f"{chosen.where}: " if chosen else ""
     if backend is None:
-        raise ConfigError(f"Run.backend is required by {experiment.name}: {' or '.join(backends)}")
+        raise ConfigError(f"Run.backend is required by {experiment.name}: {allowed}")
     if backend not in backends:
-        raise ConfigError(
-            f"{where}Run.backend = {backend!r}: {experiment.name} runs on {' or '.join(backends)}"
-        )
+        where = configuration.bound(bindings, "Run", "backend").where
+        raise ConfigError(f"{where}: Run.backend = {backend!r}: {experiment.name} runs on {allowed}")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, backend=backend))
     return Resolved(experiment, backend, config, bindings)
 
@@ -169,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
-    """Runs the body of a command; turns its errors into one line and an exit status."""
+    """Runs the body of a command; turns a `UserError` into one line and its exit status."""
     try:
         return body(list(sys.argv if argv is None else argv))
     except UserError as error:
@@ -191,7 +151,8 @@ def _main(argv: list[str]) -> int:
             print(f"{name:18} {'/'.join(entry.backends):10} {entry.summary}")
         return 0
     resolved = resolve(values.gin_file, values.gin_param, allow_imports=values.allow_imports)
-    workdir = Path(values.workdir) if values.workdir else _default_workdir(values)
+    stem = Path(values.gin_file[-1]).stem if values.gin_file else "params"
+    workdir = Path(values.workdir) if values.workdir else new_directory(stem)
     if values.dry_run:
         print(configuration.as_gin(resolved.config))
         print(f"# {resolved.experiment.name} on {resolved.backend}, run directory {workdir}")
@@ -206,6 +167,16 @@ def _main(argv: list[str]) -> int:
     )
 
 
+def new_directory(name: str) -> Path:
+    """A path for a new run, ``runs/<name>/<time>``, that does not exist yet."""
+    base = Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+    directory, number = base, 1
+    while directory.exists():
+        number += 1
+        directory = base.with_name(f"{base.name}-{number}")
+    return directory
+
+
 def run_experiment(
     resolved: Resolved,
     workdir: Path,
@@ -215,32 +186,23 @@ def run_experiment(
     device: str = "auto",
     command: Sequence[str] = (),
 ) -> int:
-    """Runs a resolved configuration in `workdir`; returns the exit status.
-
-    Raises:
-      UserError: the run cannot start or continue; its `exit_status` says which kind.
-    """
-    # Imported here: --list, --dry_run and a bad configuration do not need them.
+    """Runs a resolved configuration in `workdir`; returns the exit status or raises a `UserError`."""
+    # Not needed by --list, --dry_run and bad configurations.
     from blacksmith import devices
     from blacksmith.run import run as runs
 
     experiment, config = resolved.experiment, resolved.config
     if mode not in experiment.modes:
         raise ConfigError(f"--mode={mode}: {experiment.name} has {', '.join(experiment.modes)}")
-    devices.check_installed(experiment, resolved.backend)
-    if experiment.uses_keras:
-        devices.check_keras(resolved.backend)
-    if config.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"Log.wandb = {config.log.wandb!r} needs wandb, which is not installed: pip install '.[wandb]'"
-        )
+    devices.check_installed(f"{experiment.name} on {resolved.backend}", experiment.backends[resolved.backend])
+    if config.log.wandb != "off":
+        devices.check_installed(f"Log.wandb = {config.log.wandb!r}", registry.Needs("wandb", ("wandb",)))
     try:
         if workdir.exists() and not workdir.is_dir():
             raise ConfigError(f"--workdir: {workdir} is a file, not a directory")
     except OSError as error:
         raise ConfigError(f"--workdir: {error.strerror}: {str(workdir)[:60]}...") from error
-    if not device:
-        raise ConfigError("--device is empty; allowed: auto, cpu, gpu, tpu, or a device by name")
+    # Listed before a checkpoint is chosen and compared under the lock: another run may write meanwhile.
     present = runs.checkpoints_of(workdir / "checkpoints", config).steps()
     saved, external = starting_point(resolved, workdir, mode=mode, resume=resume)
     if saved is not None:
@@ -272,13 +234,13 @@ def run_experiment(
 def starting_point(
     resolved: Resolved, workdir: Path, *, mode: str, resume: str
 ) -> tuple[Any | None, Path | None]:
-    """What a run starts from: (a checkpoint or None, a directory of weights that no run wrote or None).
+    """Returns a checkpoint or None, and a directory of weights that no run wrote or None.
 
-    A training resumes from the newest checkpoint; every other mode reads the best one.
+    Training resumes from the newest checkpoint; every other mode reads the best one.
 
     Raises:
-      ConfigError: `mode`, `resume` and what is in `workdir` contradict each other.
-      CheckpointError: there is no intact checkpoint where one is needed.
+      ConfigError: `mode`, `resume` and the content of `workdir` contradict each other.
+      CheckpointError: a checkpoint is needed and there is no intact one.
     """
     from blacksmith.run import run as runs
     from blacksmith.run.checkpoint import find, place
@@ -299,14 +261,14 @@ def starting_point(
         )
     if resume == "never":
         if not training:
-            raise ConfigError(f"--mode={mode} reads a checkpoint, which --resume=never forbids")
+            raise ConfigError(f"--mode={mode} reads a checkpoint, but --resume=never forbids it")
         return None, None
     path, marker = Path(resume), resolved.experiment.external_weights
     if marker is not None and (path / marker).is_file() and not (path / "state.json").is_file():
         if training:
             raise ConfigError(
-                f"--resume={resume} has weights but no state of a run to resume; it can be read by "
-                "--mode=eval and --mode=export"
+                f"--resume={resume} has weights but no training state; it can only be used with --mode=eval "
+                "or --mode=export"
             )
         return None, path
     best = None if training else runs.checkpoints_of(place(path), resolved.config).chosen()
@@ -314,19 +276,9 @@ def starting_point(
 
 
 def _write_report(directory: Path) -> None:
-    from blacksmith import report  # at the end of the run: a run starts sooner without it
+    from blacksmith import report  # imported only now, so that runs start sooner
 
     report.write(directory)
-
-
-def _default_workdir(values: flags.FlagValues) -> Path:
-    stem = Path(values.gin_file[-1]).stem if values.gin_file else "params"
-    base = Path("runs") / stem / time.strftime("%Y%m%d-%H%M%S")
-    directory, number = base, 1
-    while directory.exists():
-        number += 1
-        directory = base.with_name(f"{base.name}-{number}")
-    return directory
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finds out within seconds that a host is out of reach; the download libraries retry for minutes."""
+"""Detects within seconds that a host cannot be reached. Download libraries retry for minutes."""
 
 import queue
 import socket
@@ -8,14 +8,10 @@ from urllib.parse import urlsplit
 
 
 def why_unreachable(url: str, timeout: float = 3.0) -> str | None:
-    """Tries to connect to the host of a URL, or to the proxy in front of it.
-
-    Args:
-      url: an http or https URL.
-      timeout: for resolving the name and connecting together, in seconds.
+    """Tries to connect to the host of an http(s) URL, or to its proxy, for at most `timeout` seconds.
 
     Returns:
-      None if the connection succeeded, else the host and what went wrong, on one line.
+      None if the connection succeeded, otherwise the host and what went wrong, on one line.
     """
     try:
         host, port = _endpoint(url)
@@ -31,7 +27,7 @@ def why_unreachable(url: str, timeout: float = 3.0) -> str | None:
         else:
             outcome.put(None)
 
-    # Resolving a name takes no timeout and can last half a minute, so a thread does it and is left behind.
+    # Name resolution has no timeout and can take half a minute, hence a thread that is abandoned if it hangs.
     threading.Thread(target=connect, daemon=True).start()
     try:
         return outcome.get(timeout=timeout)

@@ -1,17 +1,15 @@
-"""The command that checks that backends train the same: one experiment on several, compared step by step.
+"""Checks that backends train the same: runs one experiment on several and compares the runs step by step.
 
 ``python -m blacksmith.parity --gin_file=gin/mnist_jax.gin --gin_file=gin/mnist_torch.gin`` runs each file in
-a process of its own on the same data, initial weights and batches, prints a table and writes ``parity.html``.
-Exit status: 0 within tolerance, 1 over it, 2 bad usage or configuration; a run that fails hands on its own.
+its own process with the same data, initial weights and batches, prints a table and writes ``parity.html``.
+Exit status: 0 within tolerance, 1 not, 2 bad usage or configuration. If a run fails, its status is returned.
 """
 
-import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from blacksmith.files import write_json
 from blacksmith.run import metrics
 from blacksmith.run.checkpoint import Checkpoints
 
-# What a comparison needs of the sections that all experiments share.
+# Every loss is compared; nothing else has to be logged or kept.
 _SHARED_BINDINGS = {
     "Log.every_steps": 1,
     "Log.tensorboard": False,
@@ -42,57 +40,40 @@ _SHARED_BINDINGS = {
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far a run may be from the first one.
+    """How far a run may be from the first one."""
 
-    Attributes:
-      loss: largest absolute difference of a step's loss.
-      weights: norm of the difference of all final weights over their norm. A norm, since single weights
-        near zero differ by per cents for no reason that matters.
-      accuracy: difference of the test accuracy in percentage points.
-    """
-
-    loss: float = 1e-4
+    loss: float = 1e-4  # largest absolute difference of any step
+    # Norm of the difference of all final weights over their norm. Single weights near zero may differ more.
     weights: float = 1e-3
-    accuracy: float = 0.1
+    accuracy: float = 0.1  # percentage points on the test set
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run left to compare.
+    """What is compared of a run."""
 
-    Attributes:
-      name: the Gin file's stem.
-      backend: ``jax`` or ``torch``, with the device.
-      initial_weights: hash.
-      batches: hash of the index stream.
-      losses: float64 [steps].
-      weights: final weights by name.
-      test_accuracy: from 0 to 1.
-      seconds: wall time of the run.
-    """
-
-    name: str
-    backend: str
-    initial_weights: str
-    batches: str
-    losses: np.ndarray
-    weights: Mapping[str, np.ndarray]
-    test_accuracy: float
+    name: str  # the Gin file's stem
+    backend: str  # with experiment and device
+    initial_weights: str  # sha256
+    batches: str  # sha256 of the stream of indices
+    losses: np.ndarray  # float64 [steps]
+    weights: Mapping[str, np.ndarray]  # after the last step
+    test_accuracy: float  # from 0 to 1
     seconds: float
 
 
 def define_flags() -> flags.FlagValues:
-    """The command's flags, in a set of their own."""
+    """The command's flags, apart from absl's global ones."""
     values = flags.FlagValues()
     mine = {"flag_values": values}
     default = Tolerances()
     flags.DEFINE_multi_string("gin_file", [], "A Gin file to compare; give two or more.", **mine)
     flags.DEFINE_multi_string("gin_param", [], "A binding for all runs; repeatable.", **mine)
     flags.DEFINE_integer("steps", 500, "Optimizer steps of each run.", lower_bound=1, **mine)
-    flags.DEFINE_float("loss_tolerance", default.loss, "Largest |loss difference| of a step.", **mine)
+    flags.DEFINE_float("loss_tolerance", default.loss, "Largest |loss difference| of any step.", **mine)
     flags.DEFINE_float("weight_tolerance", default.weights, "Largest relative norm difference.", **mine)
     flags.DEFINE_float("accuracy_tolerance", default.accuracy, "In percentage points.", **mine)
-    flags.DEFINE_string("workdir", None, "A new directory; runs/parity/<time> if not given.", **mine)
+    flags.DEFINE_string("workdir", None, "A new directory; default runs/parity/<time>.", **mine)
     flags.DEFINE_string("device", "cpu", "As for the launcher, for all runs.", **mine)
     flags.DEFINE_multi_string("plugin", [], "As for the launcher.", **mine)
     flags.DEFINE_bool("allow_imports", False, "As for the launcher.", **mine)
@@ -108,27 +89,19 @@ def _main(argv: list[str]) -> int:
     values = define_flags()
     if not launch.parse_flags(values, argv, __doc__):
         return 0
-    return compare(values)
-
-
-def compare(values: flags.FlagValues) -> int:
-    """Runs and compares what the flags name; returns the exit status.
-
-    Raises:
-      UserError: the configurations are wrong or not comparable, or the data is.
-    """
     launch.import_plugins(values.plugin)
-    names = _names(values.gin_file)
     params, notes, weights = comparable_params(values)
-    workdir = Path(values.workdir or Path("runs") / "parity" / time.strftime("%Y%m%d-%H%M%S"))
+    workdir = Path(values.workdir) if values.workdir else launch.new_directory("parity")
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"--workdir: {workdir} is not empty; choose a new directory")
     workdir.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for name, gin_file in zip(names, values.gin_file):
+    outcomes: list[Outcome] = []
+    for number, gin_file in enumerate(values.gin_file):
+        name = Path(gin_file).stem
+        if name in (outcome.name for outcome in outcomes):
+            name = f"{name}_{number}"
         print(f"running {name} ...", file=sys.stderr, flush=True)
-        status = _run(gin_file, params, workdir / name, values)
-        if status:
+        if status := _run(gin_file, params, workdir / name, values):
             print(f"error: {name} ended with exit status {status}; see above", file=sys.stderr)
             return status
         outcomes.append(read_outcome(name, workdir / name, weights))
@@ -157,11 +130,10 @@ def compare(values: flags.FlagValues) -> int:
 
 
 def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str], str]:
-    """The bindings that all runs get, notes on what they switch off, and the file of their weights.
+    """The bindings of all runs, notes on the settings they change, and the file that holds the weights.
 
     Raises:
       ConfigError: fewer than two files, or files that differ in more than experiment and backend.
-      DataError: the data is not there.
     """
     if len(values.gin_file) < 2:
         raise ConfigError("give two or more --gin_file to compare (see --helpfull)")
@@ -169,46 +141,40 @@ def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str], s
         launch.resolve([f], values.gin_param, allow_imports=values.allow_imports) for f in values.gin_file
     ]
     for each in resolved:
-        devices.check_installed(each.experiment, each.backend)
-    first = resolved[0]
+        devices.check_installed(
+            f"{each.experiment.name} on {each.backend}", each.experiment.backends[each.backend]
+        )
+    config, experiment, first_file = resolved[0].config, resolved[0].experiment, values.gin_file[0]
     for other, gin_file in zip(resolved[1:], values.gin_file[1:]):
-        if type(other.config) is not type(first.config):
+        if type(other.config) is not type(config):
             raise ConfigError(
-                f"{gin_file} is of another kind ({other.experiment.name}) than {values.gin_file[0]} "
-                f"({first.experiment.name}); only runs with the same settings can be compared"
+                f"{gin_file} ({other.experiment.name}) and {first_file} ({experiment.name}) have different "
+                "settings and cannot be compared"
             )
-        different = configuration.changes(other.config, configuration.as_dict(first.config))
-        different = {k: v for k, v in different.items() if k not in ("Run.experiment", "Run.backend")}
-        if different:
-            key, (a, b) = next(iter(different.items()))
-            raise ConfigError(
-                f"{values.gin_file[0]} and {gin_file} are not the same work: {key} is {a!r} and {b!r}"
-            )
-        if other.experiment.weights != first.experiment.weights:
-            raise ConfigError(f"{values.gin_file[0]} and {gin_file} save their weights in different files")
-    if first.experiment.weights is None:
-        raise ConfigError(f"{first.experiment.name} cannot be compared: it declares no Experiment.weights")
-    bindings = {**_SHARED_BINDINGS, **_training_bindings(first.config.train, values.steps)}
-    if hasattr(first.config, "parity_bindings"):
-        bindings |= first.config.parity_bindings()
+        for key, (a, b) in configuration.changes(other.config, configuration.as_dict(config)).items():
+            if key not in ("Run.experiment", "Run.backend"):
+                raise ConfigError(f"{first_file} and {gin_file} cannot be compared: {key} is {a!r} and {b!r}")
+        if other.experiment.weights != experiment.weights:
+            raise ConfigError(f"{first_file} and {gin_file} save their weights in different files")
+    if experiment.weights is None:
+        raise ConfigError(f"{experiment.name} cannot be compared: it declares no Experiment.weights")
+    wanted = {"steps": values.steps, "early_stopping": None, "stop_at": None}
+    has = configuration.fields(type(config.train))
+    bindings = {f"{config.train.gin_name}.{k}": v for k, v in wanted.items() if k in has}
+    if hasattr(config, "parity_bindings"):
+        bindings |= config.parity_bindings()
     before = {
-        f"{type(part).gin_name}.{field}": getattr(part, field)
-        for part in (getattr(first.config, f.name) for f in dataclasses.fields(first.config))
-        for field in configuration.fields(type(part))
+        f"{cls.gin_name}.{field}": getattr(getattr(config, name), field)
+        for name, cls in configuration.sections(type(config)).items()
+        for field in configuration.fields(cls)
     }
     notes = [
         f"{key} = {value!r} for the comparison (was {before[key]!r})"
         for key, value in bindings.items()
-        if before[key] != value and key not in _SHARED_BINDINGS
+        if before[key] != value
     ]
-    params = [*values.gin_param, *(f"{k} = {v!r}" for k, v in bindings.items())]
-    return params, notes, first.experiment.weights
-
-
-def _training_bindings(train: Any, steps: int) -> dict[str, Any]:
-    """What makes a run take exactly `steps` optimizer steps."""
-    wanted = {"steps": steps, "early_stopping": None, "stop_at": None}
-    return {f"{train.gin_name}.{k}": v for k, v in wanted.items() if k in configuration.fields(type(train))}
+    bindings = _SHARED_BINDINGS | bindings
+    return [*values.gin_param, *(f"{k} = {v!r}" for k, v in bindings.items())], notes, experiment.weights
 
 
 def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.FlagValues) -> int:
@@ -219,37 +185,25 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
     if values.allow_imports:
         command.append("--allow_imports")
     environment = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
-    # JAX multiplies float32 matrices in fewer bits on GPUs and TPUs unless told otherwise.
+    # On GPUs and TPUs, JAX multiplies float32 matrices with reduced precision by default.
     environment["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
     return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
 
 
 def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
-    """Reads a finished run directory.
-
-    Args:
-      name: of the run.
-      directory: the run directory.
-      weights: the file of a checkpoint that holds the weights.
-
-    Raises:
-      CheckpointError: its checkpoint is broken.
-      ConfigError: its result lacks what is compared.
-    """
+    """Reads a finished run directory; `weights` is the file that holds the weights in a checkpoint."""
     result = json.loads((directory / "result.json").read_text())
-    lines = metrics.read(directory / "metrics.jsonl")
-    losses = [line["loss"] for line in lines if line["split"] == "train"]
-    saved = Checkpoints(directory / "checkpoints").newest()
-    arrays = load_file(saved.path / weights)
     for key in ("initial_weights_sha256", "order_sha256"):
         if key not in result:
             raise ConfigError(f"{result['experiment']} cannot be compared: its result.json has no {key}")
+    lines = metrics.read(directory / "metrics.jsonl")
+    arrays = load_file(Checkpoints(directory / "checkpoints").newest().path / weights)
     return Outcome(
         name=name,
         backend=f"{result['experiment']} {result['backend']} {result['device']}",
         initial_weights=result["initial_weights_sha256"],
         batches=result["order_sha256"],
-        losses=np.array(losses, np.float64),
+        losses=np.array([line["loss"] for line in lines if line["split"] == "train"], np.float64),
         weights={k: v for k, v in arrays.items() if not k.startswith("optimizer/")},
         test_accuracy=result["test"]["accuracy"],
         seconds=result["seconds"],
@@ -261,15 +215,14 @@ def compare_outcomes(
 ) -> dict[str, Any]:
     """One row of the table: how far `outcome` is from `reference`.
 
-    A difference that is not a number counts as infinite; a run with fewer than `steps` losses fails.
+    A difference that is not a number counts as infinite. A run with fewer than `steps` losses fails.
     """
-    complete = len(outcome.losses) == len(reference.losses) == steps
     difference, at = math.inf, 0
-    if complete:
+    if len(outcome.losses) == len(reference.losses) == steps:
         differences = np.nan_to_num(np.abs(outcome.losses - reference.losses), nan=math.inf)
         at = int(differences.argmax()) + 1
         difference = float(differences.max())
-    weights = _relative_difference(outcome.weights, reference.weights)
+    weights, largest = _weight_differences(outcome.weights, reference.weights)
     accuracy = abs(outcome.test_accuracy - reference.test_accuracy) * 100
     same_weights = outcome.initial_weights == reference.initial_weights
     same_batches = outcome.batches == reference.batches
@@ -288,46 +241,36 @@ def compare_outcomes(
         "batches": outcome.batches[:12] + ("" if same_batches else " (differ)"),
         "max |loss difference|": f"{difference:.2e}",
         "at step": at,
-        "max |weight difference|": f"{_largest_difference(outcome.weights, reference.weights):.2e}",
+        "max |weight difference|": f"{largest:.2e}",
         "weights, relative": f"{weights:.2e}",
         "test accuracy": f"{outcome.test_accuracy:.2%}",
         "seconds": round(outcome.seconds, 1),
     }
 
 
-def _relative_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
-    """Norm of the difference of all arrays over the norm of `theirs`; infinite where they do not match."""
-    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        return math.inf
-    squares = sum(float(np.sum((ours[k].astype(np.float64) - theirs[k]) ** 2)) for k in theirs)
-    norm = sum(float(np.sum(theirs[k].astype(np.float64) ** 2)) for k in theirs)
-    ratio = math.sqrt(squares / norm) if norm else math.inf
-    return ratio if math.isfinite(ratio) else math.inf
+def _weight_differences(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+) -> tuple[float, float]:
+    """Norm of the difference over the norm of `theirs`, and the largest difference of a single weight.
 
-
-def _largest_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
-    """Largest absolute difference of a single weight; infinite where they do not match."""
+    Both are infinite if names or shapes differ.
+    """
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
-        return math.inf
-    return max(float(np.nan_to_num(np.abs(ours[k] - theirs[k]), nan=math.inf).max()) for k in theirs)
+        return math.inf, math.inf
+    differences = {k: ours[k].astype(np.float64) - v for k, v in theirs.items()}
+    squares = sum(float(np.sum(d**2)) for d in differences.values())
+    norm = sum(float(np.sum(v.astype(np.float64) ** 2)) for v in theirs.values())
+    relative = math.sqrt(squares / norm) if norm else math.inf
+    largest = max(float(np.abs(d).max()) for d in differences.values())
+    return tuple(value if math.isfinite(value) else math.inf for value in (relative, largest))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as aligned text."""
-    header = list(rows[0])
-    cells = [header, *([str(row[key]) for key in header] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def _names(gin_files: Sequence[str]) -> list[str]:
-    """A distinct name for each file: its stem, numbered where it comes again."""
-    names: list[str] = []
-    for gin_file in gin_files:
-        stem = Path(gin_file).stem
-        names.append(stem if stem not in names else f"{stem}_{gin_files.index(gin_file)}_{len(names)}")
-    return names
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in lines)
 
 
 if __name__ == "__main__":

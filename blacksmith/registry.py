@@ -1,7 +1,7 @@
-"""Which experiments there are: names and strings only, so that listing them imports no framework.
+"""The experiments: names and strings only, so that listing them imports no framework.
 
-A shipped experiment is the `EXPERIMENT` of its package below `blacksmith/experiments/`. Any other is an entry
-point of the group ``blacksmith.experiments``, or a ``--plugin`` module calls `add`.
+A bundled experiment is the `EXPERIMENT` of its package below `blacksmith/experiments/`. Others come from
+entry points of the group ``blacksmith.experiments`` or from ``--plugin`` modules that call `add`.
 """
 
 import functools
@@ -15,13 +15,12 @@ from typing import Any
 
 from blacksmith.errors import ConfigError, closest, first_line
 
-SHIPPED = "blacksmith.experiments"
-"""The package of the shipped experiments, and the group of entry points."""
+BUNDLED = "blacksmith.experiments"  # the package of the bundled experiments, and the group of entry points
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one backend of an experiment needs: an install extra, and the modules that it installs."""
+    """An install extra and the modules that it must provide."""
 
     extra: str
     modules: tuple[str, ...]
@@ -29,105 +28,73 @@ class Needs:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One entry of the registry.
+    """An experiment that the launcher can run."""
 
-    Attributes:
-      name: the value of ``Run.experiment``.
-      summary: one line for ``--list``.
-      configs: the module with the frozen `Config` dataclass; importing it loads no framework.
-      modes: for each value of ``--mode`` a ``module:function``, imported once the backend is set and called
-        with the `blacksmith.run.run.Run`.
-      backends: what each value of ``Run.backend`` needs.
-      checkpoint_format: experiments with the same format read each other's checkpoints.
-      uses_keras: whether ``KERAS_BACKEND`` must be set before Keras is imported.
-      external_weights: the name of a file that marks a directory of weights that no run wrote, which can be
-        evaluated and exported; None if there is no such format.
-      weights: the safetensors file of a checkpoint that holds the weights, and maybe ``optimizer/...``; the
-        parity command compares them. None: runs cannot be compared.
-    """
-
-    name: str
-    summary: str
-    configs: str
+    name: str  # the value of ``Run.experiment``
+    summary: str  # one line for ``--list``
+    configs: str  # the module with the frozen `Config` dataclass; importing it loads no framework
+    # ``module:function`` for each value of ``--mode``; imported once the backend is set, called with the run.
     modes: Mapping[str, str]
-    backends: Mapping[str, Needs]
-    checkpoint_format: str
-    uses_keras: bool = False
+    backends: Mapping[str, Needs]  # what each value of ``Run.backend`` needs
+    checkpoint_format: str  # experiments with the same format read each other's checkpoints
+    uses_keras: bool = False  # whether ``KERAS_BACKEND`` must be set before Keras is imported
+    # A file that marks a directory of weights that no run wrote, but that can be evaluated and exported.
     external_weights: str | None = None
+    # The safetensors file in a checkpoint that parity compares, except its arrays ``optimizer/...``.
     weights: str | None = None
 
 
-_ADDED: dict[str, Experiment] = {}
-
-
 def add(experiment: Experiment) -> None:
-    """Adds an experiment.
-
-    Raises:
-      ConfigError: there is a different one with the same name.
-    """
-    _put(_ADDED, experiment, _declared())
+    """Adds an experiment; raises `ConfigError` if a different one has the same name."""
+    _put(_experiments(), experiment)
 
 
 def names() -> list[str]:
     """All registered names, sorted."""
-    return sorted({**_declared(), **_ADDED})
+    return sorted(_experiments())
 
 
 def get(name: str, *, where: str = "Run.experiment") -> Experiment:
-    """The experiment called `name`.
-
-    Raises:
-      ConfigError: there is no such experiment; lists all names.
-    """
-    experiments = {**_declared(), **_ADDED}
-    if not isinstance(name, str) or name not in experiments:
-        hint = closest(name, experiments) if isinstance(name, str) else ""
+    """The experiment called `name`, or a `ConfigError` that lists all names."""
+    if not isinstance(name, str) or name not in _experiments():
+        hint = closest(name, names()) if isinstance(name, str) else ""
         raise ConfigError(f"{where}: no experiment {name!r}{hint}; allowed: {', '.join(names())}")
-    return experiments[name]
+    return _experiments()[name]
 
 
 @functools.cache
-def _declared() -> Mapping[str, Experiment]:
-    """The shipped experiments and those of entry points."""
+def _experiments() -> dict[str, Experiment]:
+    """The bundled experiments and those of entry points, to which `add` adds."""
     found: dict[str, Experiment] = {}
-    package = importlib.import_module(SHIPPED)
-    for framework in pkgutil.iter_modules(package.__path__, f"{SHIPPED}."):
-        for task in pkgutil.iter_modules(
-            importlib.import_module(framework.name).__path__, f"{framework.name}."
-        ):
+    package = importlib.import_module(BUNDLED)
+    for framework in pkgutil.iter_modules(package.__path__, f"{BUNDLED}."):
+        tasks = importlib.import_module(framework.name).__path__
+        for task in pkgutil.iter_modules(tasks, f"{framework.name}."):
             _put(found, importlib.import_module(task.name).EXPERIMENT)
-    for entry in importlib.metadata.entry_points(group=SHIPPED):
+    for entry in importlib.metadata.entry_points(group=BUNDLED):
         try:
             experiment = entry.load()
         except Exception as error:
-            # One broken package must not stop the experiments of all others.
+            # One broken package must not disable everyone else's experiments.
             print(f"warning: entry point {entry.name} = {entry.value}: {first_line(error)}", file=sys.stderr)
             continue
         _put(found, experiment)
     return found
 
 
-def _put(
-    into: dict[str, Experiment], experiment: Experiment, others: Mapping[str, Experiment] | None = None
-) -> None:
-    present = {**(others or {}), **into}.get(experiment.name, experiment)
+def _put(experiments: dict[str, Experiment], experiment: Experiment) -> None:
+    present = experiments.setdefault(experiment.name, experiment)
     if present != experiment:
         raise ConfigError(
             f"two experiments are called {experiment.name!r}, with configurations in {present.configs} and "
             f"{experiment.configs}; rename yours"
         )
-    into[experiment.name] = experiment
 
 
 def import_module(name: str, *, what: str) -> Any:
-    """Imports `name`.
-
-    Raises:
-      ConfigError: it is not a module's name, or there is no such module; says that `what` needs it.
-    """
+    """Imports `name`; raises a `ConfigError` that begins with `what` if there is no such module."""
     if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
-        raise ConfigError(f"{what}: {name!r} is not a module's name; write package.module, without .py")
+        raise ConfigError(f"{what}: {name!r} is not a module name; write package.module, without .py")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

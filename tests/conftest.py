@@ -10,26 +10,35 @@ import threading
 
 import pytest
 
-# Before any test imports PyTorch: on shared cores its threads spend their time waiting for one another.
+from blacksmith import registry
+
+# Before any test imports PyTorch: on shared cores its threads mostly wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory):
-    """Gives every test, and every process that it starts, an empty cache and one thread of its own."""
+    """Gives all tests, and the processes that they start, an empty cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLACKSMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("KERAS_BACKEND", raising=False)
-        # Many processes run the same small programs; JAX keeps what it has compiled for the next one.
+        # Many processes run the same small programs, so they share what JAX has compiled.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         yield
 
 
+@pytest.fixture
+def own_registry(monkeypatch):
+    """Makes the registry forget what a test adds."""
+    experiments = dict(registry._experiments())
+    monkeypatch.setattr(registry, "_experiments", lambda: experiments)
+
+
 @pytest.fixture(scope="session")
 def launch():
-    """Runs the launcher with the given arguments in a process of its own."""
+    """Runs the launcher with the given arguments in its own process."""
 
     def run(*arguments, **options):
         command = [sys.executable, "-m", "blacksmith.launch", *map(str, arguments)]
@@ -79,7 +88,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def serve():
-    """Serves a directory on this machine, without a proxy, and returns its URL."""
+    """Serves a directory over HTTP on this machine and returns its URL."""
     servers = []
 
     def start(directory):
@@ -99,7 +108,7 @@ def serve():
 
 @pytest.fixture
 def no_name_server(monkeypatch):
-    """Makes resolving any name fail, as on a machine without a network."""
+    """Makes every name lookup fail, as on a machine without a network."""
 
     def fail(*arguments, **options):
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")

@@ -1,21 +1,21 @@
-"""The command: a mistake is one line, exit status 2 and nothing created; plugins; what is not imported."""
+"""The launcher: one-line errors that create nothing, plugins, exit statuses, lazy imports."""
 
-import ast
 import importlib.machinery
 import importlib.util
 import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from blacksmith import config as configuration
-from blacksmith import devices, errors, launch, registry
+from blacksmith import devices, errors, launch, registry, report
 from blacksmith.run import run as runs
 
 JAX = "--gin_file=gin/mnist_jax.gin"
-SHIPPED = sorted(configuration.gin_directory().glob("*.gin"))
+BUNDLED = sorted(configuration.gin_directory().glob("*.gin"))
 FRAGMENTS = sorted((configuration.gin_directory() / "include").glob("*.gin"))
 
 # An experiment without a framework, as a user would write it.
@@ -68,18 +68,12 @@ registry.add(registry.Experiment("toy", "a toy", "toy", modes, needs, "toy-1"))
 '''
 
 
-def tree(directory):
-    """Everything below a directory, with the content of files."""
-    return {p.relative_to(directory): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
-
-
 @pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
-    """An empty working directory, and no trace of other tests' backends and plugins."""
+def fresh(tmp_path, monkeypatch, own_registry):
+    """An empty working directory without the backends and plugins of other tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(registry, "_ADDED", dict(registry._ADDED))
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     monkeypatch.delitem(sys.modules, "keras", raising=False)
     yield
@@ -87,7 +81,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fails(tmp_path, capsys):
+def fails(tmp_path, capsys, tree):
     """Runs the launcher and expects one readable line, the exit status and an untouched directory."""
 
     def run(*argv, status=2, says=()):
@@ -107,7 +101,7 @@ def fails(tmp_path, capsys):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    """A configuration that is wrongly accepted fails the test at once instead of training."""
+    """Fails the test at once, instead of training, if a configuration is wrongly accepted."""
 
     def accepted(*_, **__):
         raise AssertionError("the configuration was accepted")
@@ -129,7 +123,7 @@ def toy(tmp_path):
 
 # Bad configurations
 
-# One or more lines that make a good file bad: the first of them is line 3 of bad.gin.
+# Lines that make a valid file invalid; the first is line 3 of bad.gin.
 BAD_LINES = {
     # Syntax.
     "no equals sign": (
@@ -137,77 +131,41 @@ BAD_LINES = {
         ["bad.gin:3: cannot be parsed", "expected one Section.field = value per line"],
     ),
     "no value": ("mnist.Train.epochs =", ["bad.gin:3", "a value is a number, string"]),
-    "no value before a next line": ("mnist.Train.epochs =\nmnist.Train.steps = 3", ["bad.gin:3"]),
-    "two equals signs": (
-        "mnist.Train.epochs == 3",
-        ["bad.gin:3", "expected one Section.field = value per line"],
-    ),
     "a colon for an equals sign": (
         "mnist.Train.epochs: 3",
         ["bad.gin:3", "expected one Section.field = value per line"],
     ),
-    "a foreign comment": ("// epochs", ["bad.gin:3", "expected one Section.field = value per line"]),
-    "a number for a name": ("3 = 4", ["bad.gin:3: cannot be parsed"]),
-    "two dots": ("mnist..Train.epochs = 3", ["bad.gin:3", "expected one Section.field = value per line"]),
     "a space in a name": (
         "mnist. Train.epochs = 3",
         ["bad.gin:3", "expected one Section.field = value per line"],
     ),
-    "two settings on a line": (
-        "mnist.Train.epochs = 3 mnist.Train.steps = 4",
-        ["bad.gin:3", "per line"],
-    ),
-    "a semicolon": ("mnist.Train.epochs = 3;", ["bad.gin:3"]),
     "an open bracket at the end": ("mnist.Model.hidden = (3, 4", ["bad.gin:3", "never closed"]),
     "an open bracket before a setting": (
         "mnist.Model.hidden = (3, 4\nmnist.Train.epochs = 3",
         ["bad.gin:4", "closing bracket is missing"],
     ),
-    "the wrong closing bracket": ("mnist.Model.hidden = (3, 4]", ["bad.gin:3", "expected ',' or ')'"]),
-    "a closing bracket too many": ("mnist.Train.epochs = 3)", ["bad.gin:3"]),
     "a missing comma": ("mnist.Model.hidden = (3 4)", ["bad.gin:3", "expected ',' or ')'"]),
-    "a comma too many": ("mnist.Model.hidden = (3,, 4)", ["bad.gin:3"]),
     "a tuple without brackets": ("mnist.Model.hidden = 3, 4", ["bad.gin:3"]),
     "an open quote": ('mnist.Data.path = "abc', ["bad.gin:3", "never closed"]),
-    "an open triple quote": ('mnist.Data.path = """abc', ["bad.gin:3", "never closed"]),
     "a string without quotes": ("mnist.Data.source = idx", ["bad.gin:3", 'needs quotes: "idx"']),
-    "a path without quotes": ("mnist.Data.path = /data/mnist  # here", ['needs quotes: "/data/mnist"']),
-    "typographic quotes": ("mnist.Data.path = ‘abc’", ["bad.gin:3: cannot be parsed"]),
-    "an f-string": ("mnist.Data.path = f'abc'", ["bad.gin:3", "a value is a number, string"]),
     "true in lower case": ("mnist.Model.bias = true", ["bad.gin:3", "write True"]),
-    "null": ("mnist.Train.steps = null", ["bad.gin:3", "write None"]),
-    "infinity": ("mnist.Data.mean = inf", ["bad.gin:3", "write a finite number"]),
-    "arithmetic": ("mnist.Train.batch_size = 2 * 64", ["bad.gin:3", "per line"]),
-    "an environment variable": ("mnist.Data.path = $HOME", ["bad.gin:3: cannot be parsed"]),
-    "another setting as value": (
+    "a setting as value": (
         "mnist.Train.steps = mnist.Train.epochs",
         ['needs quotes: "mnist.Train.epochs"'],
     ),
-    "an unhashable key": ("mnist.Data.path = {[]: 1}", ["bad.gin:3: cannot be parsed"]),
     "deep nesting": ("mnist.Model.hidden = " + "(" * 5000, ["bad.gin:3: cannot be parsed"]),
     "a block without a body": ("mnist.Train:\nLog.wandb = 'off'", ["bad.gin:4", "Expected indentation"]),
-    "a block with an unequal indent": (
-        "mnist.Train:\n  epochs = 3\n    steps = 4",
-        ["bad.gin:5", "expected one Section.field = value per line"],
-    ),
-    "a block with whole names": ("mnist.Train:\n  mnist.Train.epochs = 3", ["bad.gin:4"]),
     # What Gin can do and settings cannot.
     "a reference": ("mnist.Data.source = @auto", ["bad.gin:3", "'@auto' is a reference"]),
-    "a reference that is called": ("mnist.Data.source = @auto()", ["'@auto' is a reference"]),
-    "a reference in a tuple": ("mnist.Model.hidden = (3, @width)", ["'@width' is a reference"]),
     "a scope": ("a/mnist.Train.epochs = 3", ["bad.gin:3", "the scope 'a'", "write mnist.Train.epochs"]),
-    "a scoped block": ("a/b/mnist.Train:\n  epochs = 3", ["bad.gin:4", "the scope 'a/b'"]),
     "an import": ("import os", ["bad.gin:3: imports 'os'", "--allow_imports"]),
-    "an import of a name": ("from os import path", ["bad.gin:3: imports 'os.path'", "--allow_imports"]),
-    "an unfinished import": ("from os", ["bad.gin:3", "import package.module"]),
     # Names.
     "an unknown section": (
         "mnst.Train.epochs = 3",
         ["bad.gin:3", "did you mean 'mnist.Train'?", "allowed: Run, "],
     ),
     "a section in British spelling": ("Optimiser.name = 'sgd'", ["bad.gin:3", "did you mean 'Optimizer'?"]),
-    "an abbreviated section": ("Train.epochs = 3", ["bad.gin:3", "did you mean 'mnist.Train'?"]),
-    "another experiment's section": (
+    "a different experiment's section": (
         "nerf.Train.steps = 3",
         ["bad.gin:3: the experiment 'keras/mnist' has no section 'nerf.Train'", "allowed: Run, mnist.Data"],
     ),
@@ -215,10 +173,6 @@ BAD_LINES = {
     "an unknown field": (
         "mnist.Train.epoch = 3",
         ["bad.gin:3", "did you mean 'epochs'?", "allowed: epochs, steps"],
-    ),
-    "an unknown field in a block": (
-        "mnist.Train:\n  bias = True",
-        ["bad.gin:4", "no field 'bias'", "allowed: "],
     ),
     "a field without its section": ("epochs = 3", ["bad.gin:3", "write mnist.Train.epochs"]),
     "a setting twice": (
@@ -228,7 +182,7 @@ BAD_LINES = {
     # Macros.
     "an unused macro": ("width = 3", ["bad.gin:3: the macro 'width' is never used"]),
     "an undefined macro": ("mnist.Train.epochs = %n", ["bad.gin:3: %n is not defined"]),
-    "a misspelt macro": (
+    "a misspelled macro": (
         "width = 3\nmnist.Model.hidden = (%widht, %width)",
         ["bad.gin:4: %widht is not defined", "did you mean 'width'?"],
     ),
@@ -236,9 +190,6 @@ BAD_LINES = {
     "macros of each other": ("n = %m\nm = %n\nmnist.Train.epochs = %n", ["%n -> %m -> %n"]),
     # Includes.
     "a missing include": ("include 'nope.gin'", ["bad.gin:3: no Gin file 'nope.gin'", "gin/mnist_jax.gin"]),
-    "a misspelt include": ("include 'mnist_jxa.gin'", ["bad.gin:3", "did you mean 'mnist_jax.gin'?"]),
-    "an include without quotes": ("include nope.gin", ["bad.gin:3", 'expected include "file.gin"']),
-    "an include of nothing": ("include", ["bad.gin:3", 'expected include "file.gin"']),
     "an include of a directory": ("include 'folder'", ["bad.gin:3: 'folder' is a directory"]),
     "a file that includes itself": ("include 'bad.gin'", ["bad.gin:3: bad.gin includes itself"]),
     "a cycle of includes": (
@@ -255,29 +206,15 @@ BAD_LINES = {
         ["bad.gin:3: mnist.Train.epochs = 3.0: must be an integer"],
     ),
     "a bool for an int": ("mnist.Train.epochs = True", ["bad.gin:3", "must be an integer"]),
-    "a string for an int": ("mnist.Train.epochs = '3'", ["bad.gin:3", "must be an integer"]),
-    "None for an int": ("mnist.Train.batch_size = None", ["bad.gin:3", "must be an integer"]),
     "an int for a bool": ("mnist.Model.bias = 1", ["bad.gin:3", "must be a boolean"]),
-    "a bool for a float": ("Optimizer.learning_rate = True", ["bad.gin:3", "must be a number"]),
     "a list for a tuple": ("mnist.Model.hidden = [64, 64]", ["bad.gin:3", "write (64, 64)"]),
-    "an int for a tuple": ("mnist.Model.hidden = 64", ["bad.gin:3", "write (64,)"]),
     "a float in a tuple": ("mnist.Model.hidden = (64, 6.4)", ["bad.gin:3: mnist.Model.hidden[1] = 6.4"]),
-    "a dict for a string": ("mnist.Data.path = {'a': 1}", ["bad.gin:3", "must be a string"]),
-    "bytes for a string": ("mnist.Data.path = b'here'", ["bad.gin:3", "must be a string"]),
-    "a number for a name of a loss": ("mnist.Train.loss = 3", ["bad.gin:3", "'cross_entropy' or 'mse'"]),
-    "a bool for a word": ("Log.wandb = True", ["bad.gin:3", "must be 'off', 'offline' or 'online'"]),
     # Values.
     "an unknown optimizer": ("Optimizer.name = 'adm'", ["bad.gin:3", "did you mean 'adam'?", "'adamw'"]),
-    "a word in capitals": ("mnist.Model.activation = 'ReLU'", ["bad.gin:3", "did you mean 'relu'?"]),
-    "an unknown source": ("mnist.Data.source = 'mnist'", ["bad.gin:3", "did you mean 'mnist5k'?"]),
     "neither of a union": ("mnist.Data.validation = 'tset'", ["bad.gin:3", "must be an integer or 'test'"]),
     "zero epochs": ("mnist.Train.epochs = 0", ["bad.gin:3", "must be greater than 0"]),
-    "a dropout of one": ("mnist.Model.dropout = 1.0", ["bad.gin:3", "must be less than 1"]),
-    "a negative seed": ("Run.seed = -1", ["bad.gin:3", "must be greater than or equal to 0"]),
-    "a seed of 64 bits": ("Run.seed = 9223372036854775808", ["bad.gin:3", "less than or equal to"]),
     "a number too large": ("mnist.Data.mean = 1e999", ["bad.gin:3", "must be a finite number"]),
-    "an empty name": ("mnist.Data.name = ''", ["bad.gin:3", "at least 1 character"]),
-    # Rules across fields, each at the place where the first of its fields is bound.
+    # Rules across fields, reported where the first of them is bound.
     "accumulation that does not divide": (
         "mnist.Train.batch_size = 10\nmnist.Train.accumulate = 3",
         ["bad.gin:4: mnist.Train.accumulate = 3 does not divide mnist.Train.batch_size = 10"],
@@ -295,10 +232,6 @@ BAD_LINES = {
         "Optimizer.momentum = 0.9",
         ["bad.gin:3", "has no effect unless Optimizer.name is 'sgd' or 'rmsprop'"],
     ),
-    "amsgrad for sgd": (
-        "Optimizer.name = 'sgd'\nOptimizer.amsgrad = True",
-        ["bad.gin:4", "no effect unless Optimizer.name is 'adam' or 'adamw'"],
-    ),
     "nesterov without momentum": (
         "Optimizer.name = 'sgd'\nOptimizer.nesterov = True",
         ["bad.gin:4", "no effect unless", "Optimizer.momentum is above 0"],
@@ -307,10 +240,6 @@ BAD_LINES = {
     "early stopping without validation": (
         "mnist.Data.validation = 0\nmnist.Train.early_stopping = 3",
         ["bad.gin:4: mnist.Train.early_stopping = 3 has no effect unless mnist.Data.validation is not 0"],
-    ),
-    "an accuracy to stop at without validation": (
-        "mnist.Data.validation = 0\nmnist.Train.stop_at = 0.98",
-        ["bad.gin:4: mnist.Train.stop_at = 0.98 has no effect unless"],
     ),
     "a named set that is not read through TFDS": (
         "mnist.Data.name = 'kmnist'",
@@ -331,14 +260,9 @@ def test_a_bad_line_is_a_one_line_error(tmp_path, fails, nothing_runs, lines, sa
 # Whole files.
 BAD_FILES = {
     "an empty file": ("", ["bad.gin: Run.experiment is not set", "keras/mnist, lightning/mnist"]),
-    "no experiment": ("Run.backend = 'jax'", ["bad.gin: Run.experiment is not set"]),
     "the experiment under a wrong name": (
         "Run.backend = 'jax'\nRun.experimnt = 'keras/mnist'",
         ["bad.gin:2: 'Run.experimnt' is unknown; did you mean 'Run.experiment'?"],
-    ),
-    "the experiment in lower case": (
-        "run.experiment = 'keras/mnist'",
-        ["bad.gin:1", "did you mean 'Run.experiment'?"],
     ),
     "the experiment without its section": (
         "experiment = 'keras/mnist'",
@@ -348,10 +272,7 @@ BAD_FILES = {
         "Run.experiment = 'keras/mnits'",
         ["bad.gin:1", "did you mean 'keras/mnist'?", "allowed: keras/mnist, lightning/mnist"],
     ),
-    "half an experiment": ("Run.experiment = 'mnist'", ["bad.gin:1: Run.experiment: no experiment 'mnist'"]),
-    "an experiment that is no string": ("Run.experiment = 3", ["bad.gin:1: Run.experiment: no experiment 3"]),
     "an experiment in a list": ("Run.experiment = ['keras/mnist']", ["bad.gin:1", "allowed: keras/mnist"]),
-    "an experiment by an undefined macro": ("Run.experiment = %which", ["bad.gin:1: %which is not defined"]),
     "no backend": (
         "Run.experiment = 'keras/mnist'",
         ["Run.backend is required by keras/mnist: jax or torch"],
@@ -360,41 +281,31 @@ BAD_FILES = {
         "Run.experiment = 'keras/mnist'\nRun.backend = 'tensorflow'",
         ["bad.gin:2: Run.backend = 'tensorflow'", "must be 'jax' or 'torch'"],
     ),
-    "a misspelt backend": (
-        "Run.experiment = 'keras/mnist'\nRun.backend = 'Torch'",
-        ["bad.gin:2", "did you mean 'torch'?"],
-    ),
     "a backend that the experiment does not have": (
         "Run.experiment = 'lightning/mnist'\nRun.backend = 'jax'",
         ["bad.gin:2: Run.backend = 'jax': lightning/mnist runs on torch"],
     ),
-    "bytes that are no text": (b"Run.experiment = '\xff\xfe'", ["bad.gin: cannot be read", "utf-8"]),
-    "a file of another kind": (b"\x93NUMPY\x01\x00v\x00{'descr'", ["bad.gin: cannot be read"]),
-    "YAML": ("experiment:\n  name: keras/mnist", ["bad.gin:2: cannot be parsed"]),
+    "bytes that are not text": (b"Run.experiment = '\xff\xfe'", ["bad.gin: cannot be read", "utf-8"]),
     "JSON": ('{"Run": {"experiment": "keras/mnist"}}', ["bad.gin:1: cannot be parsed"]),
 }
 
 
 @pytest.mark.parametrize(("content", "says"), BAD_FILES.values(), ids=BAD_FILES.keys())
-def test_a_bad_file_is_one_line_of_error_and_creates_nothing(tmp_path, fails, nothing_runs, content, says):
+def test_a_bad_file_is_a_one_line_error(tmp_path, fails, nothing_runs, content, says):
     (tmp_path / "bad.gin").write_bytes(content if isinstance(content, bytes) else content.encode())
     fails("--gin_file=bad.gin", says=says)
 
 
-# Command lines; the working directory has a folder, an empty file and nothing else.
+# Command lines; the working directory contains only an empty folder.
 BAD_FLAGS = {
     "nothing at all": ([], ["give a configuration: --gin_file=gin/mnist_jax.gin", "--list"]),
-    "a missing file": (["--gin_file=nope.gin"], ["--gin_file: no Gin file 'nope.gin'", "gin/mnist_jax.gin"]),
-    "a misspelt file": (["--gin_file=gin/mnist_jxa.gin"], ["did you mean 'mnist_jax.gin'?"]),
-    "an empty file name": (["--gin_file="], ["--gin_file: no Gin file ''"]),
+    "a misspelled file": (["--gin_file=gin/mnist_jxa.gin"], ["did you mean 'mnist_jax.gin'?"]),
     "a directory as file": (["--gin_file=folder"], ["--gin_file: 'folder' is a directory, not a Gin file"]),
-    "a name too long": (["--gin_file=" + "a" * 5000], ["--gin_file: no Gin file"]),
     "a fragment alone": (
         ["--gin_file=gin/include/mnist.gin"],
         ["gin/include/mnist.gin: Run.experiment is not set", "is a fragment"],
     ),
     "an empty binding": ([JAX, "--gin_param="], ["--gin_param '': is empty; write 'Section.field = value'"]),
-    "a binding of spaces": ([JAX, "--gin_param=  "], ["--gin_param '  ': is empty"]),
     "a binding without a value": (
         [JAX, "--gin_param=mnist.Train.epochs"],
         ["--gin_param 'mnist.Train.epochs': cannot be parsed: expected one Section.field = value"],
@@ -403,39 +314,25 @@ BAD_FLAGS = {
         [JAX, "--gin_param=mnist.Data.path=/data/mnist"],
         ["--gin_param 'mnist.Data.path=/data/mnist'", 'a string needs quotes: "/data/mnist"'],
     ),
-    "a binding with an open bracket": ([JAX, "--gin_param=mnist.Model.hidden = (3"], ["never closed"]),
-    "a binding that looks like a flag": ([JAX, "--gin_param=--epochs=3"], ["--gin_param '--epochs=3'"]),
-    "a bad binding of two lines": (
-        [JAX, "--gin_param=\nmnist.Train.epoch = 3\n"],
-        ["did you mean 'epochs'?"],
-    ),
     "a binding of an unknown field": (
         [JAX, "--gin_param=mnist.Train.epoch = 3"],
         ["--gin_param 'mnist.Train.epoch = 3': mnist.Train has no field 'epoch' (did you mean 'epochs'?)"],
     ),
-    "a binding of a wrong type": ([JAX, "--gin_param=mnist.Train.epochs = 3.5"], ["must be an integer"]),
     "an import by a binding": ([JAX, "--gin_param=import os"], ["imports 'os'", "--allow_imports"]),
     "an unknown flag": ([JAX, "--epochs=3"], ["Unknown command line flag 'epochs'", "--helpfull"]),
-    "a misspelt flag": (["--gin_fiel=gin/mnist_jax.gin"], ["Did you mean: gin_file", "--helpfull"]),
     "a stray argument": ([JAX, "train"], ["'train' is not a flag", "--helpfull"]),
     "a file without its flag": (["gin/mnist_jax.gin"], ["given as --gin_file=gin/mnist_jax.gin"]),
     "an unknown mode": ([JAX, "--mode=test"], ["--mode=test", "train|eval|export"]),
     "a bad boolean": ([JAX, "--dry_run=perhaps"], ["--dry_run=perhaps: must be true or false"]),
-    "a negated boolean with a value": ([JAX, "--nodry_run=1"], ["--nodry_run=1 does not take an argument"]),
     "a flag without its value": ([JAX, "--workdir"], ["workdir", "--helpfull"]),
     "a missing plugin": ([JAX, "--plugin=no_such"], ["--plugin=no_such: no module 'no_such'"]),
-    "a missing part of a plugin": ([JAX, "--plugin=os.no_such"], ["--plugin=os.no_such: no module"]),
-    "an empty plugin": ([JAX, "--plugin="], ["--plugin=: '' is not a module's name"]),
-    "a relative plugin": ([JAX, "--plugin=.toy"], ["'.toy' is not a module's name"]),
-    "a path as plugin": ([JAX, "--plugin=folder/toy.py"], ["is not a module's name", "without .py"]),
-    "a file as plugin": ([JAX, "--plugin=toy.py"], ["is not a module's name", "without .py"]),
+    "an empty plugin": ([JAX, "--plugin="], ["--plugin=: '' is not a module name"]),
+    "a path as plugin": ([JAX, "--plugin=folder/toy.py"], ["is not a module name", "without .py"]),
 }
 
 
 @pytest.mark.parametrize(("argv", "says"), BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
-def test_a_bad_command_line_is_one_line_of_error_and_creates_nothing(
-    tmp_path, fails, nothing_runs, argv, says
-):
+def test_a_bad_command_line_is_a_one_line_error(tmp_path, fails, nothing_runs, argv, says):
     (tmp_path / "folder").mkdir()
     fails(*argv, says=says)
 
@@ -475,21 +372,21 @@ def test_a_missing_extra_is_named(fails, monkeypatch, absent, backend, says):
     fails(f"--gin_file=gin/mnist_{backend}.gin", says=[says])
 
 
-def test_wandb_that_is_asked_for_but_not_installed_is_named(fails, monkeypatch, toy):
+def test_missing_wandb_is_named(fails, monkeypatch, toy):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
     fails(*toy, "--gin_param=Log.wandb = 'offline'", says=["Log.wandb = 'offline'", "'.[wandb]'"])
 
 
 @pytest.mark.parametrize("name", ["jax", "lightning"])
-def test_an_environment_that_contradicts_the_backend_is_refused(fails, monkeypatch, name):
+def test_a_contradicting_keras_backend_is_refused(fails, monkeypatch, name):
     monkeypatch.setattr(devices, "check_installed", lambda *_: None)
     monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
     says = ["KERAS_BACKEND=tensorflow in the environment contradicts Run.backend", "unset it"]
     fails(f"--gin_file=gin/mnist_{name}.gin", says=says)
 
 
-def test_keras_already_imported_with_another_backend_is_refused(fails, monkeypatch):
+def test_keras_imported_with_a_different_backend_is_refused(fails, monkeypatch):
     keras = types.ModuleType("keras")
     keras.__spec__ = importlib.machinery.ModuleSpec("keras", None)
     keras.config = types.SimpleNamespace(backend=lambda: "torch")
@@ -504,7 +401,7 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path, fails, toy):
         fails(*toy, "--workdir=taken", f"--mode={mode}", says=["--workdir: taken is a file"])
 
 
-def test_a_workdir_below_a_file_is_refused(tmp_path, toy, monkeypatch, capsys):
+def test_a_workdir_below_a_file_is_refused(tmp_path, toy, monkeypatch, capsys, tree):
     monkeypatch.setattr(devices, "activate", lambda *_: "cpu")
     (tmp_path / "taken").write_text("")
     before = tree(tmp_path)
@@ -519,7 +416,7 @@ def test_resume_never_refuses_a_directory_with_checkpoints(tmp_path, fails, toy)
     fails(*toy, "--workdir=run", "--resume=other", says=["--resume=other: run already has checkpoints"])
 
 
-def test_eval_reads_a_checkpoint_so_resume_never_contradicts_it(fails, toy):
+def test_eval_with_resume_never_is_refused(fails, toy):
     fails(*toy, "--mode=eval", "--resume=never", says=["--mode=eval", "--resume=never forbids it"])
 
 
@@ -543,39 +440,37 @@ def test_a_broken_checkpoint_to_resume_from_ends_in_3(tmp_path, fails, toy):
 
 
 @pytest.mark.parametrize("device", ["quantum", "cpu:99", "cpu:-1", "cpu:x"])
-def test_an_unknown_device_of_jax_names_those_there_are(fails, toy, device):
+def test_an_unknown_jax_device_lists_the_available_ones(fails, toy, device):
     pytest.importorskip("jax")
-    fails(
-        *toy, f"--device={device}", says=[f"--device={device}: JAX has no such device here; there is ", "cpu"]
-    )
+    fails(*toy, f"--device={device}", says=[f"--device={device}: JAX has no such device; available: cpu"])
 
 
 @pytest.mark.parametrize("device", ["quantum", "cpu:-1", "cpu:x", "meta", "hpu"])
-def test_an_unknown_device_of_torch_names_those_there_are(fails, toy, device):
+def test_an_unknown_torch_device_lists_the_available_ones(fails, toy, device):
     pytest.importorskip("torch")
-    says = [f"--device={device}: PyTorch has no such device here; there is cpu"]
+    says = [f"--device={device}: PyTorch has no such device; available: cpu"]
     fails(*toy, "--gin_param=Run.backend = 'torch'", f"--device={device}", says=says)
 
 
-def test_a_missing_gpu_is_named_as_it_was_asked_for(fails, toy):
+def test_a_missing_gpu_is_named_by_its_flag(fails, toy):
     torch = pytest.importorskip("torch")
     if any(backend.is_available() for backend in (torch.cuda, torch.mps, torch.xpu)):
         pytest.skip("this machine has a GPU")
     fails(*toy, "--gin_param=Run.backend = 'torch'", "--device=gpu", says=["--device=gpu: PyTorch has no"])
 
 
-# The shipped files
+# The bundled files
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_file_is_valid(path, capsys, tmp_path):
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
+def test_every_bundled_file_is_valid(path, capsys, tmp_path, tree):
     assert launch.main(["launch", f"--gin_file=gin/{path.name}", "--dry_run"]) == 0
     assert "Run.experiment = " in capsys.readouterr().out
     assert tree(tmp_path) == {}
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_the_header_of_every_shipped_file_has_its_command(path):
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
+def test_every_bundled_file_has_its_command_in_the_header(path):
     lines = path.read_text().splitlines()
     header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     assert any(f"python -m blacksmith.launch --gin_file=gin/{path.name}" in line for line in header)
@@ -586,7 +481,7 @@ def test_no_fragment_is_runnable_alone(path, fails, nothing_runs):
     fails(f"--gin_file=gin/include/{path.name}", says=["is a fragment, not a whole configuration"])
 
 
-def test_the_jax_and_torch_files_differ_in_the_backend_alone():
+def test_the_jax_and_torch_files_differ_only_in_the_backend():
     def settings(name):
         lines = (configuration.gin_directory() / name).read_text().splitlines()
         return [line for line in lines if line and not line.startswith("#")]
@@ -597,53 +492,40 @@ def test_the_jax_and_torch_files_differ_in_the_backend_alone():
 
 
 @pytest.mark.parametrize("name", ["gin/mnist_jax.gin", "mnist_jax.gin", "include/../mnist_jax.gin"])
-def test_a_shipped_file_is_found_by_name_from_any_directory(name, tmp_path):
+def test_a_bundled_file_is_found_from_any_directory(name, tmp_path):
     assert not (tmp_path / name).exists()
     assert launch.resolve([name], []).experiment.name == "keras/mnist"
 
 
-def test_a_file_of_the_working_directory_comes_before_a_shipped_one(tmp_path):
+def test_a_file_in_the_working_directory_takes_precedence(tmp_path):
     (tmp_path / "gin").mkdir()
     (tmp_path / "gin" / "mnist_jax.gin").write_text("Run.experiment = 'lightning/mnist'\n")
     assert launch.resolve(["gin/mnist_jax.gin"], []).experiment.name == "lightning/mnist"
 
 
-def test_a_backend_may_be_left_out_where_there_is_only_one():
+def test_the_only_backend_may_be_omitted():
     resolved = launch.resolve(["gin/mnist_lightning.gin"], [])
     assert (resolved.backend, resolved.config.run.backend) == ("torch", "torch")
 
 
-# What the command says about itself
+# Help, lists and --dry_run
 
 
-def run_without_frameworks(tmp_path, *argv):
-    """Runs the launcher in a process of its own; returns what it printed and which frameworks it loaded."""
+def test_answers_need_no_framework(tmp_path, tree):
+    commands = [
+        [JAX, "--dry_run"],
+        ["--gin_file=gin/mnist_lightning.gin", "--dry_run"],
+        ["--list"],
+        ["--helpfull"],
+        [JAX, "--gin_param=mnist.Train.epoch = 3"],
+    ]
     code = (
-        "import sys; from blacksmith import launch; launch.main(['launch', *sys.argv[1:]]); "
+        f"import sys; from blacksmith import launch; [launch.main(['launch', *c]) for c in {commands}]; "
         "print(sorted({'jax', 'jaxlib', 'torch', 'keras', 'lightning'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    *printed, loaded = done.stdout.splitlines()
-    return "\n".join(printed) + done.stderr, ast.literal_eval(loaded)
-
-
-@pytest.mark.parametrize(
-    ("argv", "shown"),
-    [
-        ([JAX, "--dry_run"], "Run.backend = 'jax'"),
-        (["--gin_file=gin/mnist_lightning.gin", "--dry_run"], "Run.experiment = 'lightning/mnist'"),
-        (["--list"], "keras/mnist"),
-        (["--helpfull"], "--gin_file"),
-        ([JAX, "--gin_param=mnist.Train.epoch = 3"], "did you mean 'epochs'?"),
-    ],
-    ids=["dry_run", "dry_run of lightning", "list", "helpfull", "a bad binding"],
-)
-def test_no_framework_is_loaded_to_answer(tmp_path, argv, shown):
-    printed, loaded = run_without_frameworks(tmp_path, *argv)
-    assert shown in printed
-    assert loaded == []
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "did you mean 'epochs'?" in done.stderr
     assert tree(tmp_path) == {}
 
 
@@ -655,7 +537,7 @@ def test_dry_run_shows_every_setting_and_the_run_directory(capsys):
     assert "# keras/mnist on jax, run directory somewhere" in out
 
 
-def test_list_shows_every_experiment_with_its_backends_and_summary(capsys):
+def test_list_shows_every_experiment(capsys):
     assert launch.main(["launch", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == registry.names()
@@ -688,7 +570,7 @@ def test_the_exit_statuses_are_those_that_help_documents():
 # Plugins
 
 
-def test_a_plugin_is_listed_and_its_configuration_is_strict_too(fails, toy, capsys):
+def test_a_plugin_is_listed_and_has_a_strict_configuration(fails, toy, capsys):
     assert launch.main(["launch", "--plugin=toy", "--list"]) == 0
     assert "toy" in capsys.readouterr().out
     says = ["toy.Train has no field 'step' (did you mean 'steps'?); allowed: steps, ending"]
@@ -698,7 +580,7 @@ def test_a_plugin_is_listed_and_its_configuration_is_strict_too(fails, toy, caps
     )
 
 
-def test_a_plugin_runs_through_the_command_and_leaves_a_whole_run_directory(tmp_path, toy):
+def test_a_plugin_runs_and_leaves_a_complete_run_directory(tmp_path, toy):
     pytest.importorskip("jax")
     command = [sys.executable, "-m", "blacksmith.launch", *toy, "--workdir=run", "--device=cpu"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -728,23 +610,21 @@ def test_a_plugin_runs_through_the_command_and_leaves_a_whole_run_directory(tmp_
         ("stopped", 75, None),
     ],
 )
-def test_an_experiment_s_ending_decides_the_exit_status(
-    tmp_path, toy, monkeypatch, capsys, ending, status, words
-):
+def test_how_an_experiment_ends_decides_the_exit_status(toy, monkeypatch, capsys, ending, status, words):
     monkeypatch.setattr(devices, "activate", lambda *_: "cpu")
-    monkeypatch.setattr(runs.Run, "_report", lambda self: None)
+    monkeypatch.setattr(report, "write", lambda directory: None)
     argv = ["launch", *toy, "--workdir=run", f"--gin_param=toy.Train.ending = '{ending}'"]
     assert launch.main(argv) == status
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "toy on jax (cpu): run"
     assert lines[1:] == ([words] if words else [])
-    # Data that is not there is found before the run has done anything worth keeping.
-    assert (tmp_path / "run").exists() == (ending != "data")
+    # Missing data is found before the run has produced anything worth keeping.
+    assert Path("run").exists() == (ending != "data")
 
 
-def test_a_bug_in_an_experiment_is_a_traceback_and_a_result_that_says_so(tmp_path, toy, monkeypatch):
+def test_a_bug_gives_a_traceback_and_a_failed_result(tmp_path, toy, monkeypatch):
     monkeypatch.setattr(devices, "activate", lambda *_: "cpu")
-    monkeypatch.setattr(runs.Run, "_report", lambda self: None)
+    monkeypatch.setattr(report, "write", lambda directory: None)
     with pytest.raises(ZeroDivisionError):
         launch.main(["launch", *toy, "--workdir=run", "--gin_param=toy.Train.ending = 'bug'"])
     result = json.loads((tmp_path / "run" / "result.json").read_text())

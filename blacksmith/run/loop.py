@@ -11,6 +11,7 @@ needs of all this. It knows no framework and no metric::
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blacksmith.errors import RunError
+from blacksmith.errors import ConfigError, RunError
 from blacksmith.run.checkpoint import Saved, direction
 from blacksmith.run.metrics import is_timed
 from blacksmith.run.progress import Progress
@@ -128,7 +129,8 @@ class Loop:
             else:  # the best checkpoint so far is in the other directory: the search starts again here
                 self.position.best, self.position.best_step, self.position.worse = None, 0, 0
         self._first = self.step
-        self._drawn_at = -1 if self.step == 0 else self.step
+        self._tried_at = self.position.validated_at  # the step of the last validation, perhaps interrupted
+        self._drawn_at = -1 if run.resumed is None else self.step
         # Values since the last fetch: (first step, steps, values), perhaps still being computed on a device.
         self._pending: list[tuple[int, int, Mapping[str, Any]]] = []
         self._latest: dict[str, float] = {}
@@ -159,7 +161,8 @@ class Loop:
         train, position = self.run.config.train, self.position
         value = position.validation.get(self.run.config.checkpoint.metric)
         target, patience = getattr(train, "stop_at", None), getattr(train, "early_stopping", None)
-        reached = target is not None and value is not None and not self._better(target, value)
+        reached = target is not None and value is not None
+        reached = reached and (value == target or self._better(value, target))  # NaN reaches nothing
         exhausted = patience is not None and position.worse >= patience
         return self.step >= self.end or reached or exhausted
 
@@ -202,6 +205,7 @@ class Loop:
             self._fetch()
         if self._clock is None:
             # The first steps compile: rates and the time left are those of the steps after them.
+            self._fetch()
             self._clock, self._counts = time.perf_counter(), {}
             self._progress.start(self.order.examples_before(self.step))
         shown = self._latest | self.position.validation
@@ -213,22 +217,23 @@ class Loop:
         A second call at the same step does nothing.
         """
         position, checkpoint, every = self.position, self.run.config.checkpoint, self.run.config.log
-        with self.paused():
-            due = self._due(self._validate_every) if self._validate_every else self._due(None, 1)
-            due = due or self.step >= self.end if self.step else self._validate_first
-            validated = due and position.validated_at != self.step and self._validate_now()
-            if self._histograms and self._due(every.histograms_every) and self._drawn_at != self.step:
-                self._drawn_at = self.step
+        due = self._due(self._validate_every) if self._validate_every else self._due(None, 1)
+        due = due or self.step >= self.end if self.step else self._validate_first
+        validated = due and self._tried_at != self.step and self._validate_now()
+        if self._histograms and self._due(every.histograms_every) and self._drawn_at != self.step:
+            self._drawn_at = self.step
+            self._fetch()
+            with self.paused():
                 for name, values in self._histograms().items():
                     self.run.metrics.histogram(self.step, name, values)
-            # Read once: a signal may come at any time.
-            stop = bool(self.run.stop)
-            due = self.step and self._due(checkpoint.every_steps, checkpoint.every_epochs)
-            best = checkpoint.keep_best and position.best_step == position.validated_at == self.step > 0
-            # At the step that the run resumes from, all is saved but the result of an interrupted validation.
-            new = (due or best) and (self.step > self._first or validated)
-            if (new or self.done or stop) and (self._saved_at != self.step or validated):
-                self.save()
+        # Read once: a signal may come at any time.
+        stop = bool(self.run.stop)
+        due = self.step and self._due(checkpoint.every_steps, checkpoint.every_epochs)
+        best = checkpoint.keep_best and position.best_step == self.step > 0
+        # Where the run starts or resumes, there is nothing to save but the result of a validation.
+        new = (due or best or stop) and (self.step > self._first or validated)
+        if (new or self.done) and (self._saved_at != self.step or validated):
+            self.save()
         return not (self.done or stop)
 
     def discard(self) -> None:
@@ -241,7 +246,8 @@ class Loop:
         position = self.position
         # Attach validation metrics only if they were measured on these weights.
         current = position.validation if position.validated_at == self.step > 0 else {}
-        self.run.save_checkpoint(self.step, dataclasses.asdict(position), self._save, current)
+        with self.paused():
+            self.run.save_checkpoint(self.step, dataclasses.asdict(position), self._save, current)
         self._saved_at = self.step
 
     def finish(
@@ -282,7 +288,9 @@ class Loop:
         run.metrics.write(self.step, self.epoch, "test", numbers)
         run.finish("done", {**result, "tested_checkpoint": saved.path.name, "test": tested})
         print(f"test {show(numbers)} ({saved.path.name}, {run.metrics.seconds:.1f} s)")
-        print(run.directory / "report.html")
+        report = run.directory / "report.html"
+        if report.exists():
+            print(report)
         return 0
 
     @contextlib.contextmanager
@@ -318,17 +326,25 @@ class Loop:
 
     def _validate_now(self) -> bool:
         """Validates; returns False if there is no validation set or the run is to stop."""
+        self._tried_at = self.step
+        if self._validate is None:
+            return False
+        # Outside of the pause: waiting for the steps taken so far is training time.
         self._fetch()
-        means = self._validate() if self._validate else None
+        with self.paused():
+            means = self._validate()
         if means is None:
             return False
-        position = self.position
+        position, metric = self.position, self.run.config.checkpoint.metric
         self.run.metrics.write(self.step, self.epoch, "val", means)
         position.validation = {f"val_{name}": float(value) for name, value in means.items()}
         position.validated_at = self.step
+        if metric not in position.validation:
+            allowed = ", ".join(position.validation)
+            raise ConfigError(f"Checkpoint.metric = {metric!r}: this experiment's validation has {allowed}")
         if self.step:  # the weights before the first step are no candidate for the best checkpoint
-            value = position.validation[self.run.config.checkpoint.metric]
-            if position.best is None or self._better(value, position.best):
+            value = position.validation[metric]
+            if math.isfinite(value) and (position.best is None or self._better(value, position.best)):
                 position.best, position.best_step, position.worse = value, self.step, 0
             else:
                 position.worse += 1

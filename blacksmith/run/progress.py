@@ -62,16 +62,19 @@ class Progress:
             self.say("  ".join(parts))
 
     def start(self, done: int) -> None:
-        """Lets the rate and the time left count from now on, where `done` examples have been seen."""
+        """Makes the rate and the time left count from now on, when `done` examples have been seen."""
         self._first, self._start = done, time.perf_counter()
         if self._bar is not None:
-            self._bar.unpause()
+            self._done = self._bar.n = self._bar.initial = self._bar.last_print_n = done
+            self._bar.start_t = self._bar.last_print_t = time.time()
 
     def exclude(self, seconds: float) -> None:
-        """Excludes the last `seconds`, in which nothing was trained, from the rate."""
+        """Excludes the last `seconds`, in which nothing was trained, from the rate and the time left."""
         self._start += seconds
         if self._bar is not None:
-            self._bar.unpause()
+            # Not tqdm's unpause(): it excludes all the time since the bar was last drawn.
+            self._bar.start_t += seconds
+            self._bar.last_print_t += seconds
 
     def say(self, line: str) -> None:
         """Prints one line without tearing the bar."""

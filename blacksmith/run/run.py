@@ -163,7 +163,12 @@ class Run:
                 f"{path} is shorter than when {self.resumed.path.name} was written; "
                 "resume into a new directory with --resume=PATH"
             )
+        log = self.config.log
+        writers: list[metric_writers.Writer] = [self._wandb_writer()] if log.wandb != "off" else []
         self.checkpoints.clean()
+        if not self.resumes_in_place and self.checkpoints.steps():
+            # An interrupted save had moved it aside, where the launcher did not see it.
+            raise ConfigError(f"{self.directory} has a checkpoint; start again to resume from it")
         for stale in ("result.json", "report.html"):
             (self.directory / stale).unlink(missing_ok=True)
         for picture in (self.directory / "images").glob("test_*"):
@@ -185,12 +190,8 @@ class Run:
             purge = self.resumed.step + 1
         elif (self.directory / "tensorboard").exists():
             purge = 0
-        log = self.config.log
-        writers: list[metric_writers.Writer] = []
         if log.tensorboard:
             writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", purge_step=purge))
-        if log.wandb != "off":
-            writers.append(self._wandb_writer())
         seconds = time.perf_counter() - self._opened_at
         if self.resumed is not None:
             seconds += self.resumed.state["seconds"]
@@ -294,6 +295,8 @@ class Run:
         command = list(self._command)
         if not any(part.startswith("--workdir") for part in command):
             command.append(f"--workdir={self.directory}")
+        if self.checkpoints.steps() and any(part.lstrip("-").startswith("resume") for part in command):
+            command.append("--resume=auto")  # the last one counts
         step = f" at step {result['step']}" if "step" in result else ""
         print(f"stopped{step}. To resume: {shlex.join(command)}")
         return STOPPED

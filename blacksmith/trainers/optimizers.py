@@ -28,45 +28,29 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     """`blacksmith.run.schedule.learning_rate` in float32, for one step or an array of steps.
 
     Args:
-      name: the shape, see ``Schedule.name``.
+      schedule: the shape, its warm-up, its length and what is left at its end.
       peak: the rate after the warm-up.
-      warmup_steps: optimizer steps of the warm-up, may be 0.
-      decay_start: the step at which the decay starts.
-      decay_steps: length of the decay.
-      final_fraction: what is left of the rate after the decay.
+      end: optimizer steps of the whole run.
     """
 
-    def __init__(
-        self,
-        name: str,
-        peak: float,
-        warmup_steps: int,
-        decay_start: int,
-        decay_steps: int,
-        final_fraction: float,
-    ) -> None:
+    def __init__(self, schedule: ScheduleConfig, peak: float, end: int) -> None:
         super().__init__()
-        self.name = name
-        self.peak = peak
-        self.warmup_steps = warmup_steps
-        self.decay_start = decay_start
-        self.decay_steps = decay_steps
-        self.final_fraction = final_fraction
+        self.schedule, self.peak, self.end = schedule, peak, end
 
     def __call__(self, step: object) -> object:
         """The learning rate at `step`, counted from 0."""
+        schedule, warmup = self.schedule, self.schedule.warmup_steps
         step = ops.cast(step, "float32")
-        progress = ops.clip((step - self.decay_start) / self.decay_steps, 0.0, 1.0)
-        rate = self.peak * decay(self.name, progress, self.final_fraction, ops.cos)
-        if self.warmup_steps:
-            peak = rate if self.name == "exponential" else self.peak
-            rate = ops.where(step < self.warmup_steps, peak * (step + 1.0) / self.warmup_steps, rate)
+        progress = ops.clip((step - decay_start(schedule)) / decay_length(schedule, self.end), 0.0, 1.0)
+        rate = self.peak * decay(schedule.name, progress, schedule.final_fraction, ops.cos)
+        if warmup:
+            peak = rate if schedule.name == "exponential" else self.peak
+            rate = ops.where(step < warmup, peak * (step + 1.0) / warmup, rate)
         return rate
 
     def get_config(self) -> dict:
         """What `from_config` needs."""
-        names = ("name", "peak", "warmup_steps", "decay_start", "decay_steps", "final_fraction")
-        return {name: getattr(self, name) for name in names}
+        return {"schedule": self.schedule, "peak": self.peak, "end": self.end}
 
 
 def make_optimizer(
@@ -85,14 +69,7 @@ def make_optimizer(
     rate: float | Schedule = config.learning_rate
     if schedule.name != "constant" or schedule.warmup_steps:
         check_warmup(schedule, total_steps)
-        rate = Schedule(
-            schedule.name,
-            config.learning_rate,
-            schedule.warmup_steps,
-            decay_start(schedule),
-            decay_length(schedule, total_steps),
-            schedule.final_fraction,
-        )
+        rate = Schedule(schedule, config.learning_rate, total_steps)
     clips = {
         "clipnorm": config.clip_norm,
         "global_clipnorm": config.global_clip_norm,

@@ -522,7 +522,7 @@ def test_float16_needs_a_gpu(run):
     ("file", "binding", "named"),
     [
         ("nerf_blender", "nerf.Grid.resolutions = (48, 40)", "must rise"),
-        ("nerf_blender", "nerf.Grid.resolutions = (48, 80)", "levels"),
+        ("nerf_blender", "nerf.Grid.resolutions = (48, 80)", "one entry per level"),
         ("nerf_blender", "nerf.Grid.upsample_at = (0.5, 0.4)", "must rise"),
         ("nerf_blender", "nerf.Grid.refresh_at = (0.5, 1.0)", "between 0 and 1"),
         ("nerf_blender", "nerf.Grid.features = 2", "nerf.Grid.features"),

@@ -3,11 +3,9 @@
 import ast
 import contextlib
 import errno
-import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +18,13 @@ from blacksmith.run.checkpoint import Checkpoints, find, load
 
 
 def _write(content):
-    """A `write` callback that leaves one file in the directory and one below it."""
+    """A `write` callback that makes one file in the directory and one below it."""
 
     def write(directory):
         (directory / "arrays.bin").write_bytes(content * 100)
         (directory / "adapter").mkdir()
         (directory / "adapter" / "lora.bin").write_bytes(content)
+        return {"rows": len(content)}
 
     return write
 
@@ -36,11 +35,6 @@ def _save(checkpoints, step, content=b"weights", metrics=None, **state):
 
 def _names(checkpoints):
     return [path.name for path in checkpoints.steps()]
-
-
-def _tree(directory):
-    """Every path below `directory` with its bytes."""
-    return {str(p.relative_to(directory)): p.is_file() and p.read_bytes() for p in directory.rglob("*")}
 
 
 def _flip(path, bit):
@@ -58,33 +52,35 @@ def checkpoints(tmp_path):
 
 
 def test_a_saved_checkpoint_loads_with_its_state_and_files(checkpoints):
-    state = {"loop": {"sums": {"loss": 0.1 + 0.2}, "best": None}, "seed": 2**63 - 1, "name": "é"}
+    state = {"position": {"sums": {"loss": 0.1 + 0.2}, "best": None}, "seed": 2**63 - 1, "name": "é"}
     path = _save(checkpoints, 40, metrics={"val_loss": np.float32(0.5)}, **state)
     assert path == checkpoints.directory / "step_00000040"
     saved = checkpoints.newest()
     assert saved.path == path
     assert saved.step == 40
     assert {name: saved.state[name] for name in state} == state
+    assert saved.own == {"rows": 7}
     assert saved.state["metrics"] == {"val_loss": 0.5}
     assert sorted(saved.state["sha256"]) == ["adapter/lora.bin", "arrays.bin"]
     assert (path / "adapter" / "lora.bin").read_bytes() == b"weights"
 
 
-def test_there_is_no_newest_and_no_best_before_the_first_save(checkpoints):
-    assert checkpoints.newest() is None
-    assert checkpoints.best() is None
+def test_before_the_first_save_there_is_nothing(checkpoints):
+    assert checkpoints.newest() is checkpoints.chosen() is None
+    assert checkpoints.describe_newest() == "there is no checkpoint yet"
+    checkpoints.clean()
     assert not checkpoints.directory.exists()
+
+
+def test_a_write_callback_may_return_nothing(checkpoints):
+    checkpoints.save(1, {}, lambda directory: None)
+    assert checkpoints.newest().own == {}
 
 
 def test_steps_are_ordered_by_number_also_beyond_eight_digits(checkpoints):
     for step in (100_000_000, 99_999_999, 5):
         _save(checkpoints, step)
     assert [load(p).step for p in checkpoints.steps()] == [5, 99_999_999, 100_000_000]
-
-
-def test_a_save_leaves_nothing_but_the_checkpoint(checkpoints):
-    _save(checkpoints, 1)
-    assert [p.name for p in checkpoints.directory.iterdir()] == ["step_00000001"]
 
 
 def test_other_directories_beside_the_checkpoints_are_left_alone(checkpoints):
@@ -96,7 +92,7 @@ def test_other_directories_beside_the_checkpoints_are_left_alone(checkpoints):
     checkpoints.clean()
     assert _names(checkpoints) == ["step_00000017", "step_00000018", "step_00000019"]
     others = {p.name for p in checkpoints.directory.iterdir()} - set(_names(checkpoints))
-    assert others == {"step_1", "step_00000001.bak", "notes", "step_00000009"}
+    assert others == {"step_1", "step_00000001.bak", "notes", "step_00000009"}  # and nothing temporary
 
 
 def test_every_file_is_synced_before_the_checkpoint_appears(checkpoints, monkeypatch):
@@ -124,13 +120,6 @@ def test_every_file_is_synced_before_the_checkpoint_appears(checkpoints, monkeyp
 # Retention
 
 
-def test_the_last_n_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_last=2)
-    for step in (1, 2, 3, 4):
-        _save(checkpoints, step)
-    assert _names(checkpoints) == ["step_00000003", "step_00000004"]
-
-
 @pytest.mark.parametrize(
     ("metric", "mode", "best"),
     [
@@ -142,21 +131,20 @@ def test_the_last_n_are_kept(tmp_path):
         ("val_accuracy", "min", [3, 2]),
     ],
 )
-def test_the_best_m_are_kept_besides_the_last(tmp_path, metric, mode, best):
+def test_the_best_are_kept_as_well_as_the_last(tmp_path, metric, mode, best):
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=2, metric=metric, mode=mode)
     for step, value in enumerate((0.9, 0.2, 0.1, 0.5, 0.7, 0.6), start=1):
         _save(checkpoints, step, metrics={metric: value})
     assert _names(checkpoints) == [f"step_{step:08d}" for step in sorted({*best, 6})]
-    assert checkpoints.best().step == best[0]
+    assert checkpoints.chosen().step == best[0]
 
 
 @pytest.mark.parametrize(("keep_best", "step"), [(1, 2), (0, 3)])
-def test_what_is_tested_is_the_best_where_the_best_are_kept_and_else_the_newest(tmp_path, keep_best, step):
+def test_chosen_is_the_best_if_the_best_are_kept(tmp_path, keep_best, step):
     checkpoints = Checkpoints(tmp_path, keep_last=3, keep_best=keep_best)
     for number, value in ((1, 0.2), (2, 0.1), (3, 0.3)):
         _save(checkpoints, number, metrics={"val_loss": value})
     assert checkpoints.chosen().step == step
-    assert Checkpoints(tmp_path / "none", keep_best=keep_best).chosen() is None
 
 
 def test_of_equally_good_ones_the_earlier_is_the_best(tmp_path):
@@ -165,7 +153,7 @@ def test_of_equally_good_ones_the_earlier_is_the_best(tmp_path):
         for step in (1, 2, 3, 4):
             _save(checkpoints, step, metrics={"score": 0.5})
         assert _names(checkpoints) == ["step_00000001", "step_00000002", "step_00000004"]
-        assert checkpoints.best().step == 1
+        assert checkpoints.chosen().step == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), None])
@@ -173,11 +161,11 @@ def test_one_without_a_finite_metric_is_never_the_best(tmp_path, value):
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1, metric="val_loss")
     without = {} if value is None else {"val_loss": value}
     _save(checkpoints, 1, metrics=without)
-    assert checkpoints.best() is None
+    assert checkpoints.chosen().step == 1
     _save(checkpoints, 2, metrics={"val_loss": 5.0})
     _save(checkpoints, 3, metrics=without)
     assert _names(checkpoints) == ["step_00000002", "step_00000003"]
-    assert checkpoints.best().step == 2
+    assert checkpoints.chosen().step == 2
     assert checkpoints.newest().step == 3
 
 
@@ -204,78 +192,33 @@ def _truncate(path):
     os.truncate(path / "arrays.bin", 350)
 
 
-def _flip_array(path):
-    _flip(path / "arrays.bin", 1234)
+DAMAGES = {
+    "truncated array": _truncate,
+    "flipped bit of an array": lambda path: _flip(path / "arrays.bin", 1234),
+    "missing file": lambda path: (path / "adapter" / "lora.bin").unlink(),
+    "flipped bit of the state": lambda path: _flip(path / "state.json", 8 * 30 + 2),
+    "truncated state": lambda path: os.truncate(path / "state.json", 50),
+    "empty state": lambda path: os.truncate(path / "state.json", 0),
+    "missing state": lambda path: (path / "state.json").unlink(),
+    "state that is a list": lambda path: (path / "state.json").write_text("[]"),
+    "state that is binary": lambda path: (path / "state.json").write_bytes(b"\xff\xfe\x00"),
+}
 
 
-def _remove_file(path):
-    (path / "adapter" / "lora.bin").unlink()
-
-
-def _flip_state(path):
-    _flip(path / "state.json", 8 * 30 + 2)
-
-
-def _truncate_state(path):
-    os.truncate(path / "state.json", 50)
-
-
-def _empty_state(path):
-    os.truncate(path / "state.json", 0)
-
-
-def _remove_state(path):
-    (path / "state.json").unlink()
-
-
-def _list_state(path):
-    (path / "state.json").write_text("[]")
-
-
-def _binary_state(path):
-    (path / "state.json").write_bytes(b"\xff\xfe\x00")
-
-
-def _empty_directory(path):
-    for file in sorted(path.rglob("*"), reverse=True):
-        file.rmdir() if file.is_dir() else file.unlink()
-
-
-DAMAGES = [
-    _truncate,
-    _flip_array,
-    _remove_file,
-    _flip_state,
-    _truncate_state,
-    _empty_state,
-    _remove_state,
-    _list_state,
-    _binary_state,
-    _empty_directory,
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_falls_back_to_the_one_before_with_a_warning(checkpoints, capsys, damage):
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_falls_back_to_the_one_before(checkpoints, capsys, damage):
     for step in (1, 2, 3):
-        _save(checkpoints, step)
-    damage(checkpoints.directory / "step_00000003")
+        newest = _save(checkpoints, step)
+    damage(newest)
+    with pytest.raises(CheckpointError, match="step_00000003"):
+        load(newest)
     assert checkpoints.newest().step == 2
-    warning = capsys.readouterr().err
+    (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: ")
     assert "step_00000003" in warning
-    assert len(warning.splitlines()) == 1
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_never_loaded(checkpoints, damage):
-    path = _save(checkpoints, 1)
-    damage(path)
-    with pytest.raises(CheckpointError, match="step_00000001"):
-        load(path)
-
-
-def test_when_all_are_damaged_there_is_an_error_and_not_a_fresh_start(checkpoints, capsys):
+def test_if_all_are_damaged_there_is_an_error(checkpoints, capsys):
     for step in (1, 2, 3):
         _truncate(_save(checkpoints, step))
     with pytest.raises(CheckpointError, match=r"no intact checkpoint in .*step_00000003"):
@@ -283,16 +226,7 @@ def test_when_all_are_damaged_there_is_an_error_and_not_a_fresh_start(checkpoint
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_the_best_falls_back_likewise(tmp_path, capsys):
-    checkpoints = Checkpoints(tmp_path, keep_last=3)
-    for step, value in ((1, 0.2), (2, 0.1), (3, 0.3)):
-        _save(checkpoints, step, metrics={"val_loss": value})
-    _truncate(tmp_path / "step_00000002")
-    assert checkpoints.best().step == 1
-    assert "step_00000002" in capsys.readouterr().err
-
-
-def test_where_the_best_is_broken_another_is_tested_with_or_without_a_metric(tmp_path, capsys):
+def test_if_the_best_is_broken_the_next_is_chosen(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path, keep_last=3, keep_best=1)
     _truncate(_save(checkpoints, 1, metrics={"val_loss": 0.1}))
     _save(checkpoints, 2)
@@ -306,10 +240,10 @@ def test_where_the_best_is_broken_another_is_tested_with_or_without_a_metric(tmp
 
 
 def test_no_flipped_bit_of_the_state_goes_unnoticed(checkpoints):
-    path = _save(checkpoints, 1, metrics={"val_loss": 0.25}, loop={"best": 1e-05, "name": "é"})
+    path = _save(checkpoints, 1, metrics={"val_loss": 0.25}, position={"best": 1e-05, "name": "é"})
     file = path / "state.json"
     content, state = file.read_bytes(), load(path).state
-    for bit in np.random.default_rng(0).choice(8 * len(content), 400, replace=False):
+    for bit in np.random.default_rng(0).choice(8 * len(content), 100, replace=False):
         _flip(file, bit)
         with contextlib.suppress(CheckpointError):
             # The case of a hexadecimal digit or of an exponent's e: another spelling of the same value.
@@ -318,9 +252,11 @@ def test_no_flipped_bit_of_the_state_goes_unnoticed(checkpoints):
 
 
 def test_another_format_version_is_refused_by_name(checkpoints, monkeypatch):
-    path = _save(checkpoints, 1)
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
-    with pytest.raises(CheckpointError, match="has format version 1, this blacksmith reads 2"):
+    path, version = _save(checkpoints, 1), checkpoint.FORMAT_VERSION
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", version + 1)
+    with pytest.raises(
+        CheckpointError, match=f"format version {version}, this blacksmith reads {version + 1}"
+    ):
         load(path)
 
 
@@ -344,47 +280,29 @@ def _fails_on_call(function, number):
     return wrapper
 
 
-def test_a_full_disk_in_the_write_callback_leaves_earlier_ones_and_no_temporary(checkpoints):
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [*((os, "fsync", number) for number in (1, 2, 3, 4)), (Path, "rename", 1), (Path, "write_bytes", 2)],
+)
+def test_a_full_disk_at_any_call_leaves_earlier_ones_alone(
+    checkpoints, tree, monkeypatch, owner, name, number
+):
     _save(checkpoints, 1)
-    before = _tree(checkpoints.directory)
-
-    def write(directory):
-        (directory / "arrays.bin").write_bytes(b"half")
-        raise FULL
-
-    with pytest.raises(OSError, match="No space left"):
-        checkpoints.save(2, {}, write)
-    assert _tree(checkpoints.directory) == before
-    assert checkpoints.newest().step == 1
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_a_full_disk_in_any_fsync_leaves_earlier_ones_and_no_temporary(checkpoints, monkeypatch, number):
-    _save(checkpoints, 1)
-    before = _tree(checkpoints.directory)
-    monkeypatch.setattr(checkpoint.os, "fsync", _fails_on_call(os.fsync, number))
+    before = tree(checkpoints.directory)
+    monkeypatch.setattr(owner, name, _fails_on_call(getattr(owner, name), number))
     with pytest.raises(OSError, match="No space left"):
         _save(checkpoints, 2)
-    assert _tree(checkpoints.directory) == before
-
-
-def test_a_failed_rename_leaves_earlier_ones_and_no_temporary(checkpoints, monkeypatch):
-    _save(checkpoints, 1)
-    before = _tree(checkpoints.directory)
-    monkeypatch.setattr(Path, "rename", _fails_on_call(Path.rename, 1))
-    with pytest.raises(OSError, match="No space left"):
-        _save(checkpoints, 2)
-    assert _tree(checkpoints.directory) == before
+    assert tree(checkpoints.directory) == before
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_failed_rename_when_a_step_is_saved_again_leaves_the_first(checkpoints, monkeypatch, number):
+def test_a_failed_rename_of_a_step_saved_again_leaves_the_first(checkpoints, tree, monkeypatch, number):
     _save(checkpoints, 1, b"first")
-    before = _tree(checkpoints.directory)
+    before = tree(checkpoints.directory)
     monkeypatch.setattr(Path, "rename", _fails_on_call(Path.rename, number))
     with pytest.raises(OSError, match="No space left"):
         _save(checkpoints, 1, b"second")
-    assert _tree(checkpoints.directory) == before
+    assert tree(checkpoints.directory) == before
 
 
 def test_an_interrupt_while_writing_leaves_no_temporary(checkpoints):
@@ -396,7 +314,7 @@ def test_an_interrupt_while_writing_leaves_no_temporary(checkpoints):
     assert list(checkpoints.directory.iterdir()) == []
 
 
-def test_state_that_is_not_json_is_refused_and_leaves_no_temporary(checkpoints):
+def test_state_that_is_not_json_is_refused_and_leaves_nothing(checkpoints):
     with pytest.raises(TypeError):
         checkpoints.save(1, {"loss": np.zeros(2)}, _write(b"x"))
     assert list(checkpoints.directory.iterdir()) == []
@@ -414,42 +332,38 @@ def test_saving_a_step_again_replaces_it(checkpoints):
     assert [p.name for p in checkpoints.directory.iterdir()] == ["step_00000001"]
 
 
-# Runs a save in which the process kills itself at the given call of a function that changes the disk.
-KILLED_SAVE = """
-import os, shutil, signal, sys
-from pathlib import Path
-from blacksmith.run.checkpoint import Checkpoints
+def _save_in_a_process_killed_at(deadly, directory, step):
+    """Saves in a child that kills itself at a call that changes the disk; whether it ended before that."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    calls = iter(range(1, 100))
 
-directory, step, deadly = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-calls = 0
+    def watched(function):
+        def wrapper(*arguments, **options):
+            if next(calls) == deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
 
-def watched(function):
-    def wrapper(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return wrapper
+        return wrapper
 
-for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "mkdir")):
-    setattr(owner, name, watched(getattr(owner, name)))
-checkpoints = Checkpoints(Path(directory), keep_last=2)
-checkpoints.save(step, {"note": "new"}, lambda d: (d / "arrays.bin").write_bytes(b"new"))
-"""
+    for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "mkdir")):
+        setattr(owner, name, watched(getattr(owner, name)))
+    with contextlib.suppress(BaseException):
+        _save(Checkpoints(directory, keep_last=2), step, note="new")
+        os._exit(0)
+    os._exit(1)
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_kill_at_any_point_of_a_save_leaves_a_checkpoint_and_clean_removes_the_rest(tmp_path, step):
+def test_a_kill_at_any_point_of_a_save_leaves_whole_checkpoints(tmp_path, step):
     """Step 3 is new and pushes out step 1; step 2 is saved again."""
+    old = Checkpoints(tmp_path / "old", keep_last=2)
+    for number in (1, 2):
+        _save(old, number, note="old")
     for deadly in range(1, 100):
-        directory = tmp_path / str(deadly)
+        directory = shutil.copytree(old.directory, tmp_path / str(deadly))
+        complete = _save_in_a_process_killed_at(deadly, directory, step)
         checkpoints = Checkpoints(directory, keep_last=2)
-        for old in (1, 2):
-            checkpoints.save(old, {"note": "old"}, lambda d: (d / "arrays.bin").write_bytes(b"old"))
-        command = [sys.executable, "-c", KILLED_SAVE, str(directory), str(step), str(deadly)]
-        code = subprocess.run(command).returncode
-        assert code in (0, -signal.SIGKILL)
         # Whatever is listed is whole, before and after the leftovers are cleaned away.
         assert [load(p).step for p in checkpoints.steps()] != []
         checkpoints.clean()
@@ -461,13 +375,13 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_checkpoint_and_clean_removes_the
             {1: "old", 2: "old", 3: "new"},
             {2: "old", 3: "new"},
         )
-        if code == 0:
-            assert deadly > 8, "the kills have not gone through the whole save"
-            return
-    pytest.fail("the save was killed every time")
+        if complete:
+            break
+    assert 8 < deadly < 99, "the kills have not gone through the whole save"
+    assert found[step] == "new"
 
 
-def test_clean_brings_back_a_checkpoint_killed_between_the_two_renames_of_its_replacement(checkpoints):
+def test_clean_brings_back_a_checkpoint_that_was_being_replaced(checkpoints):
     path = _save(checkpoints, 1, b"first")
     path.rename(checkpoints.directory / ".step_00000001.old-123")
     (checkpoints.directory / ".step_00000001.tmp-123").mkdir()
@@ -476,7 +390,7 @@ def test_clean_brings_back_a_checkpoint_killed_between_the_two_renames_of_its_re
     assert (checkpoints.newest().path / "adapter" / "lora.bin").read_bytes() == b"first"
 
 
-def test_clean_removes_the_replaced_one_when_the_new_one_is_there(checkpoints):
+def test_clean_removes_a_checkpoint_that_was_replaced(checkpoints):
     path = _save(checkpoints, 1, b"first")
     path.rename(checkpoints.directory / ".step_00000001.old-123")
     _save(checkpoints, 1, b"second")
@@ -485,31 +399,21 @@ def test_clean_removes_the_replaced_one_when_the_new_one_is_there(checkpoints):
     assert (checkpoints.newest().path / "adapter" / "lora.bin").read_bytes() == b"second"
 
 
-def test_clean_without_a_directory_does_nothing(checkpoints):
-    checkpoints.clean()
-    assert not checkpoints.directory.exists()
-
-
 # Finding what a user's path means
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/step_00000002"])
-def test_find_takes_a_run_its_checkpoints_or_one_step(tmp_path, checkpoints, below):
+def test_find_takes_a_run_or_its_checkpoints_or_a_step(tmp_path, checkpoints, below):
     for step in (1, 2):
         _save(checkpoints, step)
     saved = find(tmp_path / below)
     assert (saved.path, saved.step) == (checkpoints.directory / "step_00000002", 2)
 
 
-def test_find_takes_the_step_it_is_given_and_not_the_newest(checkpoints):
+def test_find_takes_the_step_that_is_named_or_none(checkpoints):
     for step in (1, 2):
         _save(checkpoints, step)
     assert find(checkpoints.directory / "step_00000001").step == 1
-
-
-def test_find_refuses_a_damaged_step_that_was_named(checkpoints):
-    for step in (1, 2):
-        _save(checkpoints, step)
     _truncate(checkpoints.directory / "step_00000002")
     with pytest.raises(CheckpointError, match="has changed since it was written"):
         find(checkpoints.directory / "step_00000002")
@@ -529,7 +433,7 @@ def test_find_says_what_is_missing(tmp_path):
 
 
 def test_nothing_in_the_package_can_load_a_pickle():
-    """No pickle module is imported, and loaders that could unpickle are told not to."""
+    """No pickle module is imported, and no loader that can unpickle may do so."""
     forbidden = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     for path in Path(blacksmith.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -544,8 +448,3 @@ def test_nothing_in_the_package_can_load_a_pickle():
                 assert options.get("safe_mode", "True") == "True", where
                 if node.func.attr == "load_from_checkpoint" or ast.unparse(node.func) == "torch.load":
                     assert options.get("weights_only") == "True", where
-
-
-def test_state_is_plain_json(checkpoints):
-    path = _save(checkpoints, 1, loop={"step": 1})
-    assert json.loads((path / "state.json").read_text())["loop"] == {"step": 1}

@@ -1,15 +1,27 @@
-"""The order of samples and the child seeds: pure functions of the seed, fixed for all time."""
+"""Batch orders and child seeds: pure functions of the seed, the same in every version."""
 
 import numpy as np
 import pytest
 
-from blacksmith.run.order import EMPTY_DIGEST, Order, chain_digest, child_seed, generator, seed_int
+from blacksmith.run.order import (
+    EMPTY_DIGEST,
+    LengthOrder,
+    Order,
+    chain_digest,
+    child_seed,
+    generator,
+    seed_int,
+)
 
 SIZES = [(10, 4), (12, 4), (1, 4), (4, 1), (5, 5), (3500, 128)]
+LENGTHS = np.random.default_rng(0).integers(5, 60, 4003)
 
 
 def _epoch(order, epoch):
     return order.block(epoch * order.steps_per_epoch, order.steps_per_epoch)
+
+
+# Order
 
 
 @pytest.mark.parametrize(("size", "batch"), SIZES)
@@ -22,7 +34,7 @@ def test_every_epoch_visits_every_sample_once(size, batch):
 
 
 @pytest.mark.parametrize(("size", "batch"), SIZES)
-def test_weights_are_one_over_the_real_samples_of_a_batch_and_zero_for_padding(size, batch):
+def test_weights_are_one_over_the_real_samples_of_a_batch(size, batch):
     weights = _epoch(Order(size, batch, seed=0), 1).weights
     real = (weights > 0).sum(axis=1)
     assert real[:-1].tolist() == [batch] * (len(real) - 1)
@@ -33,37 +45,34 @@ def test_weights_are_one_over_the_real_samples_of_a_batch_and_zero_for_padding(s
         assert row.tolist() == [np.float32(1) / np.float32(count)] * count + [0] * (batch - count)
 
 
-def test_a_batch_depends_on_seed_and_step_alone_and_not_on_what_was_asked_before():
-    steps = 40
-    forwards = Order(50, 8, seed=5)
-    expected = [forwards.block(step, 1).indices.tolist() for step in range(steps)]
-    asked = Order(50, 8, seed=5)
-    for step in np.random.default_rng(0).permutation(steps):
-        assert asked.block(int(step), 1).indices.tolist() == expected[step]
+def test_drop_last_leaves_out_a_ragged_batch():
+    order = Order(10, 4, seed=0, drop_last=True)
+    assert (order.size, order.steps_per_epoch) == (8, 2)
+    block = _epoch(order, 1)
+    assert np.all(block.weights == 0.25)
+    assert len(set(block.indices.ravel().tolist())) == 8
+    # What is left out differs between epochs.
+    assert len({row for epoch in range(5) for row in _epoch(order, epoch).indices.ravel().tolist()}) == 10
+    with pytest.raises(ValueError, match="smaller than the batch of 4"):
+        Order(3, 4, seed=0, drop_last=True)
 
 
-def test_a_block_holds_the_same_batches_as_its_steps_one_by_one():
+def test_a_block_holds_its_steps_and_ends_with_the_epoch():
     order = Order(50, 8, seed=5)
-    block = order.block(9, 4)
+    assert order.steps_per_epoch == 7
+    block = order.block(9, 100)
     assert (block.epoch, block.cursor) == order.position(9) == (1, 2)
-    for i in range(4):
+    assert len(block.indices) == 5
+    for i in range(5):
         one = order.block(9 + i, 1)
         assert one.indices.tolist() == block.indices[i : i + 1].tolist()
         assert one.weights.tolist() == block.weights[i : i + 1].tolist()
-
-
-def test_a_block_ends_with_the_epoch():
-    order = Order(50, 8, seed=5)
-    assert order.steps_per_epoch == 7
-    assert len(order.block(5, 100).indices) == 2
-    assert len(order.block(7, 100).indices) == 7
+        assert order.rows(9 + i).tolist() == one.indices[one.weights > 0].tolist()
 
 
 def test_epochs_differ_and_seeds_differ():
-    seen = {
-        tuple(_epoch(Order(50, 8, seed), epoch).indices.ravel()) for seed in range(4) for epoch in range(4)
-    }
-    assert len(seen) == 16
+    orders = [Order(50, 8, seed) for seed in range(4)]
+    assert len({tuple(_epoch(o, epoch).indices.ravel()) for o in orders for epoch in range(4)}) == 16
 
 
 def test_the_order_is_the_one_of_every_earlier_version():
@@ -79,13 +88,63 @@ def test_an_order_without_samples_or_batch_is_refused(size, batch):
         Order(size, batch, seed=0)
 
 
-@pytest.mark.parametrize(("size", "batch"), SIZES)
-def test_samples_before_counts_real_samples(size, batch):
-    order = Order(size, batch, seed=0)
+# LengthOrder
+
+
+def test_every_epoch_by_length_visits_every_example_once():
+    order = LengthOrder(LENGTHS[:103], 8, 4, seed=0)
+    assert order.steps_per_epoch == 13
+    for epoch in range(3):
+        batches = [order.rows(epoch * 13 + cursor) for cursor in range(13)]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(103))
+        assert sorted(map(len, batches)) == [7] + [8] * 12
+
+
+def test_a_batch_by_length_has_similar_lengths_shortest_first():
+    def padding(order):
+        batches = [LENGTHS[order.rows(step)] for step in range(order.steps_per_epoch)]
+        assert all(np.all(np.diff(lengths) >= 0) for lengths in batches)
+        return sum(int((lengths.max() - lengths).sum()) for lengths in batches)
+
+    assert padding(LengthOrder(LENGTHS, 32, 50, seed=0)) < padding(LengthOrder(LENGTHS, 32, 1, seed=0)) / 10
+
+
+def test_short_batches_do_not_come_first():
+    order = LengthOrder(LENGTHS, 8, 4, seed=0)
+    means = [LENGTHS[order.rows(step)].mean() for step in range(order.steps_per_epoch)]
+    # Five deviations of the correlation of 501 independent pairs, 1/sqrt(501).
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.23
+
+
+def test_the_order_by_length_is_the_one_of_every_earlier_version():
+    order = LengthOrder([5, 3, 9, 1, 7, 2, 8, 6, 4, 0], 3, 2, seed=0)
+    assert [order.rows(step).tolist() for step in range(5)] == [[9, 3, 8], [7], [5, 1, 0], [4, 6, 2], [6]]
+
+
+# Both
+
+
+@pytest.mark.parametrize("make", [lambda s: Order(50, 8, s), lambda s: LengthOrder(LENGTHS[:50], 8, 3, s)])
+def test_a_batch_depends_on_seed_and_step_alone(make):
+    forwards, backwards, other = make(5), make(5), make(6)
+    expected = [forwards.rows(step).tolist() for step in range(40)]
+    for step in np.random.default_rng(0).permutation(40):
+        assert backwards.rows(int(step)).tolist() == expected[step]
+    assert other.rows(0).tolist() != expected[0] != expected[7]
+
+
+@pytest.mark.parametrize(
+    "order", [*(Order(*size, seed=0) for size in SIZES), LengthOrder(LENGTHS[:10], 4, 2, seed=3)]
+)
+def test_examples_are_counted_without_padding(order):
     counted = 0
-    for step in range(min(2 * order.steps_per_epoch + 1, 80)):
-        assert order.samples_before(step) == counted
-        counted += int((order.block(step, 1).weights > 0).sum())
+    for step in range(min(2 * order.steps_per_epoch + 2, 80)):
+        assert order.examples_before(step) == counted
+        assert order.epoch(step) == pytest.approx(step / order.steps_per_epoch)
+        counted += len(order.rows(step))
+
+
+# Child seeds
 
 
 def test_child_seeds_are_those_of_every_earlier_version():
@@ -94,20 +153,14 @@ def test_child_seeds_are_those_of_every_earlier_version():
     assert seed_int(2**63 - 1, "step") == 17253317171206818828
     assert generator(0, "validation").integers(0, 1000, 5).tolist() == [496, 347, 399, 433, 990]
     assert generator(7, "order", 3).random(2).tolist() == [0.46885265465862136, 0.7697305439060738]
+    # Not from str.__hash__, which is salted in each process.
+    assert child_seed(0, "weights").spawn_key == (948966042,)
 
 
 def test_child_seeds_of_different_names_or_seeds_differ():
     names = [(), ("a",), ("b",), ("a", "b"), ("b", "a"), ("ab",), ("a", 0), ("a", 1), ("a", 10)]
     words = {seed_int(seed, *name) for seed in (0, 1, 2**63 - 1) for name in names}
     assert len(words) == 3 * len(names)
-
-
-def test_drawing_from_one_child_seed_leaves_the_others_alone():
-    untouched = generator(0, "weights").random(3).tolist()
-    first = generator(0, "order", 0)
-    first.random(1000)
-    assert generator(0, "weights").random(3).tolist() == untouched
-    assert generator(0, "order", 0).random() != first.random()
 
 
 def test_streams_of_different_names_are_uncorrelated():
@@ -117,34 +170,20 @@ def test_streams_of_different_names_are_uncorrelated():
     assert np.abs(correlations).max() < 0.05
 
 
-def test_a_child_seed_does_not_depend_on_the_python_process():
-    # str.__hash__ is salted in each process; the spawn key must not come from it.
-    assert child_seed(0, "weights").spawn_key == (948966042,)
+# The running hash of the batches
 
 
-def test_chain_digest_does_not_depend_on_where_blocks_end():
-    order = Order(50, 8, seed=5)
-    whole = chain_digest(EMPTY_DIGEST, order.block(0, 7).indices)
-    in_parts = EMPTY_DIGEST
-    for step, count in ((0, 1), (1, 3), (4, 2), (6, 1)):
-        in_parts = chain_digest(in_parts, order.block(step, count).indices)
-    assert in_parts == whole
-
-
-def test_chain_digest_tells_other_batches_and_another_order_of_them_apart():
+def test_chain_digest_depends_on_batches_and_not_on_blocks():
     rows = np.arange(12, dtype=np.int32).reshape(3, 4)
-    changed = rows.copy()
-    changed[2, 3] += 1
-    digests = {chain_digest(EMPTY_DIGEST, r) for r in (rows, rows[::-1], rows[:2], changed)}
-    assert len(digests) == 4
-
-
-def test_chain_digest_does_not_depend_on_dtype_or_memory_layout():
-    rows = np.arange(12, dtype=np.int32).reshape(3, 4)
-    expected = chain_digest(EMPTY_DIGEST, rows)
-    assert chain_digest(EMPTY_DIGEST, rows.astype(np.int64)) == expected
-    assert chain_digest(EMPTY_DIGEST, np.asfortranarray(rows)) == expected
+    digest = chain_digest(EMPTY_DIGEST, rows)
+    assert chain_digest(chain_digest(EMPTY_DIGEST, rows[:1]), rows[1:]) == digest
+    for same in (rows.astype(np.int64), np.asfortranarray(rows)):
+        assert chain_digest(EMPTY_DIGEST, same) == digest
     assert chain_digest(EMPTY_DIGEST, rows[:0]) == EMPTY_DIGEST
+    changed = rows + np.eye(3, 4, dtype=np.int32)
+    assert (
+        len({digest, *(chain_digest(EMPTY_DIGEST, other) for other in (rows[::-1], rows[:2], changed))}) == 4
+    )
 
 
 def test_chain_digest_is_that_of_every_earlier_version():

@@ -1,8 +1,7 @@
-"""MNIST, and sets of its shape, as NumPy arrays from a source chosen by name.
+"""MNIST, and datasets of the same shape, as NumPy arrays from a source chosen by name.
 
-`load` returns disjoint train, validation and test splits, and an `Info` that records what was read, with a
-hash. Nothing is downloaded unless `source="tfds"` asks for a set that is not on disk. The idx files are
-fetched by `python -m blacksmith.assets mnist`.
+`load` returns the train, validation and test splits with an `Info` that identifies the data. Only
+`source="tfds"` downloads anything; `python -m blacksmith.assets mnist` fetches the idx files.
 """
 
 import os
@@ -14,16 +13,13 @@ import numpy as np
 
 from blacksmith import files
 from blacksmith.datasets.mnist import idx, mnist5k, tfds_source
-from blacksmith.datasets.mnist.arrays import Arrays
 from blacksmith.errors import DataError
 from blacksmith.run import order
 
 SOURCES = ("auto", "idx", "tfds", "mnist5k")
 
 DEFAULT_VALIDATION = 5000
-"""Train images held out by default. On mnist5k, which has 4,000, it is `MNIST5K_VALIDATION`."""
-
-MNIST5K_VALIDATION = 500
+MNIST5K_VALIDATION = 500  # takes the place of the default on mnist5k, which has only 4,000 train images
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,24 +35,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Info:
-    """What was read, for the record of a run.
+    """What was read, for the record of a run."""
 
-    Attributes:
-      source: the source used, never `auto`.
-      name: name of the set.
-      path: the directory it was read from; None for the bundled digits.
-      sha256: of the content before it was split, see `Arrays.sha256`.
-      train: images to train on.
-      validation: images to validate on.
-      test: images of the official test set.
-      classes: how many classes the labels come from.
-      validation_is_test: whether the test set serves as validation set.
-    """
-
-    source: str
+    source: str  # never `auto`
     name: str
-    path: str | None
-    sha256: str
+    path: str | None  # None for the bundled digits
+    sha256: str  # `Arrays.sha256`, before splitting
     train: int
     validation: int
     test: int
@@ -66,38 +50,26 @@ class Info:
     def describe(self) -> str:
         """One line for the console."""
         place = f" in {self.path}" if self.path else ""
-        held_out = f"{self.validation:,} validation"
-        if self.validation_is_test:
-            held_out = "the test set as validation set"
+        validation = (
+            "validation on the test set" if self.validation_is_test else f"{self.validation:,} validation"
+        )
         line = (
-            f"data: {self.name} from {self.source}{place}: {self.train:,} train, {held_out}, "
+            f"data: {self.name} from {self.source}{place}: {self.train:,} train, {validation}, "
             f"{self.test:,} test, sha256 {self.sha256[:12]}"
         )
         if self.source == "mnist5k":
-            line += "; a 5,000 digit subset, for the full set run `python -m blacksmith.assets mnist`"
+            line += "; a 5,000-digit subset, for the full set run `python -m blacksmith.assets mnist`"
         return line
 
 
 @dataclass(frozen=True, eq=False)
 class Mnist:
-    """The three splits and what they were made from.
+    """The three splits and their record."""
 
-    Attributes:
-      train: in an order shuffled by the seed.
-      validation: held out of the official training set, or the test split itself.
-      test: the official test set in its stored order, the same for every seed.
-      info: the record of what was read.
-    """
-
-    train: Split
-    validation: Split
-    test: Split
+    train: Split  # in an order shuffled by the seed
+    validation: Split  # held out of the official training set, or the test split itself
+    test: Split  # the official test set in stored order, the same for every seed
     info: Info
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes the labels come from."""
-        return self.info.classes
 
 
 def load(
@@ -112,56 +84,59 @@ def load(
 
     The sources:
       idx: the four standard idx files in a directory, gzipped or not.
-      tfds: a TensorFlow Datasets set, read without TensorFlow. `mnist`, `fashion_mnist` and `kmnist` are
-        downloaded and prepared if they are not on disk; any other set must be prepared already. TFDS
-        shuffles a set when it prepares it, so the digits are those of `idx` in a different order, and have a
-        different `sha256`.
-      mnist5k: the 5,000 bundled digits. Every fifth digit of each class is a test digit: 1,000 of them, 100
-        per class, the same for every seed. The other 4,000 are train and validation.
+      tfds: a TensorFlow Datasets set, in TFDS's own order. `mnist`, `fashion_mnist` and `kmnist` are
+        downloaded and prepared if necessary; any other set must be prepared already.
+      mnist5k: the 5,000 bundled digits, 1,000 of them for testing.
       auto: the first of these that needs no download: idx in `path` or in the cache, a prepared TFDS set in
-        `path` or in TFDS's data directory, mnist5k. A `path` that has neither is an error, and so is a
-        `name` other than mnist that is not prepared.
+        `path` or in TFDS's data directory, mnist5k. It is an error if `path` has neither, or if a set other
+        than mnist is not prepared.
 
     Args:
       source: one of `SOURCES`.
-      path: the directory of the idx files, or TFDS's data directory; None for
-        `blacksmith.files.cache_dir() / "mnist"` or TFDS's default.
-      name: TFDS name, with a configuration where the set has them (`emnist/balanced`).
+      path: the directory of the idx files, or TFDS's data directory; None for the cache or TFDS's default.
+      name: TFDS name, with the configuration if the set has any (`emnist/balanced`).
       validation: how much of the official training set to hold out, drawn by the seed: a number of images, a
-        fraction from 0 up to but not including 1, or "test" to hold out nothing and validate on the test
-        set. The default of 5,000 is 500 on mnist5k.
-      seed: decides which images are held out and the order of the train split.
+        fraction in [0, 1), or "test" to hold out nothing and validate on the test set. The default of 5,000
+        means 500 on mnist5k.
+      seed: decides which images are held out, and the order of the train split.
 
     Returns:
-      The splits: disjoint unless `validation` is "test", and for one seed the same on every machine.
+      The splits, disjoint unless `validation` is "test", and the same for a seed on every machine.
 
     Raises:
       DataError: the source is unknown, missing or broken, or `validation` leaves nothing to train on.
     """
     if source not in SOURCES:
-        raise DataError(f"unknown MNIST source {source!r}; there are: {', '.join(SOURCES)}")
+        raise DataError(f"unknown MNIST source {source!r}; allowed: {', '.join(SOURCES)}")
     directory = None if path is None else Path(path).expanduser().absolute()
     if source == "auto":
         source = _first_available(directory, name)
     if source == "idx":
         if directory is None and name != "mnist":
             raise DataError(f"source 'idx' needs the path of the idx files of {name!r}")
-        origin = directory or _idx_cache()
+        origin = directory or files.cache_dir() / "mnist"
         arrays = idx.load(origin)
     elif source == "tfds":
         arrays, origin = tfds_source.load(name, directory or tfds_source.default_data_dir())
     else:
         if directory is not None or name != "mnist":
             raise DataError(
-                "source 'mnist5k' is bundled with the package and takes neither a path nor a name other than "
-                f"mnist (path={path!r}, name={name!r})"
+                "source 'mnist5k' is bundled and takes neither a path nor a name other than mnist "
+                f"(path={path!r}, name={name!r})"
             )
         arrays, origin = mnist5k.load(), None
         if validation == DEFAULT_VALIDATION:
             validation = MNIST5K_VALIDATION
 
     held_out = _held_out(validation, len(arrays.train_labels))
-    train, validation_split, test = _split(arrays, held_out, seed)
+    rows = order.generator(seed, "mnist.split").permutation(len(arrays.train_labels))
+    train, validation_split = (
+        Split(arrays.train_images[part], arrays.train_labels[part].astype(np.int32))
+        for part in (rows[held_out:], rows[:held_out])
+    )
+    test = Split(arrays.test_images.copy(), arrays.test_labels.astype(np.int32))
+    if validation == "test":
+        validation_split = test
     info = Info(
         source=source,
         name=name,
@@ -171,17 +146,13 @@ def load(
         validation=len(validation_split),
         test=len(test),
         classes=arrays.classes,
-        validation_is_test=held_out is None,
+        validation_is_test=validation == "test",
     )
     return Mnist(train, validation_split, test, info)
 
 
 def _first_available(directory: Path | None, name: str) -> str:
-    """Resolves `auto` without importing or downloading anything.
-
-    Raises:
-      DataError: the directory has no data, or a set other than mnist is not prepared.
-    """
+    """Resolves `auto` without importing or downloading anything."""
     if directory is not None:
         if idx.present(directory):
             return "idx"
@@ -189,12 +160,13 @@ def _first_available(directory: Path | None, name: str) -> str:
             return "tfds"
         raise DataError(f"{directory}: neither MNIST idx files nor a prepared TFDS set {name!r}")
     if name == "mnist":
-        found = idx.present(_idx_cache())
+        cache = files.cache_dir() / "mnist"
+        found = idx.present(cache)
         if found == len(idx.NAMES):
             return "idx"
         if found:
             _note(
-                f"{_idx_cache()} is skipped: it has {found} of the {len(idx.NAMES)} idx files; "
+                f"{cache} is skipped: it has {found} of the {len(idx.NAMES)} idx files; "
                 "python -m blacksmith.assets mnist fetches the others"
             )
     prepared = tfds_source.find_prepared(name, tfds_source.default_data_dir())
@@ -215,18 +187,10 @@ def _note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
 
 
-def _idx_cache() -> Path:
-    return files.cache_dir() / "mnist"
-
-
-def _held_out(validation: int | float | str, size: int) -> int | None:
-    """Returns how many of `size` train images to hold out; None to use the test set instead.
-
-    Raises:
-      DataError: not a count or fraction that leaves something to train on.
-    """
+def _held_out(validation: int | float | str, size: int) -> int:
+    """How many of `size` train images to hold out."""
     if validation == "test":
-        return None
+        return 0
     count = validation
     if isinstance(validation, float) and 0 <= validation < 1:
         count = round(validation * size)
@@ -236,17 +200,6 @@ def _held_out(validation: int | float | str, size: int) -> int | None:
             f"to {size - 1:,}, a fraction from 0 up to but not including 1, or 'test'"
         )
     return count
-
-
-def _split(arrays: Arrays, held_out: int | None, seed: int) -> tuple[Split, Split, Split]:
-    """Returns train, validation and test; each owns its memory and is writable."""
-    test = Split(arrays.test_images.copy(), arrays.test_labels.astype(np.int32))
-    rows = order.generator(seed, "mnist.split").permutation(len(arrays.train_labels))
-    parts = [
-        Split(arrays.train_images[part], arrays.train_labels[part].astype(np.int32))
-        for part in (rows[held_out or 0 :], rows[: held_out or 0])
-    ]
-    return parts[0], test if held_out is None else parts[1], test
 
 
 def prepare(split: Split, scale: float, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:

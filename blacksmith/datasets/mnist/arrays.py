@@ -1,7 +1,4 @@
-"""What every MNIST source returns before it is split: the official train and test sets, in stored order.
-
-`idx`, `tfds_source` and `mnist5k` produce `Arrays`; `blacksmith.datasets.mnist.load` splits them.
-"""
+"""What every MNIST source returns: the official train and test sets in stored order, not split yet."""
 
 import hashlib
 from typing import NamedTuple
@@ -22,10 +19,9 @@ class Arrays(NamedTuple):
     classes: int
 
     def sha256(self) -> str:
-        """A hash of the content, which does not depend on the container it came from.
+        """A hash of the content, independent of the files it was read from.
 
-        It covers images then labels of train then test: of each the shape as text, then the bytes in stored
-        order.
+        It covers, for each array in turn, the shape as text and the bytes in stored order.
         """
         digest = hashlib.sha256()
         for array in self[:4]:

@@ -1,10 +1,11 @@
 """Reads the four standard idx files of MNIST, gzipped or not, and refuses anything else.
 
-The format is described with the original dataset: a big-endian magic number, a 32-bit count per dimension,
-then the bytes. `load` serves `source="idx"`. Preparing a TFDS set reads the downloads with `read_pair`.
+An idx file is a big-endian magic number, a 32-bit size per dimension, then the bytes. `load` serves
+`source="idx"`; preparing a TFDS set reads the downloads with `read_pair`.
 """
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -18,20 +19,13 @@ CLASSES = 10
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-
 NAMES = (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS)
-
-_IMAGES_MAGIC = 0x00000803  # unsigned byte, 3 dimensions
-_LABELS_MAGIC = 0x00000801  # unsigned byte, 1 dimension
 
 
 def find(directory: Path, name: str) -> Path | None:
-    """The file of that standard name, or None.
-
-    `train-images.idx3-ubyte` is the same as `train-images-idx3-ubyte`, and either may end in `.gz`. The plain
-    file is preferred because it loads faster.
-    """
+    """The file of that standard name, also as `train-images.idx3-ubyte` or with `.gz`; None if missing."""
     dotted = name.replace("-idx", ".idx")
+    # Uncompressed files come first because they load faster.
     candidates = (directory / f"{stem}{end}" for end in ("", ".gz") for stem in (name, dotted))
     return next((path for path in candidates if path.is_file()), None)
 
@@ -42,37 +36,27 @@ def present(directory: Path) -> int:
 
 
 def load(directory: Path) -> Arrays:
-    """Reads both sets from a directory.
-
-    Raises:
-      DataError: a file is missing or broken, or images and labels differ in number.
-    """
-    train_images, train_labels = _read_pair(directory, TRAIN_IMAGES, TRAIN_LABELS)
-    test_images, test_labels = _read_pair(directory, TEST_IMAGES, TEST_LABELS)
-    return Arrays(train_images, train_labels, test_images, test_labels, CLASSES)
-
-
-def _read_pair(directory: Path, images: str, labels: str) -> tuple[np.ndarray, np.ndarray]:
-    return read_pair(_required(directory, images), _required(directory, labels))
-
-
-def _required(directory: Path, name: str) -> Path:
-    path = find(directory, name)
-    if path is None:
+    """Reads both sets from a directory; a missing or broken file raises `DataError`."""
+    paths = [find(directory, name) for name in NAMES]
+    if None in paths:
+        missing = NAMES[paths.index(None)]
         raise DataError(
-            f"{directory}: no {name} (nor {name}.gz); `python -m blacksmith.assets mnist` fetches the four "
-            "idx files of MNIST"
+            f"{directory}: no {missing} (nor {missing}.gz); `python -m blacksmith.assets mnist` fetches the "
+            "four idx files of MNIST"
         )
-    return path
+    return Arrays(*read_pair(*paths[:2]), *read_pair(*paths[2:]), CLASSES)
 
 
 def read_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads one set: images uint8 [samples, 28, 28], labels uint8 [samples].
 
     Raises:
-      DataError: either file is broken, or they differ in number.
+      DataError: a file is broken, the images are not 28x28, a label is not 0 to 9, or the numbers differ.
     """
-    images, labels = read_images(images_path), read_labels(labels_path)
+    images, labels = _read(images_path, (SIDE, SIDE)), _read(labels_path, ())
+    if labels.max() >= CLASSES:
+        at = int(np.argmax(labels >= CLASSES))
+        raise DataError(f"{labels_path}: label {labels[at]} at position {at}, expected 0 to {CLASSES - 1}")
     if len(images) != len(labels):
         raise DataError(
             f"{images_path}: {len(images)} images, but {labels_path.name} has {len(labels)} labels"
@@ -80,34 +64,8 @@ def read_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndar
     return images, labels
 
 
-def read_images(path: Path) -> np.ndarray:
-    """Reads an idx3 file: uint8 [samples, 28, 28].
-
-    Raises:
-      DataError: the file is not idx3, truncated, too long or empty, or its images are not 28x28.
-    """
-    (count, height, width), body = _read(path, _IMAGES_MAGIC, dimensions=3)
-    if (height, width) != (SIDE, SIDE):
-        raise DataError(f"{path}: images of {height}x{width} pixels, expected {SIDE}x{SIDE}")
-    return _items(path, body, count, SIDE * SIDE).reshape(count, SIDE, SIDE)
-
-
-def read_labels(path: Path) -> np.ndarray:
-    """Reads an idx1 file: uint8 [samples], each from 0 to 9.
-
-    Raises:
-      DataError: the file is not idx1, truncated, too long or empty, or a label is out of range.
-    """
-    (count,), body = _read(path, _LABELS_MAGIC, dimensions=1)
-    labels = _items(path, body, count, 1)
-    if labels.max() >= CLASSES:
-        at = int(np.argmax(labels >= CLASSES))
-        raise DataError(f"{path}: label {labels[at]} at position {at}, expected 0 to {CLASSES - 1}")
-    return labels
-
-
-def _read(path: Path, magic: int, dimensions: int) -> tuple[tuple[int, ...], np.ndarray]:
-    """Returns the counts in the header and the bytes after it: uint8 [bytes]."""
+def _read(path: Path, item: tuple[int, ...]) -> np.ndarray:
+    """Reads an idx file of bytes: uint8 [samples, *item]."""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -116,20 +74,21 @@ def _read(path: Path, magic: int, dimensions: int) -> tuple[tuple[int, ...], np.
         raise DataError(f"{path}: broken gzip ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    dimensions = 1 + len(item)
     header = 4 + 4 * dimensions
     if len(content) < header:
         raise DataError(f"{path}: truncated, {len(content)} bytes where the header alone is {header}")
-    found, *counts = struct.unpack_from(f">{1 + dimensions}I", content)
+    found, count, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
+    magic = 0x800 + dimensions  # 8 stands for unsigned bytes
     if found != magic:
         raise DataError(f"{path}: magic number {found:#010x}, expected {magic:#010x}")
-    return tuple(counts), np.frombuffer(content, np.uint8, offset=header)
-
-
-def _items(path: Path, body: np.ndarray, count: int, item_bytes: int) -> np.ndarray:
+    if tuple(shape) != item:
+        size, expected = ("x".join(map(str, sides)) for sides in (shape, item))
+        raise DataError(f"{path}: images of {size} pixels, expected {expected}")
     if count == 0:
         raise DataError(f"{path}: empty, its header says 0 items")
-    expected = count * item_bytes
-    if len(body) != expected:
-        fault = "truncated" if len(body) < expected else "trailing bytes"
-        raise DataError(f"{path}: {fault}, {len(body)} bytes of data where {count} items need {expected}")
-    return body
+    size, expected = len(content) - header, count * math.prod(item)
+    if size != expected:
+        fault = "truncated" if size < expected else "trailing bytes"
+        raise DataError(f"{path}: {fault}, {size} bytes of data where {count} items need {expected}")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(count, *item)

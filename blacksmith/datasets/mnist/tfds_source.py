@@ -1,8 +1,7 @@
-"""MNIST and sets of its shape from TensorFlow Datasets (TFDS), without TensorFlow.
+"""MNIST and datasets of the same shape from TensorFlow Datasets (TFDS), without TensorFlow.
 
-A prepared set is read once and kept as plain arrays in the cache, so that later loads take a fraction of a
-second and do not import tensorflow_datasets. `mnist`, `fashion_mnist` and `kmnist` can also be prepared here,
-from the URLs and checksums that TFDS carries.
+A prepared set is read once and kept in the cache as plain arrays, so that later loads are fast and do not
+import tensorflow_datasets. `mnist`, `fashion_mnist` and `kmnist` can also be downloaded and prepared here.
 """
 
 import hashlib
@@ -26,9 +25,8 @@ from blacksmith.datasets.mnist.arrays import SIDE, Arrays
 from blacksmith.errors import DataError, first_line
 from blacksmith.network import why_unreachable
 
+# Class names in tensorflow_datasets.image_classification.mnist; all download idx files.
 PREPARABLE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-"""TFDS name -> class in `tensorflow_datasets.image_classification.mnist`; all are idx files."""
-
 MAX_CLASSES = 256
 
 _PACKAGES = ("tensorflow_datasets", "array_record", "importlib_resources", "PIL")
@@ -42,15 +40,7 @@ def default_data_dir() -> Path:
 
 
 def find_prepared(name: str, data_dir: Path) -> Path | None:
-    """The directory of the newest version prepared on disk, or None. Imports nothing.
-
-    Args:
-      name: TFDS name, with a configuration where the set has them: `emnist/balanced`.
-      data_dir: TFDS data directory.
-
-    Raises:
-      DataError: the name is not of that form.
-    """
+    """The directory of the newest prepared version of a set, or None. Imports nothing."""
     if not _NAME.fullmatch(name):
         raise DataError(f"TFDS name {name!r} is not of the form `mnist` or `emnist/balanced` (set/config)")
     versions = [
@@ -64,14 +54,13 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
 
 
 def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
-    """Reads a TFDS set through the array cache, preparing it first (a download) if it is not on disk.
+    """Reads a TFDS set through the array cache; downloads and prepares it if it is not on disk.
 
     Returns:
       The arrays, in TFDS's own shuffled order, and the directory of the prepared set.
 
     Raises:
-      DataError: the set cannot be prepared, a package is missing, the files are broken, or they are not a
-        28x28 grayscale classification set with a train and a test split.
+      DataError: a missing package, or a set that cannot be prepared or read or is not 28x28 grayscale.
     """
     prepared = find_prepared(name, data_dir) or prepare(name, data_dir)
     cached = _cache_path(prepared)
@@ -80,8 +69,15 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
             *parts, classes = (archive[field] for field in Arrays._fields)
             return Arrays(*parts, int(classes)), prepared
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not cached yet, or damaged: read the original and cache it again
-    arrays = _decode(prepared)
+        pass  # not cached yet, or corrupt: read the original and cache it again
+    tfds = _import_tfds()
+    try:
+        builder = tfds.builder_from_directory(prepared)
+        classes = _check_features(tfds, builder.info.features)
+        parts = [_read_split(tfds, builder, split, classes) for split in ("train", "test")]
+    except Exception as error:  # TFDS, protobuf and Pillow raise many types for a broken set
+        raise DataError(f"{prepared}: cannot be read ({_summary(error)})") from error
+    arrays = Arrays(*parts[0], *parts[1], classes)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic_file(cached) as stream:
@@ -92,7 +88,7 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
 
 
 def readable(prepared: Path) -> bool:
-    """Whether `load` has what it needs: the set in the array cache, or the packages that read it."""
+    """Whether the set is in the array cache or the packages that read it are installed."""
     return _cache_path(prepared).exists() or all(importlib.util.find_spec(name) for name in _PACKAGES)
 
 
@@ -104,23 +100,8 @@ def _cache_path(prepared: Path) -> Path:
     return files.cache_dir() / "tfds" / f"{prepared.parent.name}-{prepared.name}-{digest[:16]}.npz"
 
 
-def _decode(prepared: Path) -> Arrays:
-    tfds = _import_tfds()
-    try:
-        builder = tfds.builder_from_directory(prepared)
-        classes = _check_features(tfds, builder.info.features)
-        parts = [_read_split(tfds, builder, split, classes) for split in ("train", "test")]
-    except Exception as error:  # TFDS, its protocol buffers and Pillow raise all kinds for a broken set
-        raise DataError(f"{prepared}: cannot be read ({_summary(error)})") from error
-    return Arrays(*parts[0], *parts[1], classes)
-
-
 def _check_features(tfds: ModuleType, features: Any) -> int:
-    """Returns the number of classes.
-
-    Raises:
-      ValueError: the set is not a 28x28 grayscale classification set.
-    """
+    """Returns the number of classes; a ValueError if this is not a 28x28 grayscale classification set."""
     named = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     image, label = named.get("image"), named.get("label")
     if (
@@ -132,17 +113,12 @@ def _check_features(tfds: ModuleType, features: Any) -> int:
     if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
         raise ValueError(f"feature `label` is {label}, expected a class label")
     if label.num_classes > MAX_CLASSES:
-        raise ValueError(f"{label.num_classes} classes, at most {MAX_CLASSES} are read")
+        raise ValueError(f"{label.num_classes} classes, at most {MAX_CLASSES} are supported")
     return int(label.num_classes)
 
 
 def _read_split(tfds: ModuleType, builder: Any, split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images uint8 [samples, 28, 28] and labels uint8 [samples], in stored order.
-
-    Raises:
-      KeyError: there is no such split.
-      ValueError: the number of records, the size of an image or a label is wrong.
-    """
+    """Returns images uint8 [samples, 28, 28] and labels uint8 [samples], in stored order."""
     from PIL import Image
 
     count = builder.info.splits[split].num_examples
@@ -157,7 +133,7 @@ def _read_split(tfds: ModuleType, builder: Any, split: str, classes: int) -> tup
         if not 0 <= labels[-1] < classes:
             raise ValueError(f"split {split} has labels outside 0 to {classes - 1}")
     if not len(images) == count > 0:
-        raise ValueError(f"split {split} has {len(images)} records where {count} are announced")
+        raise ValueError(f"split {split} has {len(images)} records, but {count} are declared")
     return np.stack(images), np.array(labels, np.uint8)
 
 
@@ -170,13 +146,10 @@ def _records(tfds: ModuleType, builder: Any, split: str) -> Iterable[bytes]:
 
 
 def _tfrecords(path: Path) -> Iterator[bytes]:
-    """Yields the records of a TFRecord file, TFDS's default format, which TFDS reads with TensorFlow only.
+    """Yields the records of a TFRecord file, TFDS's default format, which TFDS reads only with TensorFlow.
 
     A record is its length (8 bytes), the length's CRC (4), the data and the data's CRC (4). The CRCs are not
-    checked: the standard library has no CRC-32C, each image is a PNG with a checksum, records are counted.
-
-    Raises:
-      ValueError: the file ends within a record.
+    checked: the standard library has no CRC-32C, every PNG has its own checksum, and records are counted.
     """
     content = memoryview(path.read_bytes())
     at = 0
@@ -189,23 +162,15 @@ def _tfrecords(path: Path) -> Iterator[bytes]:
 
 
 def prepare(name: str, data_dir: Path) -> Path:
-    """Downloads a set with TFDS, which checks it against its own checksums, and writes it as array_record.
-
-    Args:
-      name: one of `PREPARABLE`.
-      data_dir: TFDS data directory.
+    """Downloads one of `PREPARABLE` with TFDS, which verifies checksums, and writes it as array_record.
 
     Returns:
       The directory of the prepared set, such as `data_dir/mnist/3.0.1`.
-
-    Raises:
-      DataError: the name is not one of these, a package is missing, the host cannot be reached (found out
-        within seconds), or the download is broken.
     """
     if name not in PREPARABLE:
         raise DataError(
-            f"TFDS set {name!r} is not prepared in {data_dir}; prepare it with TFDS, or choose one that can "
-            f"be prepared here: {', '.join(PREPARABLE)}"
+            f"TFDS set {name!r} is not prepared in {data_dir}; prepare it with TFDS, or choose one that "
+            f"blacksmith can prepare: {', '.join(PREPARABLE)}"
         )
     tfds = _import_tfds()
     from tensorflow_datasets.core.download import downloader
@@ -218,8 +183,8 @@ def prepare(name: str, data_dir: Path) -> Path:
             "connect and run again, copy a prepared directory there, or use source='mnist5k'"
         )
 
-    # TFDS's own builder unpacks, reads and encodes with TensorFlow. This one is that builder otherwise, so it
-    # must not be registered as another set.
+    # TFDS's own builder reads and encodes with TensorFlow; this subclass does not. It has the same name and
+    # must not be registered.
     with tfds.core.registered.skip_registration():
 
         class Builder(stock_builder):
@@ -231,14 +196,14 @@ def prepare(name: str, data_dir: Path) -> Path:
                 }
 
     Builder.name = name
-    downloader.MAX_RETRIES = 2  # TFDS's 10 retries with growing pauses take over 200 s to fail
+    downloader.MAX_RETRIES = 2  # TFDS's 10 retries with growing delays take over 200 s
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
         builder = Builder(data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
     except Exception as error:
-        # Another process may have finished the same preparation meanwhile.
+        # Another process may have prepared the set in the meantime.
         if (prepared := find_prepared(name, data_dir)) is not None:
             return prepared
         raise DataError(f"TFDS set {name!r} cannot be prepared in {data_dir} ({_summary(error)})") from error

@@ -69,7 +69,7 @@ def prepare(config: Config, data: mnist.Mnist) -> Setup:
             activation=model.activation,
             dropout=model.dropout,
             bias=model.bias,
-            num_classes=data.num_classes,
+            num_classes=data.info.classes,
         )
 
     task = make_task(config, build, end, augmentation)

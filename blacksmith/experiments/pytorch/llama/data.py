@@ -14,10 +14,8 @@ from blacksmith.run.run import Run
 
 def read_data(run: Run) -> sst2.Source:
     """Reads what `llama.Data` names; raises DataError if it is missing or broken."""
-    settings = run.config.data
-    return sst2.read(
-        settings.source, sentence_column=settings.sentence_column, label_column=settings.label_column
-    )
+    data = run.config.data
+    return sst2.read(data.source, sentence_column=data.sentence_column, label_column=data.label_column)
 
 
 def drop_short(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:

@@ -106,8 +106,6 @@ def score(
 
     Args:
       model: a `LlamaForCausalLM`, or a PEFT model around one.
-      pairs: the sentences with both answers.
-      batch_size: sentences per batch.
       pad: token that fills up shorter rows.
       shared_prefix: whether the common prefix of all prompts is computed once per batch.
       stop: ends the computation early, with None as the result.

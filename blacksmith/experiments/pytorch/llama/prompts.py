@@ -76,9 +76,6 @@ def encode(
 
     Args:
       tokenizer: a fast one, which knows the characters of each token.
-      prompt: the text around each sentence.
-      sentences: one per example.
-      labels: 0 or 1 for each sentence.
       max_length: maximum number of tokens, counted with the longer answer whatever the label.
       too_long: whether a longer example is left out, or its sentence truncated.
 

@@ -1,4 +1,4 @@
-"""PyTorch's own optimizers from the `Optimizer` section, for training loops without Keras."""
+"""PyTorch's own optimizers from the `Optimizer` section, for training without Keras."""
 
 import inspect
 import math
@@ -26,16 +26,14 @@ _CLASSES = {
 def make_optimizer(
     config: TorchOptimizerConfig, parameters: Iterable[Tensor] | Iterable[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, fused if PyTorch can on this device.
+    """The configured optimizer, fused if PyTorch supports that on this device.
 
-    Args:
-      config: name, peak learning rate and settings.
-      parameters: tensors, or PyTorch's parameter groups, which may have learning rates of their own.
+    `parameters` are tensors, or PyTorch's parameter groups, which may have their own learning rates.
     """
     kind, parameters = _CLASSES[config.name], list(parameters)
     taken = inspect.signature(kind).parameters
     options = config.own_settings()
-    # PyTorch's names: RMSprop calls the decay of squared gradients alpha.
+    # PyTorch's names; its RMSprop calls rho alpha.
     renamed = {"epsilon": "eps", "rho": "alpha" if config.name == "rmsprop" else "rho"}
     betas = (options.pop("beta_1", None), options.pop("beta_2", None))
     options = {renamed.get(name, name): value for name, value in options.items()}
@@ -48,7 +46,7 @@ def make_optimizer(
 
 
 def clip_gradients(config: TorchOptimizerConfig, parameters: Iterable[Tensor]) -> Tensor:
-    """Clips the gradients as configured; returns the norm of all of them before, float32 []."""
+    """Clips the gradients as configured; returns their global norm before clipping, float32 []."""
     parameters = list(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.global_clip_norm or math.inf)
     if config.clip_norm is not None:

@@ -25,13 +25,7 @@ _CLASSES = {
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """`blacksmith.run.schedule.learning_rate` in float32, for one step or an array of steps.
-
-    Args:
-      schedule: the shape, its warm-up, its length and what is left at its end.
-      peak: the rate after the warm-up.
-      end: optimizer steps of the whole run.
-    """
+    """`blacksmith.run.schedule.learning_rate` in float32, for one step or an array of steps."""
 
     def __init__(self, schedule: ScheduleConfig, peak: float, end: int) -> None:
         super().__init__()
@@ -48,20 +42,11 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             rate = ops.where(step < warmup, peak * (step + 1.0) / warmup, rate)
         return rate
 
-    def get_config(self) -> dict:
-        """What `from_config` needs."""
-        return {"schedule": self.schedule, "peak": self.peak, "end": self.end}
-
 
 def make_optimizer(
     config: OptimizerConfig, schedule: ScheduleConfig, total_steps: int
 ) -> keras.optimizers.Optimizer:
-    """The optimizer that the configuration names, not yet built.
-
-    Args:
-      config: name and settings.
-      schedule: the learning rate over time.
-      total_steps: optimizer steps of the whole run, for a decay "to the end".
+    """The configured optimizer, not yet built; a decay without a length ends after `total_steps`.
 
     Raises:
       ConfigError: the warm-up is longer than the run.
@@ -83,15 +68,14 @@ def make_optimizer(
 def named_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> dict[str, keras.Variable]:
     """The optimizer's variables by backend-neutral names such as ``hidden_1_kernel_momentum``.
 
-    The optimizer's and the model's own names are left out. If Keras gives two variables the same name, the
-    second becomes ``name.2``. A variable that Keras only numbers (``variable_7``) loses the number, which
-    depends on what the process created before.
+    Names leave out the optimizer and the model. If Keras gives two variables the same name, the second
+    becomes ``name.2``. A numbered variable (``variable_7``) loses its number, which depends on what the
+    process created before.
     """
     named: dict[str, keras.Variable] = {}
     for variable in optimizer.variables:
-        name = base = variable.path.removeprefix(f"{optimizer.name}/").removeprefix(f"{model.name}_")
-        if re.fullmatch(r"variable_\d+", name):
-            name = base = "variable"
+        name = variable.path.removeprefix(f"{optimizer.name}/").removeprefix(f"{model.name}_")
+        name = base = re.sub(r"^variable_\d+$", "variable", name)
         number = 1
         while name in named:
             number += 1

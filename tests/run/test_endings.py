@@ -190,7 +190,7 @@ def test_a_stop_before_begin_takes_the_directory(make):
 # The lock
 
 
-def test_a_second_run_in_a_directory_is_refused_but_a_viewer_may_look(make, tree):
+def test_a_second_run_in_a_directory_is_refused_but_no_viewer(make, tree):
     with make().opened() as run:
         take_steps(run, 1)
         before = tree(run.directory)
@@ -211,7 +211,7 @@ def test_a_directory_changed_since_it_was_listed_is_refused(make):
         pass
 
 
-def test_the_lock_ends_with_its_process_however_that_ends(make):
+def test_the_lock_ends_with_its_process(make):
     child = os.fork()
     if not child:
         with make().opened():

@@ -20,7 +20,7 @@ def open_scene_of(run: Run) -> Scene:
     smallest = scores.SSIM_WINDOW_PIXELS
     if min(scene.info.width, scene.info.height) < smallest:
         raise DataError(
-            f"{scene.path}: pictures of {scene.info['width']}x{scene.info['height']} pixels are too small "
+            f"{scene.path}: pictures of {scene.info.width}x{scene.info.height} pixels are too small "
             f"for SSIM, which needs {smallest}; lower nerf.Data.downscale"
         )
     run.use_data(scene.info, alpha_hull=hull)

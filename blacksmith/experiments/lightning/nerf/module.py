@@ -223,6 +223,7 @@ class NerfModule(L.LightningModule):
 
     def release(self) -> None:
         """Lets go of field, rays and optimizer: testing reads the best checkpoint and needs the memory."""
+        self._loader.use_pool(torch.zeros(1, dtype=torch.int32))  # the pool has up to a number per pixel
         self.field = self._rays = self._validation = self.trainer = None
 
     # --- what it is made of ---

@@ -10,17 +10,7 @@ from torch import Tensor
 
 from blacksmith.config.settings import TorchOptimizerConfig
 
-_CLASSES = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adamax": torch.optim.Adamax,
-    "nadam": torch.optim.NAdam,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-    "adadelta": torch.optim.Adadelta,
-    "adafactor": torch.optim.Adafactor,
-}
+_CLASSES = {name.lower(): kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
 
 
 def make_optimizer(

@@ -8,20 +8,7 @@ from keras import ops
 from blacksmith.config.settings import OptimizerConfig, ScheduleConfig, check_warmup
 from blacksmith.run.schedule import decay, decay_length, decay_start
 
-_CLASSES = {
-    "sgd": keras.optimizers.SGD,
-    "adam": keras.optimizers.Adam,
-    "adamw": keras.optimizers.AdamW,
-    "adamax": keras.optimizers.Adamax,
-    "nadam": keras.optimizers.Nadam,
-    "rmsprop": keras.optimizers.RMSprop,
-    "adagrad": keras.optimizers.Adagrad,
-    "adadelta": keras.optimizers.Adadelta,
-    "lion": keras.optimizers.Lion,
-    "adafactor": keras.optimizers.Adafactor,
-    "lamb": keras.optimizers.Lamb,
-    "muon": keras.optimizers.Muon,
-}
+_CLASSES = {name.lower(): kind for name, kind in vars(keras.optimizers).items() if isinstance(kind, type)}
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
@@ -60,9 +47,7 @@ def make_optimizer(
         "global_clipnorm": config.global_clip_norm,
         "clipvalue": config.clip_value,
     }
-    return _CLASSES[config.name](
-        learning_rate=rate, name="optimizer", **config.own_settings(), **{k: v for k, v in clips.items() if v}
-    )
+    return _CLASSES[config.name](learning_rate=rate, name="optimizer", **config.own_settings(), **clips)
 
 
 def named_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> dict[str, keras.Variable]:

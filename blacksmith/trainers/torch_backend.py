@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import torch
 from keras import ops
+from torch import Tensor
 
 from blacksmith.run.order import Block
 from blacksmith.trainers.backend_state import (
@@ -25,7 +26,7 @@ from blacksmith.trainers.backend_state import (
     step_seeds,
 )
 from blacksmith.trainers.task import Task
-from blacksmith.trainers.torch_graph import simplify, trace
+from blacksmith.trainers.torch_graph import Tensors, simplify, trace
 from blacksmith.trainers.torch_optimizer import make_optimizer_step, write_back
 
 
@@ -40,11 +41,7 @@ class TorchBackend:
     """
 
     def __init__(
-        self,
-        task: Task,
-        inputs: np.ndarray,
-        labels: np.ndarray,
-        notify: Callable[[str], None] = print,
+        self, task: Task, inputs: np.ndarray, labels: np.ndarray, notify: Callable[[str], None] = print
     ) -> None:
         self.task = task
         self._device = task.model.trainable_variables[0].value.device
@@ -82,9 +79,7 @@ class TorchBackend:
         seeds = (step_seeds(self.task.seed, step, count) >> np.uint64(1)).tolist()
         return list(zip(indices, weights, augmentation, seeds))
 
-    def gradients(
-        self, row: tuple[Any, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    def gradients(self, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensors]:
         """Forward and backward of one batch; changes no trainable weight.
 
         Returns:
@@ -117,16 +112,12 @@ class TorchBackend:
         """What `apply` needs for each of `count` steps starting at `step`."""
         return self._optimizer.plan(step, count)
 
-    def apply(self, gradients: list[torch.Tensor], planned: Any) -> None:
+    def apply(self, gradients: Tensors, planned: Any) -> None:
         """One optimizer step with `gradients`."""
         self._optimizer.apply(self._trainable, gradients, planned)
 
     def values(
-        self,
-        losses: list[torch.Tensor],
-        outputs: list[torch.Tensor],
-        labels: list[torch.Tensor],
-        weights: np.ndarray,
+        self, losses: Tensors, outputs: Tensors, labels: Tensors, weights: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Loss and metrics of several steps, float32 [steps]; one transfer per name."""
         steps, batch = weights.shape
@@ -191,7 +182,7 @@ class TorchBackend:
         self._trainable = [v.value.detach() for v in model.trainable_variables]
         self._fixed = [v.value.detach() for v in model.non_trainable_variables]
 
-    def _parts(self, columns: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    def _parts(self, columns: Tensors) -> list[Tensors]:
         """The columns of a batch, split into its `accumulate` parts."""
         parts = self.task.accumulate
         if parts == 1:
@@ -199,13 +190,11 @@ class TorchBackend:
         check_parts(parts, len(columns[0]))
         return [list(part) for part in zip(*(column.chunk(parts) for column in columns))]
 
-    def _arguments(self, part: list[torch.Tensor]) -> tuple[Any, ...]:
+    def _arguments(self, part: Tensors) -> tuple[Any, ...]:
         x, y, weights, *drawn = part
         return self._trainable, self._fixed, x, y, weights, drawn
 
-    def _part(
-        self, part: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    def _part(self, part: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
         trainable, fixed, x, y, weights, drawn = self._arguments(part)
         loss, outputs, *rest = self._graph(*trainable, *fixed, x, y, weights, *drawn)
         if fixed:
@@ -213,14 +202,8 @@ class TorchBackend:
         return loss, outputs, y, rest[: len(trainable)]
 
     def _forward_backward(
-        self,
-        trainable: list[torch.Tensor],
-        fixed: list[torch.Tensor],
-        x: torch.Tensor,
-        y: torch.Tensor,
-        weights: torch.Tensor,
-        augmentation: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        self, trainable: Tensors, fixed: Tensors, x: Tensor, y: Tensor, weights: Tensor, augmentation: Tensors
+    ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
         """The function that is traced; returns loss, outputs, gradients and new non-trainable values."""
         task = self.task
         with torch.enable_grad():

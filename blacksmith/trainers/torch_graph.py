@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 _ATEN = torch.ops.aten
+
+Tensors = list[Tensor]
 
 
 def copies(tensors: Any) -> Any:

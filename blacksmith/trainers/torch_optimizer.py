@@ -12,10 +12,11 @@ import keras
 import numpy as np
 import torch
 from keras import ops
+from torch import Tensor
 
 from blacksmith.errors import first_line
 from blacksmith.trainers.task import Task
-from blacksmith.trainers.torch_graph import copies, trace
+from blacksmith.trainers.torch_graph import Tensors, copies, trace
 
 
 def make_optimizer_step(task: Task, notify: Callable[[str], None]) -> "FusedAdam | TracedOptimizer":
@@ -66,7 +67,6 @@ class FusedAdam:
         self._keras = task.optimizer
         self._decay = task.optimizer.weight_decay or 0.0
         self._kernel = torch._fused_adamw_ if self._decay else torch._fused_adam_
-        self._count = len(task.model.trainable_variables)
         self.pull()
 
     def pull(self) -> None:
@@ -101,31 +101,15 @@ class FusedAdam:
             decay = np.where(kernel_rate > 0, self._decay * rates / kernel_rate, 0.0)
         return list(zip(kernel_rate.tolist(), (optimizer.epsilon / root_2).tolist(), decay.tolist()))
 
-    def apply(
-        self,
-        trainable: list[torch.Tensor],
-        gradients: list[torch.Tensor],
-        planned: tuple[float, float, float],
-    ) -> None:
+    def apply(self, trainable: Tensors, gradients: Tensors, planned: tuple[float, float, float]) -> None:
         """One step, in place."""
         rate, epsilon, decay = planned
         self._steps.add_(1)
         self._iteration += 1
-        self._kernel(
-            trainable,
-            gradients,
-            self._momentums,
-            self._velocities,
-            [],
-            [self._steps] * self._count,
-            amsgrad=False,
-            lr=rate,
-            beta1=self._keras.beta_1,
-            beta2=self._keras.beta_2,
-            weight_decay=decay,
-            eps=epsilon,
-            maximize=False,
-        )
+        slots = (self._momentums, self._velocities, [], [self._steps] * len(trainable))
+        settings = {"lr": rate, "eps": epsilon, "weight_decay": decay, "amsgrad": False, "maximize": False}
+        beta_1, beta_2 = self._keras.beta_1, self._keras.beta_2
+        self._kernel(trainable, gradients, *slots, beta1=beta_1, beta2=beta_2, **settings)
 
     def sync(self) -> None:
         """Writes the step count to the Keras optimizer; its slots were updated in place."""
@@ -154,7 +138,7 @@ class TracedOptimizer:
         """Nothing: the graph computes everything from the iteration count in the slots."""
         return [None] * count
 
-    def apply(self, trainable: list[torch.Tensor], gradients: list[torch.Tensor], planned: None) -> None:
+    def apply(self, trainable: Tensors, gradients: Tensors, planned: None) -> None:
         """One step; updates `trainable` in place or replaces its entries."""
         if self._graph is None:
             self._graph = self._trace((trainable, self._slots, gradients))
@@ -166,7 +150,7 @@ class TracedOptimizer:
         """Writes the slots to the Keras optimizer."""
         write_back(self._keras.variables, self._slots)
 
-    def _trace(self, arguments: tuple[list[torch.Tensor], ...]) -> Callable[..., Any]:
+    def _trace(self, arguments: tuple[Tensors, ...]) -> Callable[..., Any]:
         """The graph of Keras's update for PyTorch, or else of Keras's backend-neutral update."""
         reason = ""
         for update in (self._update, self._neutral_update):
@@ -181,21 +165,13 @@ class TracedOptimizer:
         self._notify(f"optimizer: {type(self._keras).__name__} cannot be traced ({reason}); runs eagerly")
         return lambda packed: self._update(*packed)
 
-    def _update(
-        self,
-        trainable: list[torch.Tensor],
-        slots: list[torch.Tensor],
-        gradients: list[torch.Tensor],
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _update(self, trainable: Tensors, slots: Tensors, gradients: Tensors) -> tuple[Tensors, Tensors]:
         new_trainable, new_slots = self._keras.stateless_apply(slots, gradients, trainable)
         return list(new_trainable), list(new_slots)
 
     def _neutral_update(
-        self,
-        trainable: list[torch.Tensor],
-        slots: list[torch.Tensor],
-        gradients: list[torch.Tensor],
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        self, trainable: Tensors, slots: Tensors, gradients: Tensors
+    ) -> tuple[Tensors, Tensors]:
         """Keras's backend-neutral update.
 
         Some of its updates for PyTorch (SGD, Nadam) read tensor values on the host, which a graph cannot do.
@@ -210,7 +186,7 @@ class TracedOptimizer:
 
 
 def _holds_later(
-    graph: Callable[..., Any], update: Callable[..., Any], arguments: tuple[list[torch.Tensor], ...]
+    graph: Callable[..., Any], update: Callable[..., Any], arguments: tuple[Tensors, ...]
 ) -> bool:
     """Whether a traced update still equals the eager one a step later, with different gradients.
 
@@ -228,7 +204,7 @@ def _holds_later(
     )
 
 
-def write_back(variables: Sequence[keras.Variable], tensors: Sequence[torch.Tensor]) -> None:
+def write_back(variables: Sequence[keras.Variable], tensors: Sequence[Tensor]) -> None:
     """Copies tensors into Keras variables, except those that are the variable's own memory."""
     for variable, tensor in zip(variables, tensors):
         if variable.value.data_ptr() != tensor.data_ptr():

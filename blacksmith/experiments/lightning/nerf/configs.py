@@ -37,7 +37,7 @@ class Data:
     )
     hull: bool = setting(
         True,
-        "start from the visual hull of the training images' alpha, which the standard protocol does not read",
+        "start from the visual hull of the images' alpha, which the standard protocol ignores",
         only_with=_GRID,
     )
     bounds: tuple[float, ...] | None = setting(
@@ -152,7 +152,7 @@ class Train(TrainConfig):
     unused={"clip_norm": _CLIPPING, "global_clip_norm": _CLIPPING, "clip_value": _CLIPPING},
 )
 class Optimizer(TorchOptimizerConfig):
-    """The optimizer: Adam."""
+    """The optimizer of all parameters."""
 
     learning_rate: float = setting(2e-3, "peak rate of the networks; the grid's are in `nerf.Train`", gt=0)
 

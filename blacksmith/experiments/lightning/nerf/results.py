@@ -1,7 +1,6 @@
 """The results of a trained field: scores on held-out views, picture strips for the report, an orbit video.
 
-Used after training and in evaluation. The stop flag is checked before every picture, and files are written
-atomically.
+The stop flag is checked before every picture, and files are written atomically.
 """
 
 import contextlib
@@ -49,7 +48,6 @@ def evaluate(
     """Renders every view and scores it against the true picture.
 
     Args:
-      field: the field to render, on its own device.
       views: the true pictures and their cameras.
       directory: its PNG files are replaced by the `panels` of every view; None: nothing is written.
       background: color behind both pictures, in [0, 1].
@@ -136,10 +134,8 @@ def write_orbit(
     rounded down. The GIF has at most `GIF_PIXELS` of width, `GIF_FPS` frames per second and `GIF_BYTES`.
 
     Args:
-      field: the field to render.
       cameras: one per frame, all of one size.
       directory: receives the two files, each when it is complete.
-      fps: frames per second.
       background: color behind the field in [0, 1].
       on_frame: called after each frame with the number of finished frames.
       stop: checked before each frame.

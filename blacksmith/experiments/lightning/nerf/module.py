@@ -105,7 +105,7 @@ class NerfModule(L.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Brings the grid to the level and the occupancy that this step is trained with.
 
-        Here and not after the previous step: a checkpoint between the two, saved in `on_train_batch_end`, then
+        Here and not after the previous step: a checkpoint between the two, from `on_train_batch_end`, then
         holds the old grid, and a resumed run repeats the change.
         """
         del batch, batch_idx

@@ -1,12 +1,28 @@
-"""Fixtures of the Llama tests: the tiny Gin file with settings that make it smaller, and a base model."""
+"""Fixtures of the NeRF and Llama tests: Gin files with small settings, a scene and a base model."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from blacksmith import launch as launcher
 
-SMALL = [
+NERF = [
+    "nerf.Grid.resolutions = (12, 18, 28)",
+    "nerf.Grid.upsample_at = (0.2, 0.5)",
+    "nerf.Grid.refresh_at = (0.4, 0.7)",
+    "nerf.Grid.occupancy_resolution = 32",
+    "nerf.Train.steps = 60",
+    "nerf.Train.samples = 8192",
+    "Schedule.warmup_steps = 5",
+    "nerf.Train.evaluate_every_steps = 20",
+    "nerf.Train.validation_views = 2",
+    "nerf.Results.video_frames = 0",
+    "Checkpoint.every_steps = None",
+    "Log.every_steps = 7",
+    "Log.tensorboard = False",
+]
+LLAMA = [
     "llama.Data.validation = 20",
     "llama.Model.hidden_size = 32",
     "llama.Model.intermediate_size = 48",
@@ -23,9 +39,47 @@ SMALL = [
 
 
 @pytest.fixture(scope="session")
+def nerf_scene():
+    """The module `nerf_scene.py`, which draws a ball."""
+    path = Path(__file__).with_name("nerf_scene.py")
+    specification = importlib.util.spec_from_file_location("nerf_scene", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def ball(nerf_scene, tmp_path_factory) -> Path:
+    """The directory of a scene that shows a ball."""
+    return nerf_scene.write(tmp_path_factory.mktemp("scene") / "ball")
+
+
+@pytest.fixture(scope="session")
+def launch_nerf(ball):
+    """Runs a Gin file on the ball, the default one with small settings; returns the exit status."""
+
+    def run(directory: Path, *params: str, file: str = "nerf_blender", **options: str) -> int:
+        small = NERF if file == "nerf_blender" else []
+        resolved = launcher.resolve([f"gin/{file}.gin"], [f'nerf.Data.scene = "{ball}"', *small, *params])
+        return launcher.run_experiment(resolved, directory, device="cpu", **options)
+
+    return run
+
+
+@pytest.fixture
+def run_nerf(launch_nerf, tmp_path):
+    """As `launch_nerf`, in ``run`` unless a directory is given."""
+
+    def call(*params: str, directory: Path = tmp_path / "run", **options: str) -> int:
+        return launch_nerf(directory, *params, **options)
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def resolve_llama():
     """Resolves the tiny Gin file with small settings and the given ones."""
-    return lambda *params: launcher.resolve(["gin/llama_sst2_tiny.gin"], [*SMALL, *params])
+    return lambda *params: launcher.resolve(["gin/llama_sst2_tiny.gin"], [*LLAMA, *params])
 
 
 @pytest.fixture

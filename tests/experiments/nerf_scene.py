@@ -1,4 +1,4 @@
-"""A scene of known pictures: a ball, lit from above, whose colour is its surface normal."""
+"""A scene of known pictures: a ball, lit from above, whose color is its surface normal."""
 
 import json
 from pathlib import Path

@@ -25,6 +25,15 @@ from blacksmith.run.schedule import learning_rate
 
 ACCURACY = 'Checkpoint.metric = "val_accuracy"'
 LORA = ["llama.Lora.rank = 4", "llama.Lora.alpha = 8.0"]
+PARTS = ["llama.Train.accumulate = 4", *LORA]
+
+
+@pytest.fixture(scope="module")
+def whole(resolve_llama, tmp_path_factory) -> Path:
+    """The directory of an uninterrupted run with `PARTS`."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    assert launcher.run_experiment(resolve_llama(*PARTS), directory, device="cpu") == 0
+    return directory
 
 
 def result(directory: Path) -> dict:
@@ -122,27 +131,26 @@ def stop_during(monkeypatch, owner, name, call=1):
         (train, "build_model", 1, 0),  # while the run starts
         (evaluation, "score", 1, 0),  # in the validation before the first step
         (train, "token_losses", 4 * 6 + 2, 7),  # in the second part of the seventh step
-        (evaluation, "score", 3, 10),  # in a later validation
+        (evaluation, "score", 3, 10),
+        (evaluation, "score", 4, 12),  # in the validation after the last step
         (evaluation, "score", 5, 12),  # in the test
         (evaluation, "generate", 1, 12),
     ],
-    ids=["start", "first", "step", "validation", "test", "generation"],
+    ids=["start", "first", "step", "validation", "last", "test", "generation"],
 )
-def test_a_stop_loses_nothing(run_llama, stream, tmp_path, monkeypatch, owner, name, call, step):
-    params = ["llama.Train.accumulate = 4", *LORA]
-    run_llama(*params, directory=tmp_path / "whole")
+def test_a_stop_loses_nothing(run_llama, whole, stream, tmp_path, monkeypatch, owner, name, call, step):
     calls = stop_during(monkeypatch, owner, name, call)
-    assert run_llama(*params) == 75
+    assert run_llama(*PARTS) == 75
     if name == "token_losses":
         assert len(calls) == 4 * 7
     stopped = result(tmp_path / "run")
     assert (stopped["status"], stopped["step"]) == ("stopped", step)
     monkeypatch.undo()
-    assert run_llama(*params) == 0
-    assert stream(tmp_path / "run") == stream(tmp_path / "whole")
-    assert equal_weights(tmp_path / "run", tmp_path / "whole")
+    assert run_llama(*PARTS) == 0
+    assert stream(tmp_path / "run") == stream(whole)
+    assert equal_weights(tmp_path / "run", whole)
     for part in ("status", "best", "tested_checkpoint", "final", "test"):
-        assert result(tmp_path / "run")[part] == result(tmp_path / "whole")[part]
+        assert result(tmp_path / "run")[part] == result(whole)[part]
 
 
 def test_a_stop_in_the_best_validation_keeps_its_weights(run_llama, stream, tmp_path, monkeypatch):

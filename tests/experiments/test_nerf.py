@@ -1,8 +1,6 @@
 """The NeRF experiment end to end, as a user runs it, on a ball of known pictures."""
 
-import importlib.util
 import json
-import shutil
 import signal
 from pathlib import Path
 
@@ -12,35 +10,13 @@ import torch
 import trimesh
 from PIL import Image
 
-from blacksmith import launch as launcher
 from blacksmith.datasets.blender import Scene, open_scene
-from blacksmith.errors import ConfigError, DataError, RunError
+from blacksmith.errors import RunError
 from blacksmith.experiments.lightning.nerf import fields, train
 from blacksmith.experiments.lightning.nerf.module import NerfModule, collapse
 from blacksmith.experiments.lightning.nerf.rays import RayBank
 from blacksmith.run.checkpoint import find
 
-specification = importlib.util.spec_from_file_location(
-    "nerf_scene", Path(__file__).with_name("nerf_scene.py")
-)
-nerf_scene = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(nerf_scene)
-
-SMALL = [
-    "nerf.Grid.resolutions = (12, 18, 28)",
-    "nerf.Grid.upsample_at = (0.2, 0.5)",
-    "nerf.Grid.refresh_at = (0.4, 0.7)",
-    "nerf.Grid.occupancy_resolution = 32",
-    "nerf.Train.steps = 60",
-    "nerf.Train.samples = 8192",
-    "Schedule.warmup_steps = 5",
-    "nerf.Train.evaluate_every_steps = 20",
-    "nerf.Train.validation_views = 2",
-    "nerf.Results.video_frames = 0",
-    "Checkpoint.every_steps = None",
-    "Log.every_steps = 7",
-    "Log.tensorboard = False",
-]
 VIDEO = ["nerf.Results.video_frames = 2", "nerf.Results.video_width = 16"]
 MLP = [
     "nerf.Mlp.width = 16",
@@ -58,32 +34,10 @@ MLP = [
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> Path:
-    """The ball's directory."""
-    return nerf_scene.write(tmp_path_factory.mktemp("scene") / "ball")
-
-
-def launch_in(scene: Path, directory: Path, *params: str, file: str = "nerf_blender", **flags: str) -> int:
-    """Runs a Gin file on a scene in this process; returns the exit status."""
-    resolved = launcher.resolve([f"gin/{file}.gin"], [f'nerf.Data.scene = "{scene}"', *params])
-    return launcher.run_experiment(resolved, directory, device="cpu", **flags)
-
-
-@pytest.fixture
-def run(scene, tmp_path):
-    """Runs a Gin file on the ball, in ``run`` unless a directory is given; returns the exit status."""
-
-    def call(*params: str, directory: Path = tmp_path / "run", **options: str) -> int:
-        return launch_in(scene, directory, *params, **options)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def whole(scene, tmp_path_factory) -> Path:
-    """The directory of an uninterrupted run with `SMALL` and `VIDEO`."""
+def whole(launch_nerf, tmp_path_factory) -> Path:
+    """The directory of an uninterrupted run with `VIDEO`."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    assert launch_in(scene, directory, *SMALL, *VIDEO) == 0
+    assert launch_nerf(directory, *VIDEO) == 0
     return directory
 
 
@@ -135,10 +89,10 @@ def stop_during(monkeypatch, owner, name, call=1):
 
 
 @pytest.mark.parametrize("hull", [True, False])
-def test_pictures_need_not_be_square(run, tmp_path, hull):
+def test_pictures_need_not_be_square(run_nerf, nerf_scene, tmp_path, hull):
     wide = nerf_scene.write(tmp_path / "wide", width=40, height=30)
-    params = [*SMALL, f'nerf.Data.scene = "{wide}"', f"nerf.Data.hull = {hull}", "nerf.Train.steps = 150"]
-    assert run(*params, "nerf.Results.video_frames = 2", "nerf.Results.video_width = 40") == 0
+    params = [f'nerf.Data.scene = "{wide}"', f"nerf.Data.hull = {hull}", "nerf.Train.steps = 150"]
+    assert run_nerf(*params, "nerf.Results.video_frames = 2", "nerf.Results.video_width = 40") == 0
     directory = tmp_path / "run"
     # Rows and columns taken for one another give less than 15 dB.
     assert result(directory)["test"]["psnr"] > 25
@@ -146,11 +100,9 @@ def test_pictures_need_not_be_square(run, tmp_path, hull):
     assert Image.open(directory / "images" / "orbit.gif").size == (40, 30)
 
 
-def test_a_run_learns_the_scene_and_shows_it(run, stream, tmp_path, capsys):
+def test_a_run_learns_the_scene_and_shows_it(run_nerf, stream, tmp_path, capsys):
     directory = tmp_path / "run"
-    assert (
-        run(*SMALL, "nerf.Train.steps = 150", "nerf.Results.video_frames = 3", "Log.tensorboard = True") == 0
-    )
+    assert run_nerf("nerf.Train.steps = 150", "nerf.Results.video_frames = 3", "Log.tensorboard = True") == 0
     content = result(directory)
     assert content["status"] == "done"
     # A ball of one color is at 17 dB here, white at 8.
@@ -180,21 +132,21 @@ def test_a_run_learns_the_scene_and_shows_it(run, stream, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("hull", [True, False])
-def test_resume_is_bit_equal(run, stream, tmp_path, hull):
+def test_resume_is_bit_equal(run_nerf, stream, tmp_path, hull):
     """At and after a change of level (12, 30) or occupancy (24, 42), and between training lines."""
-    settings = [*SMALL, f"nerf.Data.hull = {hull}", "Checkpoint.keep_best = 0"]
+    settings = [f"nerf.Data.hull = {hull}", "Checkpoint.keep_best = 0"]
     whole = tmp_path / "whole"
-    run(*settings, "Checkpoint.every_steps = 6", "Checkpoint.keep_last = 20", directory=whole)
+    run_nerf(*settings, "Checkpoint.every_steps = 6", "Checkpoint.keep_last = 20", directory=whole)
     for step in (12, 30, 42):
         resumed = tmp_path / f"from_{step}"
         resume = str(whole / "checkpoints" / f"step_{step:08d}")
-        run(*settings, directory=resumed, resume=resume)
+        run_nerf(*settings, directory=resumed, resume=resume)
         assert stream(resumed) == [line for line in stream(whole) if line["step"] > step], step
         assert equal_weights(resumed, whole), step
         assert result(resumed)["test"]["images"] == result(whole)["test"]["images"]
 
 
-def test_resume_after_a_restart_is_bit_equal(run, stream, tmp_path, monkeypatch):
+def test_resume_after_a_restart_is_bit_equal(run_nerf, stream, tmp_path, monkeypatch):
     start, whole = NerfModule.on_train_start, tmp_path / "whole"
 
     def ruined(module):
@@ -204,8 +156,8 @@ def test_resume_after_a_restart_is_bit_equal(run, stream, tmp_path, monkeypatch)
                 module.field.density_table.fill_(-40)
 
     monkeypatch.setattr(NerfModule, "on_train_start", ruined)
-    settings = [*SMALL, "nerf.Train.steps = 100", "Log.every_steps = 1", "Checkpoint.keep_best = 0"]
-    run(*settings, "Checkpoint.every_steps = 4", "Checkpoint.keep_last = 30", directory=whole)
+    settings = ["nerf.Train.steps = 100", "Log.every_steps = 1", "Checkpoint.keep_best = 0"]
+    run_nerf(*settings, "Checkpoint.every_steps = 4", "Checkpoint.keep_last = 30", directory=whole)
     assert [restart["step"] for restart in result(whole)["restarts"]] == [5]
     rates = {line["step"]: line["learning_rate"] for line in stream(whole) if line["split"] == "train"}
     # A new warm-up of 5 steps; the rate that is logged is the next step's. Nothing is logged at step 5.
@@ -215,23 +167,23 @@ def test_resume_after_a_restart_is_bit_equal(run, stream, tmp_path, monkeypatch)
     )
     for step in (4, 8):
         resumed = tmp_path / f"from_{step}"
-        run(*settings, directory=resumed, resume=str(whole / f"checkpoints/step_{step:08d}"))
+        run_nerf(*settings, directory=resumed, resume=str(whole / f"checkpoints/step_{step:08d}"))
         assert stream(resumed) == [line for line in stream(whole) if line["step"] > step]
         assert equal_weights(resumed, whole)
 
 
-def test_the_mlp_field_trains_resumes_and_is_evaluated(run, stream, tmp_path):
+def test_the_mlp_field_trains_resumes_and_is_evaluated(run_nerf, stream, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     settings = [*MLP, "Checkpoint.keep_best = 0"]
     more = ["Checkpoint.every_steps = 3", "Checkpoint.keep_last = 9"]
-    run(*settings, *more, file="nerf_vanilla", directory=whole)
+    run_nerf(*settings, *more, file="nerf_vanilla", directory=whole)
     first, *_, last = (line["loss"] for line in stream(whole) if line["split"] == "train")
     assert last < first
     resume = str(whole / "checkpoints" / "step_00000003")
-    run(*settings, file="nerf_vanilla", directory=resumed, resume=resume)
+    run_nerf(*settings, file="nerf_vanilla", directory=resumed, resume=resume)
     assert stream(resumed) == [line for line in stream(whole) if line["step"] > 3]
     assert equal_weights(resumed, whole)
-    assert run(*settings, file="nerf_vanilla", directory=whole, mode="eval") == 0
+    assert run_nerf(*settings, file="nerf_vanilla", directory=whole, mode="eval") == 0
 
 
 @pytest.mark.parametrize(
@@ -244,23 +196,23 @@ def test_the_mlp_field_trains_resumes_and_is_evaluated(run, stream, tmp_path):
     ],
     ids=["start", "validation", "test", "video"],
 )
-def test_a_stop_loses_nothing(run, whole, stream, tmp_path, monkeypatch, owner, name, step):
+def test_a_stop_loses_nothing(run_nerf, whole, stream, tmp_path, monkeypatch, owner, name, step):
     stop_during(monkeypatch, owner, name)
-    assert run(*SMALL, *VIDEO) == 75
+    assert run_nerf(*VIDEO) == 75
     stopped = result(tmp_path / "run")
     assert (stopped["status"], stopped["step"]) == ("stopped", step)
     monkeypatch.undo()
-    assert run(*SMALL, *VIDEO) == 0
+    assert run_nerf(*VIDEO) == 0
     assert stream(tmp_path / "run") == stream(whole)
     assert equal_weights(tmp_path / "run", whole)
     assert saved_metrics(tmp_path / "run") == saved_metrics(whole)
     assert result(tmp_path / "run")["status"] == "done"
 
 
-def test_the_best_weights_are_saved_and_tested(run, scores, tmp_path):
+def test_the_best_weights_are_saved_and_tested(run_nerf, scores, tmp_path):
     """Though no checkpoint is due at the step at which they were found."""
     scores(30.0, 10.0, 20.0)
-    run(*SMALL, "Checkpoint.keep_last = 1")
+    run_nerf("Checkpoint.keep_last = 1")
     content = result(tmp_path / "run")
     assert content["best"] == {"metric": "val_psnr", "value": 30.0, "step": 20}
     assert content["tested_checkpoint"] == "step_00000020"
@@ -277,9 +229,9 @@ def test_the_best_weights_are_saved_and_tested(run, scores, tmp_path):
     ],
     ids=["early_stopping", "stop_at"],
 )
-def test_early_stopping_and_a_target_end_the_run(run, scores, tmp_path, setting, psnrs, tested):
+def test_early_stopping_and_a_target_end_the_run(run_nerf, scores, tmp_path, setting, psnrs, tested):
     scores(*psnrs)
-    assert run(*SMALL, setting) == 0
+    assert run_nerf(setting) == 0
     content = result(tmp_path / "run")
     assert (content["status"], content["step"], content["tested_checkpoint"]) == ("done", 40, tested)
 
@@ -293,37 +245,30 @@ def test_loop_state_is_stored_once(whole):
     assert not content.keys() & {"loop", "position", *saved.own}
 
 
-def test_histograms_start_before_the_first_step(run, tmp_path):
+def test_histograms_start_before_the_first_step(run_nerf, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert run(*SMALL, "Log.tensorboard = True", "Log.histograms_every = 30") == 0
+    assert run_nerf("Log.tensorboard = True", "Log.histograms_every = 30") == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0}).Reload()
     steps = {tag: [event.step for event in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
     assert steps["weights/density_table"] == [0, 30, 60]
     assert steps["gradients/density_table"] == [30, 60]
 
 
-def test_a_finished_run_started_again_tests_again(run, tmp_path, capsys):
-    run(*SMALL, "nerf.Train.steps = 10")
+def test_a_finished_run_started_again_tests_again(run_nerf, tmp_path, capsys):
+    run_nerf("nerf.Train.steps = 10")
     before = result(tmp_path / "run")["test"]["images"]
-    assert run(*SMALL, "nerf.Train.steps = 10") == 0
+    assert run_nerf("nerf.Train.steps = 10") == 0
     assert result(tmp_path / "run")["test"]["images"] == before
     assert "already finished at step 10" in capsys.readouterr().err
     # In a new directory as well, which gets a checkpoint.
-    assert (
-        run(
-            *SMALL,
-            "nerf.Train.steps = 10",
-            directory=tmp_path / "new",
-            resume=str(tmp_path / "run"),
-        )
-        == 0
-    )
+    resume = str(tmp_path / "run")
+    assert run_nerf("nerf.Train.steps = 10", directory=tmp_path / "new", resume=resume) == 0
     assert result(tmp_path / "new")["test"]["images"] == before
     assert equal_weights(tmp_path / "new", tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(run, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(run_nerf, monkeypatch, tmp_path):
     loss, calls = torch.nn.functional.mse_loss, []
 
     def broken(*arguments):
@@ -332,12 +277,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(run, monkeypatch, 
 
     monkeypatch.setattr(torch.nn.functional, "mse_loss", broken)
     with pytest.raises(RunError, match=r"loss nan .*at step 31;.*step_00000020"):
-        run(*SMALL, "Checkpoint.every_steps = 20")
+        run_nerf("Checkpoint.every_steps = 20")
     assert find(tmp_path / "run").step == 20
     assert result(tmp_path / "run")["status"] == "failed"
 
 
-def test_test_views_are_decoded_after_training(run, monkeypatch, tmp_path):
+def test_test_views_are_decoded_after_training(run_nerf, monkeypatch, tmp_path):
     decoded, trained = [], []
     views, fit = Scene.views, train.fit
 
@@ -351,11 +296,11 @@ def test_test_views_are_decoded_after_training(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Scene, "views", watched)
     monkeypatch.setattr(train, "fit", fitted)
-    run(*SMALL, "nerf.Train.steps = 10")
+    run_nerf("nerf.Train.steps = 10")
     assert decoded == [("train", False), ("val", False), ("test", True)]
 
 
-def test_a_collapsed_field_is_restarted_once(run, monkeypatch, tmp_path, capsys):
+def test_a_collapsed_field_is_restarted_once(run_nerf, monkeypatch, tmp_path, capsys):
     directory, start = tmp_path / "run", NerfModule.on_train_start
 
     def ruined(module):
@@ -364,7 +309,7 @@ def test_a_collapsed_field_is_restarted_once(run, monkeypatch, tmp_path, capsys)
             module.field.density_table.fill_(-40)
 
     monkeypatch.setattr(NerfModule, "on_train_start", ruined)
-    assert run(*SMALL, "nerf.Train.steps = 100") == 0
+    assert run_nerf("nerf.Train.steps = 100") == 0
     restarts = result(directory)["restarts"]
     assert [restart["step"] for restart in restarts] == [5]
     assert "empty" in restarts[0]["reason"]
@@ -372,14 +317,14 @@ def test_a_collapsed_field_is_restarted_once(run, monkeypatch, tmp_path, capsys)
     assert result(directory)["test"]["psnr"] > 24
 
 
-def test_a_field_that_collapses_twice_ends_the_run(run, tmp_path, monkeypatch):
+def test_a_field_that_collapses_twice_ends_the_run(run_nerf, tmp_path, monkeypatch):
     def ruined(module, *_):
         with torch.no_grad():
             module.field.density_table.fill_(-40)
 
     monkeypatch.setattr(NerfModule, "on_train_batch_start", ruined)
     with pytest.raises(RunError, match="collapsed again"):
-        run(*SMALL, "nerf.Train.steps = 100")
+        run_nerf("nerf.Train.steps = 100")
     assert result(tmp_path / "run")["status"] == "failed"
 
 
@@ -390,16 +335,16 @@ def test_collapse_is_recognized():
     assert collapse(opaque, truth, truth, matter) is None
     assert collapse(torch.zeros(100), truth, truth, ~matter) is None
     assert "empty" in collapse(opaque * 0.01, truth, truth, matter)
-    assert "one color" in collapse(opaque, torch.full_like(truth, 0.5), truth, matter)
+    assert "everywhere" in collapse(opaque, torch.full_like(truth, 0.5), truth, matter)
     assert "finite" in collapse(opaque * torch.nan, truth, truth, matter)
 
 
-def test_a_checkpoint_is_evaluated_at_another_resolution(run, tmp_path):
-    run(*SMALL)
-    assert run(*SMALL, mode="eval") == 0
+def test_a_checkpoint_is_evaluated_at_another_resolution(run_nerf, tmp_path):
+    run_nerf()
+    assert run_nerf(mode="eval") == 0
     full = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert full["test"]["images"] == result(tmp_path / "run")["test"]["images"]
-    assert run(*SMALL, "nerf.Data.downscale = 2", mode="eval") == 0
+    assert run_nerf("nerf.Data.downscale = 2", mode="eval") == 0
     half = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert half["data"]["width"] == 16
     assert half["test"]["psnr"] > 15
@@ -408,9 +353,9 @@ def test_a_checkpoint_is_evaluated_at_another_resolution(run, tmp_path):
     assert len(half["val"]["images"]) == 3
 
 
-def test_a_mesh_of_the_ball_has_its_size_and_colors(run, tmp_path, capsys):
-    run(*SMALL, "nerf.Train.steps = 150")
-    assert run(*SMALL, "nerf.Train.steps = 150", "nerf.Results.mesh_resolution = 48", mode="export") == 0
+def test_a_mesh_of_the_ball_has_its_size_and_colors(run_nerf, nerf_scene, tmp_path, capsys):
+    run_nerf("nerf.Train.steps = 150")
+    assert run_nerf("nerf.Train.steps = 150", "nerf.Results.mesh_resolution = 48", mode="export") == 0
     mesh = trimesh.load(tmp_path / "run" / "export" / "mesh.ply", process=False)
     distance = np.linalg.norm(mesh.vertices, axis=1)
     # What lies inside is never seen and may be anything. A voxel is 0.08.
@@ -421,7 +366,7 @@ def test_a_mesh_of_the_ball_has_its_size_and_colors(run, tmp_path, capsys):
     assert "mesh.ply" in capsys.readouterr().out
 
 
-def test_view_serves_the_field_until_a_signal(run, tmp_path, monkeypatch):
+def test_view_serves_the_field_until_a_signal(run_nerf, tmp_path, monkeypatch):
     from blacksmith.experiments.lightning.nerf import viewer
 
     served = []
@@ -431,123 +376,16 @@ def test_view_serves_the_field_until_a_signal(run, tmp_path, monkeypatch):
         served.append((field.density_table.abs().sum() > 0, camera.width, stop(), options["port"]))
 
     monkeypatch.setattr(viewer, "serve", serve)
-    run(*SMALL, "nerf.Train.steps = 10")
+    run_nerf("nerf.Train.steps = 10")
     before = result(tmp_path / "run")
-    assert run(*SMALL, "nerf.Train.steps = 10", "nerf.View.port = 0", mode="view") == 0
+    assert run_nerf("nerf.Train.steps = 10", "nerf.View.port = 0", mode="view") == 0
     assert served == [(True, 32, True, 0)]
     assert result(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ['nerf.Data.background = "random"'],
-        ['nerf.Data.background = "black"'],
-        ["nerf.Data.hull = False", "nerf.Train.distortion = 0.01"],
-        ["nerf.Train.total_variation = 1e-4", "nerf.Train.opacity_entropy = 1e-3"],
-        [
-            "nerf.Data.bounds = (-1.2, -1.2, -1.2, 1.2, 1.2, 1.2)",
-            "nerf.Data.near = 2.5",
-            "nerf.Data.far = 5.5",
-        ],
-        ['nerf.Train.precision = "bfloat16"'],
-        ["nerf.Train.samples = None", "nerf.Train.rays = 600"],
-        ["nerf.Grid.rows = 3000"],  # fewer than the finest level has: a coarser one is taken
-    ],
-    ids=lambda settings: settings[0].partition(" ")[0],
-)
-def test_each_setting_learns_the_ball(run, tmp_path, settings):
-    # 80 steps; the plainest of these settings reaches 25 dB.
-    run(*SMALL, "nerf.Train.steps = 80", *settings)
-    assert result(tmp_path / "run")["test"]["psnr"] > 20
-
-
-def test_the_published_settings_are_ours():
-    config = launcher.resolve(["gin/nerf_vanilla.gin"], []).config
-    assert (config.mlp.depth, config.mlp.width) == (8, 256)
-    assert (config.mlp.position_frequencies, config.mlp.direction_frequencies) == (10, 4)
-    assert (config.mlp.coarse_samples, config.mlp.fine_samples) == (64, 128)
-    optimizer, schedule = config.optimizer, config.schedule
-    assert (config.train.rays, optimizer.name, optimizer.learning_rate) == (4096, "adam", 5e-4)
-    assert (optimizer.beta_1, optimizer.beta_2, optimizer.epsilon) == (None, 0.999, 1e-7)  # None is 0.9
-    assert (schedule.name, schedule.warmup_steps, schedule.final_fraction) == ("exponential", 0, 0.1)
-    assert (config.data.near, config.data.far, config.data.background) == (2.0, 6.0, "white")
-
-
-def test_the_gpu_preset_runs_on_a_cpu(run, tmp_path):
-    settings = [
-        "nerf.Train.steps = 8",
-        "nerf.Train.samples = 20000",
-        "Schedule.warmup_steps = 2",
-        "nerf.Grid.resolutions = (16, 20, 24, 32)",
-        "nerf.Grid.occupancy_resolution = 32",
-        "nerf.Grid.rows = 40000",
-        "nerf.Results.video_frames = 0",
-    ]
-    assert run(*settings, file="nerf_blender_gpu") == 0
-    assert result(tmp_path / "run")["step"] == 8
-
-
-def test_a_changed_scene_is_not_resumed(run, scene, tmp_path):
-    own = tmp_path / "own"
-    shutil.copytree(scene, own)
-    settings = [*SMALL, "nerf.Train.steps = 10", f'nerf.Data.scene = "{own}"']
-    run(*settings)
-    with (own / "transforms_val.json").open("a") as file:
-        file.write(" ")
-    with pytest.raises(DataError, match="the data has changed since step_00000010"):
-        run(*settings)
-
-
-def test_rays_are_exact_under_autocast(scene):
-    bank = RayBank(open_scene(scene).views("train"), "cpu")
+def test_rays_are_exact_under_autocast(ball):
+    bank = RayBank(open_scene(ball).views("train"), "cpu")
     exact = bank(torch.arange(2000))
     with torch.autocast("cpu", torch.bfloat16):
         cast = bank(torch.arange(2000))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(cast, exact))
-
-
-def test_pictures_too_small_to_be_scored_are_refused(run, tmp_path):
-    with pytest.raises(DataError, match="8x8 pixels are too small for SSIM"):
-        run(*SMALL, "nerf.Data.downscale = 4")
-    assert not (tmp_path / "run").exists()
-
-
-def test_float16_needs_a_gpu(run):
-    with pytest.raises(ConfigError, match="float16"):
-        run(*SMALL, 'nerf.Train.precision = "float16"')
-
-
-@pytest.mark.parametrize(
-    ("file", "binding", "named"),
-    [
-        ("nerf_blender", "nerf.Grid.resolutions = (48, 40)", "must rise"),
-        ("nerf_blender", "nerf.Grid.resolutions = (48, 80)", "one entry per level"),
-        ("nerf_blender", "nerf.Grid.upsample_at = (0.5, 0.4)", "must rise"),
-        ("nerf_blender", "nerf.Grid.refresh_at = (0.5, 1.0)", "between 0 and 1"),
-        ("nerf_blender", "nerf.Grid.features = 2", "nerf.Grid.features"),
-        ("nerf_blender", "nerf.Data.bounds = (1, 0, 0, 0, 1, 1)", "nerf.Data.bounds"),
-        ("nerf_blender", "nerf.Data.bounds = (0, 0, 1)", "nerf.Data.bounds"),
-        ("nerf_blender", "nerf.Data.near = 7.0\nnerf.Data.far = 6.0", "nerf.Data.near"),
-        ("nerf_blender", "nerf.Data.downscale = 0", "nerf.Data.downscale"),
-        ("nerf_blender", "nerf.Mlp.width = 128", "no effect"),
-        ("nerf_blender", 'nerf.Model.field = "hash"', "grid"),
-        ("nerf_blender", 'Checkpoint.metric = "val_accuracy"', "val_psnr"),
-        ("nerf_blender", "Checkpoint.every_epochs = 2", "every_steps"),
-        ("nerf_blender", "nerf.Train.epochs = 2", "nerf.Train.steps"),
-        ("nerf_blender", "nerf.Train.epsilon = 1e-7", "is now Optimizer.epsilon"),
-        ("nerf_blender", "Optimizer.clip_value = 1.0", "not clipped"),
-        ("nerf_blender", "Schedule.warmup_steps = 100000", "warmup_steps"),
-        ("nerf_blender", "nerf.View.port = 70000", "nerf.View.port"),
-        ("nerf_blender", 'Run.backend = "jax"', "torch"),
-        ("nerf_vanilla", "nerf.Grid.features = 16", "no effect"),
-        ("nerf_vanilla", "nerf.Train.samples = 1000", "no effect"),
-        ("nerf_vanilla", "nerf.Train.density_learning_rate = 0.1", "no effect"),
-        ("nerf_vanilla", "nerf.Data.hull = False", "no effect"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(file, binding, named):
-    with pytest.raises(ConfigError) as error:
-        launcher.resolve([f"gin/{file}.gin"], binding.splitlines())
-    assert named in str(error.value)
-    assert "\n" not in str(error.value)

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -133,6 +134,13 @@ def _placed(value: Tensor, slot: str, parameter: Tensor, group: Mapping[str, obj
     # PyTorch keeps scalar counters on the CPU, unless a kernel on the device reads them.
     on_host = slot in ("step", "mu_product") and not (group.get("fused") or group.get("capturable"))
     return value.to("cpu" if on_host else parameter.device, copy=True)
+
+
+def weights_and_gradients(parameters: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Returns named parameters and, after the first step, their gradients as float32, for histograms."""
+    arrays = {f"weights/{name}": parameter.detach() for name, parameter in parameters.items()}
+    arrays |= {f"gradients/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+    return {name: array.float().cpu().numpy() for name, array in arrays.items()}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

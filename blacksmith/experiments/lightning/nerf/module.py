@@ -27,6 +27,7 @@ from blacksmith.run.order import generator, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import make_optimizer
+from blacksmith.trainers.torch_state import weights_and_gradients
 
 _CHECK_AT = 0.05  # when to check for a collapse, as a fraction of the training
 _SMOOTHING = 0.9  # of the samples per ray, from which the number of rays follows
@@ -215,10 +216,7 @@ class NerfModule(L.LightningModule):
 
     def histograms(self) -> dict[str, np.ndarray]:
         """Weights and, after the first step, their gradients."""
-        named = list(self.field.named_parameters())
-        arrays = {f"weights/{name}": value.detach() for name, value in named}
-        arrays |= {f"gradients/{name}": value.grad for name, value in named if value.grad is not None}
-        return {name: array.float().cpu().numpy() for name, array in arrays.items()}
+        return weights_and_gradients(dict(self.field.named_parameters()))
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """The values of a training line from their means."""

@@ -20,10 +20,10 @@ from blacksmith.trainers.backend_state import (
     seed_states,
     step_seeds,
 )
-from blacksmith.trainers.task import Task
+from blacksmith.trainers.task import Backend, Task
 
 
-class JaxBackend:
+class JaxBackend(Backend):
     """Runs a `Task` on JAX, in blocks of at most `block_steps` steps.
 
     Training inputs are [samples, ...] and labels [samples].
@@ -43,7 +43,6 @@ class JaxBackend:
         self._pull()
 
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """See `Backend.train_block`."""
         count = len(block.indices)
         if count > self._capacity:
             raise ValueError(f"a block of {count} steps is longer than block_steps = {self._capacity}")
@@ -53,7 +52,6 @@ class JaxBackend:
         return {name: np.asarray(values[name])[:count] for name in self.task.value_names}
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """See `Backend.evaluate`."""
         trainable, fixed, _ = self._state
 
         def forward(x: np.ndarray, y: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -68,7 +66,6 @@ class JaxBackend:
         return evaluate_in_batches(forward, inputs, labels)
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """See `Backend.distributions`."""
         rows = jax.tree.map(lambda a: a[0], self._rows(block, step, 1))
         gradients = self._gradients(self._state, self._inputs, self._labels, rows)
         found = {}
@@ -78,17 +75,14 @@ class JaxBackend:
         return found
 
     def state(self) -> dict[str, np.ndarray]:
-        """See `Backend.state`."""
         self.sync()
         return read_state(self.task)
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """See `Backend.load_state`."""
         assign_state(self.task, state)
         self._pull()
 
     def sync(self) -> None:
-        """See `Backend.sync`."""
         # Copies, because the next block donates, and so deletes, the arrays of the current state.
         for variables, values in zip(self._variables(), jax.tree.map(jnp.copy, self._state)):
             for variable, value in zip(variables, values):

@@ -25,12 +25,12 @@ from blacksmith.trainers.backend_state import (
     seed_states,
     step_seeds,
 )
-from blacksmith.trainers.task import Task
+from blacksmith.trainers.task import Backend, Task
 from blacksmith.trainers.torch_graph import Tensors, simplify, trace
 from blacksmith.trainers.torch_optimizer import make_optimizer_step, write_back
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """Runs a `Task` on PyTorch; `notify` takes lines for the user.
 
     Training inputs are [samples, ...] and labels [samples]. Weights and slots that the optimizer updates in
@@ -53,7 +53,6 @@ class TorchBackend:
         self._optimizer = make_optimizer_step(task, notify)
 
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """See `Backend.train_block`."""
         rows = self.rows(block, step)
         plan = self._optimizer.plan(step, len(block.indices))
         losses, outputs, labels = [], [], []
@@ -94,7 +93,7 @@ class TorchBackend:
         if self._graph is None:
             # One graph serves every step: a ragged last batch is padded to the shape of the others with
             # samples of weight 0.
-            self._graph = simplify(trace(self._forward_backward, self._arguments(parts[0])))
+            self._graph = simplify(trace(self._forward_backward, (self._trainable, self._fixed, parts[0])))
         if self._random:
             # After tracing, which draws random numbers too: a resumed run traces at a different step, but
             # must get the same masks.
@@ -130,7 +129,6 @@ class TorchBackend:
         return found
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """See `Backend.evaluate`."""
 
         def forward(inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
             x = torch.from_numpy(np.ascontiguousarray(inputs)).to(self._device)
@@ -144,7 +142,6 @@ class TorchBackend:
             return evaluate_in_batches(forward, inputs, labels)
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """See `Backend.distributions`."""
         first = Block(block.indices[:1], block.weights[:1], block.epoch, block.cursor)
         fixed = [t.clone() for t in self._fixed]
         with torch.no_grad():
@@ -159,19 +156,16 @@ class TorchBackend:
         return found
 
     def state(self) -> dict[str, np.ndarray]:
-        """See `Backend.state`."""
         self.sync()
         return read_state(self.task)
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """See `Backend.load_state`."""
         with torch.no_grad():
             assign_state(self.task, state)
         self._pull()
         self._optimizer.pull()
 
     def sync(self) -> None:
-        """See `Backend.sync`."""
         with torch.no_grad():
             write_back(self.task.model.trainable_variables, self._trainable)
             write_back(self.task.model.non_trainable_variables, self._fixed)
@@ -190,22 +184,18 @@ class TorchBackend:
         check_parts(parts, len(columns[0]))
         return [list(part) for part in zip(*(column.chunk(parts) for column in columns))]
 
-    def _arguments(self, part: Tensors) -> tuple[Any, ...]:
-        x, y, weights, *drawn = part
-        return self._trainable, self._fixed, x, y, weights, drawn
-
     def _part(self, part: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
-        trainable, fixed, x, y, weights, drawn = self._arguments(part)
-        loss, outputs, *rest = self._graph(*trainable, *fixed, x, y, weights, *drawn)
-        if fixed:
-            self._fixed = rest[len(trainable) :]
-        return loss, outputs, y, rest[: len(trainable)]
+        loss, outputs, *rest = self._graph(*self._trainable, *self._fixed, *part)
+        count = len(self._trainable)
+        self._fixed = rest[count:]
+        return loss, outputs, part[1], rest[:count]
 
     def _forward_backward(
-        self, trainable: Tensors, fixed: Tensors, x: Tensor, y: Tensor, weights: Tensor, augmentation: Tensors
+        self, trainable: Tensors, fixed: Tensors, part: Tensors
     ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
         """The function that is traced; returns loss, outputs, gradients and new non-trainable values."""
         task = self.task
+        x, y, weights, *augmentation = part
         with torch.enable_grad():
             # New leaves, so that autograd stops at the weights.
             trainable = [t.detach().requires_grad_(True) for t in trainable]

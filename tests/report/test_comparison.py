@@ -82,7 +82,7 @@ def test_bad_usage_exits_2(arguments):
     assert exit_info.value.code == 2
 
 
-def test_missing_or_foreign_directory_exits_3(tmp_path, capsys):
+def test_missing_or_unrelated_directory_exits_3(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere")]) == 3
     assert "there is no run directory" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 3

@@ -1,5 +1,5 @@
-# Two commands on a fresh machine: `make mnist` trains the main model, `make test` runs the tests.
-# Both set up what they need once; setting PYTHON and VENV chooses other places.
+# `make mnist` trains the main model, `make test` runs the tests. Both create a virtual environment first if necessary;
+# set PYTHON and VENV to choose the interpreter and the directory.
 PYTHON ?= python3
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -37,7 +37,7 @@ bench-llama-quality: $(VENV)/.all
 	$(VENV)/bin/python benchmarks/llama_quality.py $(ARGS)
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "blacksmith needs Python 3.11 or newer; name one with make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "blacksmith needs Python 3.11 or newer; choose one with make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.jax: $(INPUTS) | $(VENV)/bin/python

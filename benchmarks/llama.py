@@ -1,24 +1,25 @@
-"""LoRA fine-tuning of a Llama on SST-2: examples a second, peak memory and loss, against the usual stack.
+"""LoRA fine-tuning of a Llama on SST-2: examples per second, peak memory and loss, against the usual stack.
 
-    python benchmarks/llama.py                # the package's own sentences
-    python benchmarks/llama.py --sst2=DIR     # SST-2 as TSV files, of GLUE's layout
+    python benchmarks/llama.py                # the bundled sentences
+    python benchmarks/llama.py --sst2=DIR     # SST-2 as TSV files in GLUE's layout
 
-Writes benchmarks/results/llama.{json,md}. Four ways of taking the same steps, interleaved, each in a process
-of its own:
+Writes benchmarks/results/llama.{json,md}. Four ways to take the same steps, interleaved, each in its own
+process:
 
     pad128    Hugging Face Trainer and peft, every row padded to --length tokens
     dynamic   the same, padded to the longest row of the batch
     padded    this package with `llama.Train.shared_prefix = False`
     shared    this package
 
-All have the same weights, the same adapter, the same batches (ours, which are sorted by length as the
-Trainer's group_by_length does), AdamW at the same rate, and one thread. Seconds are CPU seconds of the steps
-after the first, since wall time on a shared machine says little; peak memory is the process's, with all that
-it imports. The model is SmolLM2-135M's shape with --layers of its 30 layers (0: all) and random weights,
-with its tokenizer (`python -m blacksmith.assets smollm2-135m`). With --device=cuda
---model-shape=llama-3.2-1b --layers=0 --dtype=bfloat16 it is the table for a GPU: seconds are wall seconds,
-memory is the device's, and --peak-tflops gives FLOP utilisation: 4 FLOP a weight and token that is multiplied
-by it, padding too, since the weights themselves are not trained.
+All have the same weights, adapter and batches (ours, sorted by length like the Trainer's group_by_length),
+AdamW with the same learning rate, and one thread. Seconds are CPU seconds of the steps after the first, since
+wall time on a shared machine says little. Peak memory is that of the process, including its imports. The
+model has SmolLM2-135M's shape with --layers of its 30 layers (0: all), random weights and SmolLM2's tokenizer
+(`python -m blacksmith.assets smollm2-135m`).
+
+For a GPU, use --device=cuda --model-shape=llama-3.2-1b --layers=0 --dtype=bfloat16. Seconds are then wall
+seconds and memory is the device's. With --peak-tflops, FLOP utilization is reported: 4 FLOP per weight and
+token, padding included, since the base weights get no gradients.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import machine
+from machine import machine, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -63,20 +64,18 @@ SHAPES = {
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sst2", default="sample", help="what llama.Data.source may be")
+    parser.add_argument("--sst2", default="sample", help="as llama.Data.source")
     parser.add_argument("--model-shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers, 0 for all")
-    parser.add_argument(
-        "--steps", type=int, default=4, help="steps of each run, the first of which is not timed"
-    )
+    parser.add_argument("--steps", type=int, default=4, help="steps of each run; the first is not timed")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=128, help="what pad128 pads to")
+    parser.add_argument("--length", type=int, default=128, help="padded length of pad128")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--peak-tflops", type=float, help="of the device in --dtype, for its utilisation")
-    parser.add_argument("--only", nargs="*", choices=WAYS, help="some of the ways")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in --dtype, for FLOP utilization")
+    parser.add_argument("--only", nargs="*", choices=WAYS, help="only these")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where llama.json and llama.md go")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -105,12 +104,12 @@ def main() -> int:
 def header(arguments: argparse.Namespace) -> dict:
     """Hardware, versions and settings."""
     names = ("model_shape", "layers", "steps", "rounds", "batch", "length", "threads", "device", "dtype")
-    source = "the package's sentences" if arguments.sst2 == "sample" else Path(arguments.sst2).name
+    source = "the bundled sentences" if arguments.sst2 == "sample" else Path(arguments.sst2).name
     return machine() | {name: getattr(arguments, name) for name in names} | {"data": source}
 
 
 def run_child(spec: dict) -> dict:
-    """One run in a process of its own."""
+    """Runs `child` in its own process."""
     threads = str(spec["threads"])
     environment = dict(
         os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false"
@@ -121,7 +120,7 @@ def run_child(spec: dict) -> dict:
 
 
 def child(spec: dict) -> dict:
-    """Takes the steps of one way, or makes the model."""
+    """Takes the steps in one of the ways, or writes the model."""
     if spec["way"] == "model":
         return make_model(spec)
     clock = Clock(spec)
@@ -148,7 +147,7 @@ class Clock:
         self.answers = 0
 
     def measure(self, model) -> None:
-        """Counts the weights that tokens are multiplied by, the head's apart."""
+        """Counts the weights that each token is multiplied by, those of the head separately."""
         base = model.get_base_model()
         self.head = base.lm_head.weight.numel()
         embedding = base.get_input_embeddings().weight
@@ -157,14 +156,14 @@ class Clock:
         self.body = rest if tied else rest - embedding.numel()
 
     def stepped(self, loss, tokens: int, predicted: int) -> None:
-        """Books a step: its loss, a tensor or number, its tokens, and those that the head was applied to."""
+        """Records a step: its loss, its tokens, and how many of them the head was applied to."""
         self.tokens.append(tokens)
         self.predicted.append(predicted)
         self.losses.append(float(loss))  # waits for an accelerator
         self.ends.append(time.perf_counter() if self.cuda else time.process_time())
 
     def result(self) -> dict:
-        """What came out."""
+        """The measurements as JSON values."""
         import torch
 
         seconds = self.ends[-1] - self.ends[0]
@@ -178,11 +177,11 @@ class Clock:
             "examples_per_second": round(self.batch * (len(self.ends) - 1) / seconds, 4),
             "tokens_per_second": round(sum(self.tokens[1:]) / seconds, 1),
             "peak_memory_gib": round(memory / 2**30, 3),
-            "flop_utilisation": self._utilisation(seconds),
+            "flop_utilization": self._utilization(seconds),
             "losses": self.losses,
         }
 
-    def _utilisation(self, seconds: float) -> float | None:
+    def _utilization(self, seconds: float) -> float | None:
         if not self.peak_flops:
             return None
         flops = 4 * (self.body * sum(self.tokens[1:]) + self.head * sum(self.predicted[1:]))
@@ -190,7 +189,7 @@ class Clock:
 
 
 def make_model(spec: dict) -> dict:
-    """Writes a model of random weights, with a tokenizer, into a directory."""
+    """Writes a model with random weights, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -213,7 +212,7 @@ def make_model(spec: dict) -> dict:
 
 
 def bindings(spec: dict) -> list[str]:
-    """The settings that all ways share."""
+    """The settings; only `shared_prefix` depends on the way."""
     return [
         f"llama.Data.source = {spec['sst2']!r}",
         "llama.Data.validation = 8",
@@ -238,21 +237,10 @@ def bindings(spec: dict) -> list[str]:
     ]
 
 
-def open_run(spec: dict):
+def llama_run(spec: dict):
     """A run of the experiment, not opened yet."""
-    from blacksmith import devices, launch
-    from blacksmith.run.run import Run
-
-    resolved = launch.resolve([str(ROOT / "gin" / "llama_sst2.gin")], bindings(spec))
-    device = devices.activate(resolved.experiment, "torch", spec["device"])
-    return Run(
-        Path(spec["workdir"]),
-        resolved.config,
-        experiment=resolved.experiment.name,
-        checkpoint_format=resolved.experiment.checkpoint_format,
-        backend="torch",
-        device=device,
-    )
+    gin = str(ROOT / "gin" / "llama_sst2.gin")
+    return open_run([gin], bindings(spec), spec["workdir"], spec["device"])
 
 
 class Enough(Exception):
@@ -260,7 +248,7 @@ class Enough(Exception):
 
 
 def with_blacksmith(spec: dict, clock: Clock) -> None:
-    """The experiment itself, stopped before it tests."""
+    """Our experiment, stopped before its final test."""
     from blacksmith.experiments.pytorch.llama import checkpoints, train
     from blacksmith.models.pytorch.llama.prefix import token_losses
     from blacksmith.run.loop import Loop
@@ -286,7 +274,7 @@ def with_blacksmith(spec: dict, clock: Clock) -> None:
     train.Loop = Timed
     train.build_model = built
     train.token_losses = counted
-    run = open_run(spec)
+    run = llama_run(spec)
     try:
         with run.opened():
             train.train(run)
@@ -304,7 +292,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     from blacksmith.experiments.pytorch.llama.prompts import Prompt
     from blacksmith.run.order import LengthOrder
 
-    run = open_run(spec)
+    run = llama_run(spec)
     config = run.config
     model, tokenizer = checkpoints.build_model(run)
     clock.measure(model)
@@ -316,10 +304,10 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     pad = padding(tokenizer)
 
     def collate(some: list[dict]) -> dict:
-        width = spec["length"] if spec["way"] == "pad128" else max(len(one["tokens"]) for one in some)
+        width = spec["length"] if spec["way"] == "pad128" else max(len(row["tokens"]) for row in some)
         batch = {"input_ids": [], "attention_mask": [], "labels": []}
-        for one in some:
-            tokens, answer = one["tokens"], one["answer"]
+        for row in some:
+            tokens, answer = row["tokens"], row["answer"]
             space = width - len(tokens)
             batch["input_ids"].append(tokens + [pad] * space)
             batch["attention_mask"].append([1] * len(tokens) + [0] * space)
@@ -363,7 +351,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
 
 
 def ratios(runs: list[dict]) -> dict:
-    """What the issue's bars are about; medians over the rounds."""
+    """Medians over the rounds, ours relative to each baseline."""
     ways = {run["way"] for run in runs}
     rate = {way: statistics.median(r["examples_per_second"] for r in runs if r["way"] == way) for way in ways}
     memory = {way: statistics.median(r["peak_memory_gib"] for r in runs if r["way"] == way) for way in ways}
@@ -382,14 +370,14 @@ def markdown(results: dict) -> str:
     """The results as a page."""
     head = results["header"]
     lines = [
-        "# Llama on SST-2: examples a second and memory",
+        "# Llama on SST-2: examples per second and memory",
         "",
         f"{head['date']}, {head['processor']}, {head['device']}, {head['threads']} threads, Python "
         f"{head['python']}, PyTorch {head['versions'].get('torch')}, transformers "
         f"{head['versions'].get('transformers')}, peft {head['versions'].get('peft')}. "
         f"{head['model_shape']}'s shape with {head['layers'] or 'all'} layers, {head['dtype']}, batches "
-        f"of {head['batch']}, {head['data']}. Written by `python benchmarks/llama.py`; its header says "
-        "what is counted.",
+        f"of {head['batch']}, {head['data']}. Written by `python benchmarks/llama.py`; its docstring says "
+        "what is measured.",
         "",
         "| ratio | value |",
         "| --- | --- |",

@@ -1,12 +1,12 @@
 """How well gin/llama_sst2.gin learns: accuracy on SST-2's dev set after fixed numbers of steps.
 
-    python benchmarks/llama_quality.py --sst2=DIR     # SST-2 as TSV files, of GLUE's layout; hours on a CPU
+    python benchmarks/llama_quality.py --sst2=DIR     # SST-2 as TSV files in GLUE's layout; hours on a CPU
 
-Writes benchmarks/results/llama_quality.{json,md}. A run is left in --runs, by its seed; one that is there and
-done is not trained again, if it is of today's settings, data and packages. Its adapters of --steps are
-evaluated by `--mode=eval`; the dev set has no part in the training or in the choice of the best checkpoint.
-The last adapter of the first seed is then loaded by peft and transformers in a process that does not import
-this package, and asked about sentences of our own.
+Writes benchmarks/results/llama_quality.{json,md}. The runs are kept in --runs, one per seed. A finished run
+with the current settings, data and packages is not trained again. The adapters at --steps are evaluated with
+`--mode=eval`; the dev set is used neither for training nor to choose the best checkpoint. Finally, peft and
+transformers load the last adapter of the first seed in a process without this package and classify a few
+sentences.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SENTENCES = (
 
 
 def main() -> int:
-    """Trains what is not yet trained, evaluates, asks, and writes the results."""
+    """Trains what is missing, evaluates it and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sst2", help="directory of SST-2")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
@@ -48,7 +48,7 @@ def main() -> int:
         print(json.dumps(ask(arguments.ask)))
         return 0
     if not arguments.sst2:
-        parser.error("--sst2=DIR is needed: this is about the real data")
+        parser.error("--sst2=DIR is required: this benchmark needs the real data")
 
     runs = [measure(arguments, seed) for seed in arguments.seeds]
     last = arguments.runs / f"seed{arguments.seeds[0]}" / "checkpoints" / f"step_{arguments.steps[-1]:08d}"
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def measure(arguments: argparse.Namespace, seed: int) -> dict:
-    """One run: what its validation and the dev set say of it."""
+    """Trains and evaluates one seed; returns its validation and dev metrics."""
     directory = (arguments.runs / f"seed{seed}").absolute()
     result = directory / "result.json"
     bindings = [
@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace, seed: int) -> dict:
 
 
 def check(directory: Path, bindings: list[str]) -> None:
-    """Refuses a run of other settings, data or packages than those of today."""
+    """Refuses a run with settings, data or packages that differ from the current ones."""
     from blacksmith import config, launch
     from blacksmith.datasets import sst2
     from blacksmith.run import provenance
@@ -128,17 +128,17 @@ def check(directory: Path, bindings: list[str]) -> None:
         "packages": environment["versions"] == provenance.versions(),
     }
     if different := [name for name, equal in same.items() if not equal]:
-        raise SystemExit(f"{directory} is a run of other {' and '.join(different)}; move it away")
+        raise SystemExit(f"{directory} has different {' and '.join(different)}; move it away")
 
 
 def launch(threads: int, *flags: str) -> None:
-    """Runs the launcher, its output on the console."""
+    """Runs the launcher; its output goes to the console."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     subprocess.run([sys.executable, "-m", "blacksmith.launch", *flags], cwd=ROOT, env=environment, check=True)
 
 
 def ask(checkpoint: Path) -> list[dict]:
-    """What a model with an adapter answers, by peft and transformers alone."""
+    """The answers of the model with an adapter, using only peft and transformers."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -156,7 +156,7 @@ def ask(checkpoint: Path) -> list[dict]:
         text = tokenizer.decode(output[0, tokens.input_ids.shape[1] :], skip_special_tokens=True)
         answers.append({"sentence": sentence, "answer": text.strip()})
     if "blacksmith" in sys.modules:
-        raise SystemExit("the adapter was to be loaded without this package")
+        raise SystemExit("the adapter must be loaded without this package")
     return answers
 
 
@@ -170,7 +170,7 @@ def markdown(results: dict) -> str:
         f"{head['date']}, {head['processor']}, Python {head['python']}, PyTorch "
         f"{head['versions'].get('torch')}, transformers {head['versions'].get('transformers')}, peft "
         f"{head['versions'].get('peft')}. `{results['gin_file']}` on SST-2; written by "
-        "`python benchmarks/llama_quality.py`, whose header says what is counted.",
+        "`python benchmarks/llama_quality.py`, whose docstring says what is measured.",
         "",
         f"| seed | {' | '.join(f'step {step}' for step in steps)} | best by validation | minutes | threads | "
         "GB |",
@@ -186,8 +186,8 @@ def markdown(results: dict) -> str:
         columns.append([run["tested"]["accuracy"] for run in runs])
         means = " | ".join(f"{statistics.mean(column):.2%}" for column in columns)
         lines.append(f"| mean | {means} | | | |")
-    lines += ["", "The adapter of the first seed, asked by peft and transformers alone:", ""]
-    lines += [f"- {one['sentence']} *{one['answer']}*" for one in results["asked_without_blacksmith"]]
+    lines += ["", "Answers with the adapter of the first seed, using only peft and transformers:", ""]
+    lines += [f"- {row['sentence']} *{row['answer']}*" for row in results["asked_without_blacksmith"]]
     return "\n".join(lines) + "\n"
 
 

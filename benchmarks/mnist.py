@@ -1,13 +1,13 @@
-"""How fast the MNIST trainers are, as ratios to named peers, interleaved in one process on the same threads.
+"""Step times of the MNIST trainers relative to baselines, interleaved in one process on the same threads.
 
     python benchmarks/mnist.py                    # step times; writes benchmarks/results/mnist.{json,md}
-    python benchmarks/mnist.py --mnist_dir=DIR    # and the time to 98.5% on the full MNIST (idx files)
+    python benchmarks/mnist.py --mnist_dir=DIR    # also the time to 98.5% on the full MNIST (idx files)
 
-Peers on 784-128-128-10 with batch 64 (small) and 784-512-512-10 with batch 128 (large), ReLU, Adam:
-`keras.Model.fit`, the same with its best `steps_per_execution`, and a loop written by hand for the framework
-(JAX: `lax.scan` over the whole round; PyTorch: `torch.nn.Module`, `torch.optim.Adam(fused=True)`). Ours is
-the trainer with all that it does for a user: accuracy, running means, `metrics.jsonl` every 50 steps. Each
-round runs every peer once; a ratio is the median over the rounds of the two times of one round.
+The models are 784-128-128-10 with batch 64 (small) and 784-512-512-10 with batch 128 (large), with ReLU and
+Adam. The baselines are `keras.Model.fit`, the same with its best `steps_per_execution`, and a hand-written
+loop (JAX: `lax.scan` over the whole round; PyTorch: `torch.nn.Module`, `torch.optim.Adam(fused=True)`). Ours
+is the trainer with everything it does for the user: accuracy, running means, `metrics.jsonl` every 50 steps.
+Each round runs everything once. A ratio is the median over the rounds of the ratio within a round.
 """
 
 import argparse
@@ -19,14 +19,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
-from machine import machine
+from machine import machine, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {"small": (128, 64), "large": (512, 128)}
 SAMPLES = 60_000
 OPEN_RUNS = contextlib.ExitStack()
+SHOWN = {"jax", "keras", "lightning", "numpy", "torch"}
 TO_985 = [
     'mnist.Data.source = "idx"',
     'mnist.Data.validation = "test"',
@@ -39,10 +41,12 @@ TO_985 = [
 
 
 def main() -> int:
-    """Runs the benchmark; each backend in a child process of its own."""
+    """Runs the benchmark, each backend in its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds, at least 5 for a record")
-    parser.add_argument("--steps", type=int, default=512, help="steps of one round, about")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="timed rounds; at least 5 for published results"
+    )
+    parser.add_argument("--steps", type=int, default=512, help="approximate steps per round")
     parser.add_argument("--threads", type=int, default=1, help="cores that the process may use")
     parser.add_argument("--mnist_dir", help="directory of the full MNIST's idx files")
     parser.add_argument("--repeats", type=int, default=3, help="runs to 98.5%% per backend")
@@ -77,7 +81,7 @@ def header(arguments: argparse.Namespace) -> dict:
 
 
 def run_child(backend: str, arguments: argparse.Namespace) -> dict:
-    """The step times of one backend, measured in a process of its own on `threads` cores."""
+    """The step times of one backend, measured in its own process on `threads` cores."""
     environment = dict(os.environ, KERAS_BACKEND=backend, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
     with tempfile.TemporaryDirectory() as cache:
         environment |= {"BLACKSMITH_CACHE": cache, "KERAS_HOME": cache, "KERAS_TORCH_DEVICE": "cpu"}
@@ -88,7 +92,7 @@ def run_child(backend: str, arguments: argparse.Namespace) -> dict:
 
 
 def child(backend: str, arguments: argparse.Namespace) -> dict:
-    """Times every peer of one backend at both sizes."""
+    """Times every peer of one backend in both sizes."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[-arguments.threads :])
@@ -104,7 +108,7 @@ def child(backend: str, arguments: argparse.Namespace) -> dict:
     measured = {}
     for size, (width, batch) in SIZES.items():
         peers = make_peers(backend, width, batch, inputs, labels, arguments.steps)
-        for run in peers.values():  # compiles, and warms the caches
+        for run in peers.values():  # compiles and warms up
             run()
         times = {name: [] for name in peers}
         for _ in range(arguments.rounds):
@@ -117,12 +121,12 @@ def child(backend: str, arguments: argparse.Namespace) -> dict:
 
 
 def make_peers(backend, width, batch, inputs, labels, steps):
-    """Functions that take about `steps` steps and return how many they took, by peer name."""
+    """By name, functions that take about `steps` steps and return how many they took."""
     peers = {"ours": ours(width, batch, inputs, labels, steps)}
     count = steps * batch
     x = inputs[np_rows(count, len(inputs))]
     y = labels[np_rows(count, len(labels))]
-    # Keras on PyTorch knows no steps_per_execution but 1.
+    # Keras on PyTorch supports only steps_per_execution=1.
     for executions in (1, 10, 50) if backend == "jax" else (1,):
         name = "fit" if executions == 1 else f"fit_{executions}"
         peers[name] = fit(width, batch, x, y, executions)
@@ -135,18 +139,16 @@ def make_peers(backend, width, batch, inputs, labels, steps):
 
 
 def np_rows(count, size):
-    """`count` row numbers that go round `size` rows."""
+    """`count` row numbers that cycle through `size` rows."""
     import numpy as np
 
     return np.arange(count) % size
 
 
 def make_trainer(width, batch, inputs, labels):
-    """Our trainer with a run directory, as the launcher makes it."""
-    from blacksmith import launch
+    """Our trainer with a run directory."""
     from blacksmith.models.keras.mnist.mlp import mlp
     from blacksmith.run.order import Order
-    from blacksmith.run.run import Run
     from blacksmith.trainers.classification import make_task
     from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, Setup
 
@@ -158,19 +160,11 @@ def make_trainer(width, batch, inputs, labels):
         "Log.tensorboard = False",
         'Log.progress = "off"',
     ]
-    resolved = launch.resolve([], params)
-    experiment = resolved.experiment
-    run = Run(
-        Path(OPEN_RUNS.enter_context(tempfile.TemporaryDirectory())),
-        resolved.config,
-        experiment=experiment.name,
-        checkpoint_format=experiment.checkpoint_format,
-        backend=resolved.backend,
-        device="cpu",
-    )
+    directory = OPEN_RUNS.enter_context(tempfile.TemporaryDirectory())
+    run = open_run([], params, directory)
     OPEN_RUNS.enter_context(run.opened())
     end = 10**8
-    task = make_task(resolved.config, lambda: mlp((width, width), activation="relu"), end)
+    task = make_task(run.config, lambda: mlp((width, width), activation="relu"), end)
     none = Samples(inputs[:0], labels[:0])
     setup = Setup(task, Order(len(inputs), batch, 0), end, Samples(inputs, labels), none, none)
     return KerasTrainer(run, setup)
@@ -346,10 +340,10 @@ def ratios(measured: dict) -> dict[str, float]:
 
 
 def to_985(arguments: argparse.Namespace) -> dict:
-    """Wall seconds of the whole process, start to exit, of a run that ends at 98.5% test accuracy.
+    """Wall seconds of the whole process, from start to exit, of a run that stops at 98.5% test accuracy.
 
-    The test set is declared as validation set, all 60,000 others are trained on; through the launcher, with
-    metrics, TensorBoard, progress bar, a checkpoint an epoch, the final test and the report. All cores.
+    It trains on all 60,000 images and validates on the test set, through the launcher, with metrics,
+    TensorBoard, progress bar, a checkpoint per epoch, the final test and the report, on all cores.
     """
     found = {}
     for name in ("jax", "torch", "lightning"):
@@ -389,13 +383,6 @@ def to_985(arguments: argparse.Namespace) -> dict:
     return found
 
 
-def median(values: list[float]) -> float:
-    """The middle value, or the mean of the two middle ones."""
-    import statistics
-
-    return statistics.median(values)
-
-
 def markdown(results: dict) -> str:
     """The results as a page."""
     head = results["header"]
@@ -405,7 +392,7 @@ def markdown(results: dict) -> str:
         "",
         f"{head['date']}, {head['processor']}, {head['threads']} of {head['cores']} cores, "
         f"Python {head['python']}, {versions}. Median of {head['rounds']} interleaved rounds of "
-        f"{head['steps']} steps. Made by `python benchmarks/mnist.py`.",
+        f"{head['steps']} steps. Written by `python benchmarks/mnist.py`.",
         "",
         "| backend | size | peer | us per step | ours / peer |",
         "| --- | --- | --- | ---: | ---: |",
@@ -432,8 +419,6 @@ def markdown(results: dict) -> str:
             lines.append(f"| {name} | {run['seconds']} ({each}) | {epochs} | {run['peak_memory_mib']} MiB |")
     return "\n".join(lines) + "\n"
 
-
-SHOWN = {"jax", "keras", "lightning", "numpy", "torch"}
 
 if __name__ == "__main__":
     sys.exit(main())

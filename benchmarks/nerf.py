@@ -1,15 +1,15 @@
 """How well and how fast the NeRF fields learn a scene: PSNR over CPU time, rays per second, memory.
 
-    python benchmarks/nerf.py              # the embedded anvil; writes benchmarks/results/nerf.{json,md}
-    python benchmarks/nerf.py --lego=DIR   # and lego of "NeRF synthetic" at 200x200, also scaled to 100x100
+    python benchmarks/nerf.py              # the bundled anvil; writes benchmarks/results/nerf.{json,md}
+    python benchmarks/nerf.py --lego=DIR   # also lego from "NeRF synthetic" at 200x200 and scaled to 100x100
 
-Seconds are CPU seconds of training over both cores, halved, since wall time on a shared machine says little.
-Loading the scene, the hull and evaluation are not counted; what happens between the steps is (occupancy,
-levels, metrics). PSNR is the mean over all test views, over white. Each run is a process of its own, of a
-fixed number of steps, chosen to end within its budget: a run that took longer is scored by its last look
-within it.
+Seconds are CPU seconds of training on both cores, halved, since wall time on a shared machine says little.
+They include the work between steps (occupancy, levels, metrics), but not loading the scene, the hull or
+evaluation. PSNR is the mean over all test views, over white. Each run has its own process and a fixed number
+of steps, chosen to end within its time budget. A run that took longer is scored by its last evaluation within
+the budget.
 
-The paper's NeRF (gin/nerf_vanilla.gin, 512 rays a step) is scored on 2,000 random pixels of the test views.
+The paper's NeRF (gin/nerf_vanilla.gin, 512 rays per step) is scored on 2,000 random pixels of the test views.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import machine
+from machine import machine, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 THREADS = 2
 
-# name: (scene, downscale, gin file, steps, seconds at which to look, the budget last, further bindings)
+# name: (scene, downscale, Gin file, steps, seconds at which to evaluate (the last is the budget), bindings)
 NO_HULL = ["nerf.Data.hull = False"]
 FINEST = ["nerf.Grid.resolutions = (64, 112, 168)"]
 RUNS = {
@@ -48,12 +48,12 @@ SINGLE = ("lego100_no_hull_120s", "lego200_600s")  # too long for three seeds
 
 
 def main() -> int:
-    """Runs the benchmark; each training in a child process of its own."""
+    """Runs the benchmark, each training in its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--lego", help="directory of lego at 200x200")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, 3 for a record")
-    parser.add_argument("--only", nargs="*", help="the runs of these names")
-    parser.add_argument("--steps", type=float, default=1.0, help="multiplies all numbers of steps")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind; 3 for published results")
+    parser.add_argument("--only", nargs="*", help="only the runs with these names")
+    parser.add_argument("--steps", type=float, default=1.0, help="factor for all numbers of steps")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where nerf.json and nerf.md go")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def save(results: dict, output: Path) -> None:
-    """Writes what there is so far."""
+    """Writes the results so far."""
     runs = results["runs"]
     results["psnr"] = {
         name: min(run["psnr"] for run in runs if run["name"] == name) for name in RUNS if named(runs, name)
@@ -112,7 +112,7 @@ def header(arguments: argparse.Namespace) -> dict:
 
 
 def run_child(spec: dict) -> dict:
-    """One training in a process of its own."""
+    """Runs `child` in its own process."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(THREADS))
     with tempfile.TemporaryDirectory() as directory:
         spec = {**spec, "workdir": f"{directory}/run"}
@@ -122,10 +122,7 @@ def run_child(spec: dict) -> dict:
 
 
 def child(spec: dict) -> dict:
-    """Trains one field, looking at the test views at the given seconds."""
-    from blacksmith import devices, launch
-    from blacksmith.run.run import Run
-
+    """Trains one field and evaluates it on the test views at the given seconds."""
     bindings = [
         f"nerf.Data.scene = {spec['scene']!r}",
         f"nerf.Data.downscale = {spec['downscale']}",
@@ -136,16 +133,7 @@ def child(spec: dict) -> dict:
         "Checkpoint.every_steps = None",
         *spec["bindings"],
     ]
-    resolved = launch.resolve([str(ROOT / "gin" / f"{spec['gin']}.gin")], bindings)
-    device = devices.activate(resolved.experiment, "torch", "cpu")
-    run = Run(
-        Path(spec["workdir"]),
-        resolved.config,
-        experiment=resolved.experiment.name,
-        checkpoint_format=resolved.experiment.checkpoint_format,
-        backend="torch",
-        device=device,
-    )
+    run = open_run([str(ROOT / "gin" / f"{spec['gin']}.gin")], bindings, spec["workdir"], "cpu")
     from blacksmith.experiments.lightning.nerf import train
     from blacksmith.experiments.lightning.nerf.data import open_scene_of
 
@@ -165,7 +153,7 @@ def child(spec: dict) -> dict:
 
 
 def make_clock(scene, module, spec):
-    """A Lightning callback that counts CPU seconds of training and looks at the test views now and then."""
+    """A Lightning callback that counts CPU seconds of training and evaluates on the test views."""
     import lightning as L
     import numpy as np
     import torch
@@ -177,7 +165,7 @@ def make_clock(scene, module, spec):
     vanilla = spec["gin"] == "nerf_vanilla"
     white = torch.ones(3)
 
-    def look() -> tuple[float, float]:
+    def evaluate() -> tuple[float, float]:
         """Mean PSNR, and CPU seconds per frame."""
         start = time.process_time()
         if vanilla:
@@ -200,7 +188,7 @@ def make_clock(scene, module, spec):
         return score, (time.process_time() - start) / THREADS / frames
 
     class Clock(L.Callback):
-        """CPU seconds, those of looking left out."""
+        """CPU seconds without those of evaluation."""
 
         def __init__(self) -> None:
             self.began = self.paused = 0.0
@@ -213,14 +201,14 @@ def make_clock(scene, module, spec):
             return (time.process_time() - self.began) / THREADS - self.paused
 
         def setup(self, trainer, pl_module, stage) -> None:
-            # What would be there without Lightning: the step itself, and our own work between steps.
+            # The cost without Lightning: the step itself, and our own work between steps.
             for name in ("training_step", "on_train_batch_start", "on_train_batch_end"):
                 setattr(module, name, self.timed(getattr(module, name)))
             loader = module._loader
             loader._next = self.timed(loader._next)
             module.backward = lambda loss: self.timed(loss.backward)()
             module.optimizer_zero_grad = self.timed(module.optimizer_zero_grad)
-            # Adam's arithmetic, called by its `step` when Lightning's closure has been.
+            # Adam's arithmetic, which its `step` calls after Lightning's closure.
             functions = sys.modules[torch.optim.Adam.__module__]
             functions.adam = self.timed(functions.adam)
 
@@ -240,15 +228,15 @@ def make_clock(scene, module, spec):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
             last = trainer.global_step >= spec["steps"]
             if last or (self.waiting and self.seconds >= self.waiting[0]):
-                self.look_now(trainer)
+                self.evaluate_now(trainer)
                 over = vanilla and not self.waiting
                 trainer.should_stop = trainer.should_stop or over
 
-        def look_now(self, trainer) -> None:
+        def evaluate_now(self, trainer) -> None:
             seconds = self.seconds
             while self.waiting and seconds >= self.waiting[0]:
                 self.waiting.pop(0)
-            score, frame = look()
+            score, frame = evaluate()
             drawn = module._loader.drawn
             self.looks.append(
                 {
@@ -260,7 +248,7 @@ def make_clock(scene, module, spec):
                 }
             )
             self.paused += self.seconds - seconds
-            self.own_so_far = self.own  # the last step's validation and checkpoint come after the last look
+            self.own_so_far = self.own  # the last step's validation and checkpoint follow the last evaluation
 
         def on_train_end(self, trainer, pl_module) -> None:
             self.total = self.looks[-1]["seconds"]
@@ -269,7 +257,7 @@ def make_clock(scene, module, spec):
             budget = spec["looks"][-1]
             within = [look for look in self.looks if look["seconds"] <= budget * 1.01]
             if not within:
-                raise SystemExit(f"no look within {budget} s: the machine is too slow for these steps")
+                raise SystemExit(f"no evaluation within {budget} s: the machine is too slow for these steps")
             return {
                 "psnr": within[-1]["psnr"],
                 "rays_per_second": self.looks[-1]["rays_per_second"],
@@ -289,8 +277,8 @@ def markdown(results: dict) -> str:
         "",
         f"{head['date']}, {head['processor']}, {head['cores']} cores, {head['threads']} threads, Python "
         f"{head['python']}, PyTorch {head['versions'].get('torch')}, Lightning "
-        f"{head['versions'].get('lightning')}. Written by `python benchmarks/nerf.py`; its header says what "
-        "is counted.",
+        f"{head['versions'].get('lightning')}. Written by `python benchmarks/nerf.py`; its docstring says "
+        "what is measured.",
         "",
         "| ratio | value |",
         "| --- | --- |",

@@ -62,18 +62,12 @@ ASSETS = TypeAdapter(dict[str, Asset]).validate_python(
 
 
 def path_of(name: str) -> Path:
-    """The path in the cache of an asset's only file, which may not have been fetched yet.
-
-    Raises:
-      DataError: there is no such asset.
-    """
+    """The path in the cache of an asset's only file, whether it was fetched or not."""
     return cache_dir() / name / _find(name).files[0].name
 
 
 def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | None = None) -> Path:
-    """Fetches the files of an asset that are missing or wrong, and prints a line for each file.
-
-    Each file is checked by its hash and moved into place complete.
+    """Fetches the missing or wrong files of an asset, checks their hashes, and prints a line for each file.
 
     Args:
       name: a key of `ASSETS`.
@@ -84,8 +78,7 @@ def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | Non
       The directory.
 
     Raises:
-      DataError: there is no such asset, no source has a file with the right hash, or the directory cannot
-        be written.
+      DataError: an unknown asset, a file that no source has with the right hash, or an unwritable directory.
     """
     asset = _find(name)
     directory = cache_dir() / name if to is None else Path(to).expanduser().absolute()
@@ -197,12 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=sorted(ASSETS), help="which asset")
-    parser.add_argument(
-        "--from",
-        dest="source",
-        metavar="DIR_OR_URL",
-        help="a directory or a base URL that has the files, instead of the mirrors",
-    )
+    source = "a directory or a base URL that has the files, instead of the mirrors"
+    parser.add_argument("--from", dest="source", metavar="DIR_OR_URL", help=source)
     parser.add_argument("--to", metavar="DIR", help="where to put the files, instead of the cache")
     arguments = parser.parse_args(argv)
     try:

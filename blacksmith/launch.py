@@ -24,25 +24,19 @@ MODES = ("train", "eval", "export", "view")
 
 
 def define_flags() -> flags.FlagValues:
-    """The launcher's flags, in a set of their own."""
+    """The launcher's flags, apart from absl's global ones."""
     values = flags.FlagValues()
     mine = {"flag_values": values}
     flags.DEFINE_multi_string(
-        "gin_file",
-        [],
-        "A Gin file: a path, or the name of a bundled file; repeatable, later files override earlier ones.",
-        **mine,
+        "gin_file", [], "A Gin file, by path or bundled name; repeatable, later files override.", **mine
     )
     flags.DEFINE_multi_string(
-        "gin_param",
-        [],
-        "A binding that overrides the files, such as 'mnist.Train.epochs = 3'; repeatable.",
-        **mine,
+        "gin_param", [], "A binding that overrides the files, 'mnist.Train.epochs = 3'; repeatable.", **mine
     )
     flags.DEFINE_string(
         "workdir",
         None,
-        "The run directory; default runs/<gin file>/<time>. A directory with checkpoints is resumed.",
+        "The run directory, default runs/<gin file>/<time>; resumed if it has checkpoints.",
         **mine,
     )
     flags.DEFINE_enum("mode", "train", MODES, "What to do. Not every experiment can be viewed.", **mine)
@@ -54,29 +48,16 @@ def define_flags() -> flags.FlagValues:
         "evaluate and export a directory that contains an adapter.",
         **mine,
     )
-    flags.DEFINE_string(
-        "device", "auto", "auto, cpu, gpu, tpu, or the name of a JAX platform or torch device.", **mine
-    )
+    flags.DEFINE_string("device", "auto", "auto, cpu, gpu, tpu, or a JAX platform or torch device.", **mine)
     flags.DEFINE_bool("dry_run", False, "Print the resolved configuration and exit.", **mine)
     flags.DEFINE_bool("list", False, "List the experiments and exit.", **mine)
-    flags.DEFINE_bool(
-        "allow_imports", False, "Let Gin files import Python modules, which runs their code.", **mine
-    )
-    flags.DEFINE_multi_string(
-        "plugin",
-        [],
-        "A Python module that registers an experiment, imported first; repeatable.",
-        **mine,
-    )
+    flags.DEFINE_bool("allow_imports", False, "Let Gin files import Python modules, which runs them.", **mine)
+    flags.DEFINE_multi_string("plugin", [], "A Python module that registers experiments; repeatable.", **mine)
     return values
 
 
 def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bool:
-    """Parses `argv` into `values`; returns False if it printed help instead.
-
-    Raises:
-      ConfigError: an unknown flag, a bad value or a stray argument.
-    """
+    """Parses `argv` into `values`; returns False if it printed help instead. Mistakes raise `ConfigError`."""
     for name in ("help", "helpfull", "helpshort"):
         flags.DEFINE_bool(name, False, "Show this help.", flag_values=values)
     try:
@@ -96,11 +77,7 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bo
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Imports modules that register experiments, also from the current directory.
-
-    Raises:
-      ConfigError: there is no such module.
-    """
+    """Imports modules that register experiments, also from the current directory."""
     for name in names:
         if "" not in sys.path:
             sys.path.insert(0, "")
@@ -118,11 +95,7 @@ class Resolved:
 
 
 def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_imports: bool = False) -> Resolved:
-    """Reads and validates a configuration; creates nothing and imports no framework.
-
-    Raises:
-      ConfigError: the first mistake.
-    """
+    """Reads and validates a configuration without side effects; the first mistake raises `ConfigError`."""
     if not gin_files and not gin_params:
         raise ConfigError("give a configuration: --gin_file=gin/mnist_jax.gin (--list shows the experiments)")
     bindings = configuration.parse(gin_files, gin_params, allow_imports=allow_imports)
@@ -213,12 +186,8 @@ def run_experiment(
     device: str = "auto",
     command: Sequence[str] = (),
 ) -> int:
-    """Runs a resolved configuration in `workdir`; returns the exit status.
-
-    Raises:
-      UserError: the run cannot start or continue.
-    """
-    # Imported here: --list, --dry_run and a bad configuration do not need them.
+    """Runs a resolved configuration in `workdir`; returns the exit status or raises a `UserError`."""
+    # Not needed by --list, --dry_run and bad configurations.
     from blacksmith import devices
     from blacksmith.run import run as runs
 

@@ -40,47 +40,30 @@ _SHARED_BINDINGS = {
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far a run may be from the first one.
+    """How far a run may be from the first one."""
 
-    Attributes:
-      loss: largest absolute difference in the loss of any step.
-      weights: norm of the difference of all final weights, relative to their norm. Single weights are not
-        compared, since those near zero differ by percents without consequence.
-      accuracy: difference in test accuracy, in percentage points.
-    """
-
-    loss: float = 1e-4
+    loss: float = 1e-4  # largest absolute difference of any step
+    # Norm of the difference of all final weights over their norm. Single weights near zero may differ more.
     weights: float = 1e-3
-    accuracy: float = 0.1
+    accuracy: float = 0.1  # percentage points on the test set
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is compared of a run.
+    """What is compared of a run."""
 
-    Attributes:
-      name: the Gin file's stem.
-      backend: experiment, backend and device.
-      initial_weights: sha256.
-      batches: sha256 of the stream of indices.
-      losses: float64 [steps].
-      weights: final weights by name.
-      test_accuracy: from 0 to 1.
-      seconds: wall time of the run.
-    """
-
-    name: str
-    backend: str
-    initial_weights: str
-    batches: str
-    losses: np.ndarray
-    weights: Mapping[str, np.ndarray]
-    test_accuracy: float
+    name: str  # the Gin file's stem
+    backend: str  # with experiment and device
+    initial_weights: str  # sha256
+    batches: str  # sha256 of the stream of indices
+    losses: np.ndarray  # float64 [steps]
+    weights: Mapping[str, np.ndarray]  # after the last step
+    test_accuracy: float  # from 0 to 1
     seconds: float
 
 
 def define_flags() -> flags.FlagValues:
-    """The command's flags, in a set of their own."""
+    """The command's flags, apart from absl's global ones."""
     values = flags.FlagValues()
     mine = {"flag_values": values}
     default = Tolerances()
@@ -208,12 +191,7 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
 
 
 def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
-    """Reads a finished run directory, with the weights from the file `weights` of its newest checkpoint.
-
-    Raises:
-      CheckpointError: its checkpoint is corrupt.
-      ConfigError: its result lacks what is compared.
-    """
+    """Reads a finished run directory; `weights` is the file that holds the weights in a checkpoint."""
     result = json.loads((directory / "result.json").read_text())
     for key in ("initial_weights_sha256", "order_sha256"):
         if key not in result:

@@ -15,8 +15,7 @@ from typing import Any
 
 from blacksmith.errors import ConfigError, closest, first_line
 
-BUNDLED = "blacksmith.experiments"
-"""The package of the bundled experiments, and the group of entry points."""
+BUNDLED = "blacksmith.experiments"  # the package of the bundled experiments, and the group of entry points
 
 
 @dataclass(frozen=True)
@@ -29,40 +28,24 @@ class Needs:
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment that the launcher can run.
+    """An experiment that the launcher can run."""
 
-    Attributes:
-      name: the value of ``Run.experiment``.
-      summary: one line for ``--list``.
-      configs: the module with the frozen `Config` dataclass; importing it loads no framework.
-      modes: for each value of ``--mode`` a ``module:function``, imported once the backend is set and called
-        with the `blacksmith.run.run.Run`.
-      backends: what each value of ``Run.backend`` needs.
-      checkpoint_format: experiments with the same format read each other's checkpoints.
-      uses_keras: whether ``KERAS_BACKEND`` must be set before Keras is imported.
-      external_weights: a file whose presence marks a directory of weights that no run wrote, but that can be
-        evaluated and exported. None: no such format.
-      weights: the safetensors file in a checkpoint that the parity command compares, except its arrays named
-        ``optimizer/...``. None: runs cannot be compared.
-    """
-
-    name: str
-    summary: str
-    configs: str
+    name: str  # the value of ``Run.experiment``
+    summary: str  # one line for ``--list``
+    configs: str  # the module with the frozen `Config` dataclass; importing it loads no framework
+    # ``module:function`` for each value of ``--mode``; imported once the backend is set, called with the run.
     modes: Mapping[str, str]
-    backends: Mapping[str, Needs]
-    checkpoint_format: str
-    uses_keras: bool = False
+    backends: Mapping[str, Needs]  # what each value of ``Run.backend`` needs
+    checkpoint_format: str  # experiments with the same format read each other's checkpoints
+    uses_keras: bool = False  # whether ``KERAS_BACKEND`` must be set before Keras is imported
+    # A file that marks a directory of weights that no run wrote, but that can be evaluated and exported.
     external_weights: str | None = None
+    # The safetensors file in a checkpoint that parity compares, except its arrays ``optimizer/...``.
     weights: str | None = None
 
 
 def add(experiment: Experiment) -> None:
-    """Adds an experiment.
-
-    Raises:
-      ConfigError: there is a different one with the same name.
-    """
+    """Adds an experiment; raises `ConfigError` if a different one has the same name."""
     _put(_experiments(), experiment)
 
 
@@ -72,11 +55,7 @@ def names() -> list[str]:
 
 
 def get(name: str, *, where: str = "Run.experiment") -> Experiment:
-    """The experiment called `name`.
-
-    Raises:
-      ConfigError: there is no such experiment; lists all names.
-    """
+    """The experiment called `name`, or a `ConfigError` that lists all names."""
     if not isinstance(name, str) or name not in _experiments():
         hint = closest(name, names()) if isinstance(name, str) else ""
         raise ConfigError(f"{where}: no experiment {name!r}{hint}; allowed: {', '.join(names())}")
@@ -113,11 +92,7 @@ def _put(experiments: dict[str, Experiment], experiment: Experiment) -> None:
 
 
 def import_module(name: str, *, what: str) -> Any:
-    """Imports `name`.
-
-    Raises:
-      ConfigError: this is not a module name, or there is no such module; `what` begins the message.
-    """
+    """Imports `name`; raises a `ConfigError` that begins with `what` if there is no such module."""
     if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
         raise ConfigError(f"{what}: {name!r} is not a module name; write package.module, without .py")
     try:

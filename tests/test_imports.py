@@ -88,7 +88,8 @@ def test_frameworks_are_imported_where_they_belong():
 
 
 def test_each_backend_alone_imports_its_framework():
-    own = {"jax_backend": {"jax"}, "torch_backend": {"torch"}, "native_optimizers": {"torch"}}
+    own = {"jax_backend": {"jax"}, "native_optimizers": {"torch"}, "lightning": {"lightning", "torch"}}
+    own |= {f"torch_{part}": {"torch"} for part in ("backend", "graph", "optimizer", "state")}
     for name in (name for name in MODULES if name.startswith("blacksmith.trainers.")):
         body = ast.parse(FILES[name].read_text()).body
         top_level = [node for node in body if isinstance(node, ast.Import)]

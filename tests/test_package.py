@@ -1,4 +1,4 @@
-"""What setup.cfg puts into the package is what there is."""
+"""setup.cfg installs every package and every data file."""
 
 import configparser
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_every_data_file_is_installed():
     assert {file for file in files if file.suffix not in (".py", ".pyc", ".md")} <= installed
 
 
-def test_gin_files_are_found_beside_a_checkout_and_inside_an_installed_package(tmp_path, monkeypatch):
+def test_gin_files_are_found_in_checkouts_and_installed_packages(tmp_path, monkeypatch):
     assert config.gin_directory() == ROOT / "gin"
     (tmp_path / "blacksmith" / "gin").mkdir(parents=True)
     monkeypatch.setattr(gin_files, "_PACKAGE", tmp_path / "blacksmith")

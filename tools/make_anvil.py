@@ -1,18 +1,17 @@
-"""Models and renders the NeRF scene in `blacksmith/datasets/blender/anvil/` with Blender's own Cycles.
+"""Models the NeRF scene in `blacksmith/datasets/blender/anvil/` and renders it with Blender's Cycles.
 
-Run once by a maintainer, in an environment of its own, as Blender's wheel wants Python 3.11 and numpy 1:
+Run once by a maintainer in a separate environment, since Blender's wheel needs Python 3.11 and numpy 1:
 
     pip install '.[scene]'
     python tools/make_anvil.py OUTPUT_DIR
 
-The images in the package were rendered with bpy 4.5.15 (Blender 4.5 LTS). Without a screen Linux still lacks
-some libraries that bpy loads, on Debian
+The bundled images were rendered with bpy 4.5.15 (Blender 4.5 LTS). On a headless Debian, bpy also needs
 `apt-get install libxrender1 libxi6 libxxf86vm1 libxfixes3 libxkbcommon0 libsm6 libgl1 libegl1`.
 
-The scene is an anvil on an oak stump, with a hammer, a bar that is still hot, a chain and a horseshoe. There
-is no model file: everything is lofted from cross-sections below, and all randomness is seeded. The output has
-the layout of the "NeRF synthetic" scenes: `transforms_{train,val,test}.json` and RGBA images with straight
-alpha. A world unit is about 30 cm, z is up, and everything lies within [-1.3, 1.3]^3.
+The scene is an anvil on an oak stump, with a hammer, a hot bar, a chain and a horseshoe. There is no model
+file: everything is lofted from cross-sections, and all randomness is seeded. The output has the layout of the
+"NeRF synthetic" scenes: `transforms_{train,val,test}.json` and RGBA images with straight alpha. A world unit
+is about 30 cm, z is up, and everything lies within [-1.3, 1.3]^3.
 """
 
 import argparse
@@ -37,7 +36,7 @@ CAMERA_ANGLE_X = 0.6911112070083618
 FRAMES = {"train": 100, "val": 20, "test": 20}
 SEED = 7
 
-BOTTOM = -1.02  # where the stump would stand on the ground
+BOTTOM = -1.02  # bottom of the stump
 STUMP_TOP = -0.27
 STUMP_RADIUS = 0.72
 FACE = 0.58  # height of the anvil's face
@@ -50,7 +49,7 @@ Value = float | Sequence[float] | bpy.types.NodeSocket
 
 
 def loft(sections: Sequence[Section], caps: bool = True, closed: bool = False) -> bmesh.types.BMesh:
-    """Joins outlines of equally many points into a skin; `caps` closes its ends, `closed` joins them."""
+    """Skins outlines with equal numbers of points; `caps` fills the ends, `closed` joins them."""
     mesh = bmesh.new()
     rows = [[mesh.verts.new(point) for point in section] for section in sections]
     count = len(rows[0])
@@ -103,7 +102,7 @@ def add(
     bevel: float = 0.0,
     cutters: Sequence[bpy.types.Object] = (),
 ) -> bpy.types.Object:
-    """Puts a mesh into the scene, cut by `cutters` and with its sharp edges rounded by `bevel`."""
+    """Adds a mesh to the scene, cut by `cutters` and with sharp edges rounded by `bevel`."""
     data = bpy.data.meshes.new(name)
     mesh.to_mesh(data)
     mesh.free()
@@ -130,7 +129,7 @@ def add(
 
 
 def frame(origin: Vector, x: Vector, y: Vector) -> Matrix:
-    """The placement that puts the local origin and the local x and y axes where it is told."""
+    """The transform with the given origin and x axis, and y as close to the given one as possible."""
     x = x.normalized()
     y = (y - x * y.dot(x)).normalized()
     matrix = Matrix((x, y, x.cross(y))).transposed().to_4x4()
@@ -142,7 +141,7 @@ def frame(origin: Vector, x: Vector, y: Vector) -> Matrix:
 
 
 class Shader:
-    """A material or a world under construction: short names for the few nodes that are used here."""
+    """Builds a material or a world, with short names for the few nodes needed here."""
 
     def __init__(self, owner: bpy.types.Material | bpy.types.World) -> None:
         self.owner = owner
@@ -150,14 +149,14 @@ class Shader:
         self.tree = owner.node_tree
         sky = isinstance(owner, bpy.types.World)
         self.surface = self.tree.nodes["Background" if sky else "Principled BSDF"]
-        # The place on an object in its own coordinates; in the sky, the direction.
+        # The position in object coordinates, or the direction for the sky.
         self.place = self.node("ShaderNodeTexCoord").outputs["Generated" if sky else "Object"]
         self.normal = self.node("ShaderNodeNewGeometry").outputs["Normal"]
 
     def node(
         self, kind: str, inputs: dict[str | int, Value] | None = None, **settings: object
     ) -> bpy.types.Node:
-        """A node with its settings, and its inputs set to values or linked to other nodes' outputs."""
+        """Adds a node; `inputs` are values or outputs of other nodes."""
         node = self.tree.nodes.new(kind)
         for key, value in settings.items():
             setattr(node, key, value)
@@ -177,7 +176,7 @@ class Shader:
         return self.node("ShaderNodeMath", dict(enumerate(values)), operation=operation).outputs[0]
 
     def axis(self, name: str, vector: Value | None = None) -> bpy.types.NodeSocket:
-        """One coordinate of a vector, by default of the place on the object."""
+        """One coordinate of a vector, by default of the position."""
         return self.node("ShaderNodeSeparateXYZ", {0: vector or self.place}).outputs[name]
 
     def noise(
@@ -190,7 +189,7 @@ class Shader:
         return self.node("ShaderNodeTexNoise", inputs).outputs[0]
 
     def ramp(self, value: Value, stops: Sequence[tuple[float, Sequence[float]]]) -> bpy.types.NodeSocket:
-        """A colour for a scalar, linear between stops of (position, linear RGB)."""
+        """Maps a scalar to a color, linear between stops of (position, linear RGB)."""
         node = self.node("ShaderNodeValToRGB", {0: value})
         while len(node.color_ramp.elements) < len(stops):
             node.color_ramp.elements.new(1.0)
@@ -207,16 +206,16 @@ class Shader:
         return self.node("ShaderNodeMapRange", inputs, interpolation_type="SMOOTHSTEP").outputs[0]
 
     def mix(self, factor: Value, first: Value, second: Value) -> bpy.types.NodeSocket:
-        """A mix of two colours."""
+        """A mix of two colors."""
         node = self.node("ShaderNodeMix", data_type="RGBA")
-        # A mix node has sockets of one name for each data type; 0, 6 and 7 are those for colours.
+        # Sockets of a mix node share names across data types; 0, 6 and 7 are those for colors.
         for index, value in ((0, factor), (6, first), (7, second)):
             value = value if isinstance(value, (float, bpy.types.NodeSocket)) else (*value, 1.0)
             self.set(node.inputs[index], value)
         return node.outputs[2]
 
     def scale(self, color: Value, factor: Value) -> bpy.types.NodeSocket:
-        """A colour made darker or lighter."""
+        """A darker or lighter color."""
         return self.node("ShaderNodeVectorMath", {0: color, "Scale": factor}, operation="SCALE").outputs[0]
 
     def bump(self, height: Value, distance: float) -> bpy.types.NodeSocket:
@@ -224,7 +223,7 @@ class Shader:
         return self.node("ShaderNodeBump", {"Height": height, "Distance": distance}).outputs[0]
 
     def finish(self, **inputs: Value) -> bpy.types.Material:
-        """Sets the surface's inputs (spaces in their names written as _) and hands out the material."""
+        """Sets the inputs of the surface (spaces in names become _) and returns the material."""
         for key, value in inputs.items():
             if key == "Base_Color" and not isinstance(value, bpy.types.NodeSocket):
                 value = (*value, 1.0)
@@ -233,7 +232,7 @@ class Shader:
 
 
 def forged(shader: Shader) -> bpy.types.NodeSocket:
-    """The colour of forged iron: blue-black scale with some rust."""
+    """The color of forged iron: blue-black scale with some rust."""
     scale = shader.ramp(shader.noise(9.0, 5.0), [(0.3, (0.022, 0.026, 0.034)), (0.72, (0.105, 0.108, 0.115))])
     rust = shader.step(shader.noise(5.0, 6.0), 0.56, 0.7, 0.0, 0.75)
     return shader.mix(rust, scale, (0.16, 0.062, 0.026))
@@ -258,23 +257,23 @@ def steel_material(name: str, polish: Callable[[Shader], bpy.types.NodeSocket]) 
 def wood_material(
     name: str, rings: float, bright: Sequence[float], dark: Sequence[float]
 ) -> bpy.types.Material:
-    """Wood with its grain along the local z axis and growth rings around it, `rings` of them a unit."""
+    """Wood with its grain along the local z axis and `rings` growth rings per unit around it."""
     shader = Shader(bpy.data.materials.new(name))
     x, y, z = (shader.axis(axis) for axis in "XYZ")
-    # Rings that waver slowly along the trunk and are not quite round nor centred.
+    # The rings vary slowly along the trunk and are neither quite round nor centered.
     squares = [shader.math("POWER", value, 2.0) for value in (shader.math("ADD", x, 0.06), y)]
     wobble = shader.math("MULTIPLY", shader.noise((3.0, 3.0, 0.7), 3.0), 0.16)
     radius = shader.math("ADD", shader.math("SQRT", shader.math("ADD", *squares)), wobble)
     ring = shader.math("FRACT", shader.math("MULTIPLY", radius, rings))
     late = shader.math("POWER", ring, 2.5)  # a ring darkens slowly and ends sharply
-    fibre = shader.noise((22.0, 22.0, 1.3), 5.0, 0.4)
+    fiber = shader.noise((22.0, 22.0, 1.3), 5.0, 0.4)
     patches = shader.noise((3.5, 3.5, 1.2), 2.0)
     along = shader.math("SUBTRACT", 1.0, shader.math("ABSOLUTE", shader.axis("Z", shader.normal)))
     along = shader.step(along, 0.3, 0.8)  # 1 where the surface runs with the grain, 0 on end grain
     late = shader.math("MULTIPLY", late, shader.step(along, 0.0, 1.0, 0.85, 0.45))
-    fibre = shader.step(fibre, 0.3, 0.72, 0.0, 0.75)
-    fibre = shader.math("MULTIPLY", fibre, shader.step(along, 0.0, 1.0, 0.3, 1.0))
-    grain = shader.math("ADD", late, fibre)
+    fiber = shader.step(fiber, 0.3, 0.72, 0.0, 0.75)
+    fiber = shader.math("MULTIPLY", fiber, shader.step(along, 0.0, 1.0, 0.3, 1.0))
+    grain = shader.math("ADD", late, fiber)
     color = shader.mix(grain, bright, dark)
     color = shader.scale(color, shader.step(patches, 0.3, 0.7, 0.72, 1.2))
     # Dirt gathers at the foot of the trunk.
@@ -287,7 +286,7 @@ def wood_material(
 def plain_material(
     name: str, color: Sequence[float], metallic: float, roughness: float
 ) -> bpy.types.Material:
-    """A paint or a metal of one colour, with a little wear."""
+    """Paint or metal of one color, with a little wear."""
     shader = Shader(bpy.data.materials.new(name))
     wear = shader.step(shader.noise(16.0, 4.0), 0.3, 0.7, 0.75, 1.15)
     return shader.finish(
@@ -310,7 +309,7 @@ def iron_material() -> bpy.types.Material:
 
 
 def hot_material(cold: float, hot: float) -> bpy.types.Material:
-    """Iron that glows from the local x = `cold` on and is yellow at x = `hot`."""
+    """Iron that starts to glow at local x = `cold` and is yellow at x = `hot`."""
     shader = Shader(bpy.data.materials.new("hot"))
     heat = shader.math("ADD", shader.axis("X"), shader.math("MULTIPLY", shader.noise(12.0, 3.0), 0.08))
     heat = shader.node("ShaderNodeMapRange", {"Value": heat, "From Min": cold, "From Max": hot}).outputs[0]
@@ -337,7 +336,7 @@ def hot_material(cold: float, hot: float) -> bpy.types.Material:
 
 
 def stump_radius(angle: float) -> float:
-    """The stump's radius, not quite round."""
+    """The stump's radius, which is not quite constant."""
     return STUMP_RADIUS + 0.014 * math.sin(2 * angle + 0.6) + 0.009 * math.sin(5 * angle + 2.0)
 
 
@@ -354,7 +353,7 @@ def build_stump(iron: bpy.types.Material, rng: np.random.Generator) -> None:
         (a, rng.uniform(0.07, 0.2), rng.uniform(0.3, 0.75)) for a in (0.5, 1.45, 2.3, 3.3, 4.15, 4.9, 5.75)
     ]
     count = 480
-    # The axe's marks: fine ripples around the trunk that wander with its height.
+    # Axe marks: fine ripples around the trunk that shift with height.
     ripples = [(int(n), rng.uniform(0, 2 * math.pi)) for n in rng.integers(24, 150, size=16)]
 
     def outline(height: float, shrink: float) -> Section:
@@ -412,7 +411,7 @@ def build_anvil() -> None:
         edge = 0.02 * max(0.0, 1 - (height - base) / 0.02)  # a chamfer around the bottom
         section = []
         for x, y in superellipse(1.0, 1.0, 5.0 + 2.0 * down, 128):
-            # Seen from above the foot is drawn in between four toes.
+            # Seen from above, the foot is concave between its four toes.
             long = (front if x > 0 else back) * (1 - 0.12 * down * (1 - y * y)) - edge
             wide = side * (1 - 0.2 * down * (1 - x * x)) - edge
             section.append((x * long - 0.06, y * wide, float(height)))
@@ -446,7 +445,7 @@ def build_anvil() -> None:
 
 
 def build_hammer() -> None:
-    """A cross-peen hammer that lies on the face with its handle in the air."""
+    """A cross-peen hammer on the face, its handle in the air."""
 
     def ends(shader: Shader) -> bpy.types.NodeSocket:
         wear = shader.math("MULTIPLY", shader.noise(9.0, 4.0), 0.08)
@@ -458,7 +457,7 @@ def build_hammer() -> None:
         (0.14, 0.055, 0.036, 5), (0.2, 0.06, 0.015, 5), (0.208, 0.056, 0.008, 5),
     ]  # fmt: skip
     sections = [[(x, y, z) for y, z in superellipse(wide, high, power, 72)] for x, wide, high, power in head]
-    # The local x axis is the head's, the local y axis the handle's.
+    # Local x runs along the head, local y along the handle.
     aim = math.radians(243)
     along = Vector((math.cos(aim), math.sin(aim), 0.03))
     place = frame(Vector((-0.32, 0.03, FACE + 0.064)), Vector((-math.sin(aim), math.cos(aim), 0)), along)
@@ -476,7 +475,7 @@ def build_hammer() -> None:
         wide, high = (np.array([station[i] for station in part]) for i in (1, 2))
         for at in np.linspace(part[0][0], part[-1][0], 40):
             w, h = (float(np.interp(at, [station[0] for station in part], sizes)) for sizes in (wide, high))
-            # The handle's own z runs along it, as the grain of the wood does.
+            # The handle's own z runs along it, like the grain.
             sections.append([(x, y, float(at)) for x, y in superellipse(w, h, 2.4, 40)])
         turn = Matrix((place.col[0].xyz, -place.col[2].xyz, place.col[1].xyz)).transposed().to_4x4()
         turn.translation = place.translation
@@ -484,7 +483,7 @@ def build_hammer() -> None:
 
 
 def build_bar() -> None:
-    """A square bar across the face, twisted at its cold end and glowing at its pointed one."""
+    """A square bar across the face, twisted at the cold end and glowing at the pointed end."""
     half, start, end = 0.03, -0.5, 0.42
     sections = []
     for x in np.linspace(start, end, 160):
@@ -563,10 +562,9 @@ def build_horseshoe() -> None:
 
 
 def build_lights() -> None:
-    """Four fixed area lights beyond the cameras, in a grey sky with a soft bright patch behind each.
+    """Four fixed area lights beyond the cameras, in a gray sky with a soft bright patch behind each.
 
-    Steel does not see the lights, which would be plain white in it, but the patches, so that its
-    highlights keep their shades; and they make the sky brighter only where the light comes from anyway.
+    Reflections show the patches and not the lights, which would clip to white in steel.
     """
     world = bpy.data.worlds.new("world")
     bpy.context.scene.world = world
@@ -604,7 +602,7 @@ def look_at(origin: Vector) -> Matrix:
 
 
 def build_scene(resolution: int = RESOLUTION, samples: int = SAMPLES) -> None:
-    """Empties Blender, models the scene and sets the renderer up."""
+    """Resets Blender, models the scene and configures the renderer."""
     bpy.ops.wm.read_factory_settings(use_empty=True)
     rng = np.random.default_rng(SEED)
     iron = iron_material()
@@ -629,7 +627,7 @@ def build_scene(resolution: int = RESOLUTION, samples: int = SAMPLES) -> None:
     scene.render.use_persistent_data = True
     scene.render.resolution_x = scene.render.resolution_y = resolution
     scene.render.film_transparent = True
-    scene.render.dither_intensity = 0.0  # dither is noise that differs between views
+    scene.render.dither_intensity = 0.0  # dithering is noise that differs between views
     scene.render.image_settings.file_format = "PNG"
     scene.render.image_settings.color_mode = "RGBA"
     scene.view_settings.view_transform = "Standard"
@@ -651,17 +649,17 @@ def build_scene(resolution: int = RESOLUTION, samples: int = SAMPLES) -> None:
 
 
 def camera_positions(split: str) -> np.ndarray:
-    """Where the cameras of a split stand, [count, 3], all on the upper half of a sphere."""
+    """Camera positions of a split on the upper half of a sphere: [count, 3]."""
     count = FRAMES[split]
     rng = np.random.default_rng([SEED, list(FRAMES).index(split)])
     index = np.arange(count)
-    if split == "train":  # a Fibonacci spiral, which is even in area, with some jitter
+    if split == "train":  # a Fibonacci spiral, uniform in area, with some jitter
         height = 0.02 + 0.97 * (index + rng.uniform(0, 1, count)) / count
         azimuth = index * math.pi * (3 - math.sqrt(5)) + rng.normal(0, 0.08, count)
     elif split == "val":
         height = rng.uniform(0.05, 0.97, count)
         azimuth = rng.uniform(0, 2 * math.pi, count)
-    else:  # one smooth round that rises and falls twice
+    else:  # one smooth orbit that rises and falls twice
         azimuth = 2 * math.pi * (index + 0.5) / count
         height = np.sin(np.radians(32 + 20 * np.sin(2 * azimuth)))
     flat = np.sqrt(1 - height**2)
@@ -669,7 +667,7 @@ def camera_positions(split: str) -> np.ndarray:
 
 
 def render_view(matrix: Matrix, target: Path, seed: int = 0) -> None:
-    """Renders one view into an optimised RGBA PNG; pixels that show nothing are 0 in all channels."""
+    """Renders one view to an optimized RGBA PNG; fully transparent pixels are 0 in all channels."""
     scene = bpy.context.scene
     scene.camera.matrix_world = matrix
     scene.cycles.seed = seed
@@ -682,7 +680,7 @@ def render_view(matrix: Matrix, target: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
-    """Renders every split and writes its cameras."""
+    """Renders every split and writes its camera file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, metavar="OUTPUT_DIR")
     output = parser.parse_args().output

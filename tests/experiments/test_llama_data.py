@@ -1,4 +1,4 @@
-"""From sentences to batches: answer tokens, the shared prefix, and truncation."""
+"""From sentences to batches: answer tokens, the shared prefix and truncation."""
 
 import pytest
 import torch
@@ -196,17 +196,13 @@ def test_a_batch_follows_the_prefix_and_predicts_the_answers(tokenizer):
         rows = [2, 0, 4]
         batch = collate(found, rows, prefix, pad=7)
         assert batch.prefix.tolist() == prefix
-        # The end token is only predicted.
-        assert batch.tokens.shape == (3, max(len(found.tokens[row]) for row in rows) - len(prefix) - 1)
+        width = max(len(found.tokens[row]) for row in rows) - 1  # the last token is only predicted
         for place, row in enumerate(rows):
             tokens, answer = found.tokens[row], found.answers[row]
-            rest = tokens[len(prefix) : -1]
-            assert batch.tokens[place].tolist() == rest + [7] * (batch.tokens.shape[1] - len(rest))
-            targets = (batch.targets[place] != IGNORED).nonzero()[:, 0]
-            assert batch.targets[place, targets].tolist() == tokens[answer:]
-            # Each is predicted by the token before it.
-            before = [*prefix, *batch.tokens[place].tolist()]
-            assert [before[len(prefix) + i] for i in targets] == tokens[answer - 1 : -1]
+            assert [*prefix, *batch.tokens[place].tolist()] == (tokens + [7] * width)[:width]
+            # Each answer token is the target of the token before it; nothing else is predicted.
+            targets = [IGNORED] * (answer - 1) + tokens[answer:] + [IGNORED] * width
+            assert batch.targets[place].tolist() == targets[len(prefix) : width]
 
 
 def test_tokens_are_int64_with_an_empty_prefix():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from blacksmith import assets
+from blacksmith import assets, network
 from blacksmith.errors import DataError
 from blacksmith.models.pytorch.llama import adapters, loading
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
@@ -386,7 +386,7 @@ def hub(monkeypatch):
             return str(found)
 
         monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", snapshot_download)
-        monkeypatch.setattr(assets, "why_unreachable", lambda url: None)
+        monkeypatch.setattr(network, "why_unreachable", lambda url: None)
 
     return answer
 
@@ -409,7 +409,7 @@ def test_without_a_network_a_hub_id_fails_fast(monkeypatch, tmp_path):
 def test_offline_mode_makes_no_connection(hub, monkeypatch):
     hub(NOT_CACHED, AssertionError("connected"))
     monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(assets, "why_unreachable", lambda url: pytest.fail("connected"))
+    monkeypatch.setattr(network, "why_unreachable", lambda url: pytest.fail("connected"))
     assert "HF_HUB_OFFLINE is set" in error_of("meta-llama/Llama-3.2-1B")
 
 

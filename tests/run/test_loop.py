@@ -1,6 +1,5 @@
 """The loop: what is due when, what ends a run, when values are fetched, and what rates leave out."""
 
-import json
 import math
 import time
 
@@ -9,7 +8,7 @@ import pytest
 from numpy_toy import BY_STEPS, STEPS, VARIANTS, Toy, lines, make_run, result_of, train
 
 from blacksmith.errors import ConfigError, RunError
-from blacksmith.run.checkpoint import Checkpoints
+from blacksmith.run.checkpoint import load
 from blacksmith.run.loop import show
 from blacksmith.run.order import Order
 
@@ -57,6 +56,7 @@ def test_everything_happens_when_it_is_due(tmp_path, block, bindings, validated,
 def test_validate_first_validates_before_the_first_step(tmp_path):
     toy = train(tmp_path, "toy.Train.steps = 4", validate_first=True)
     assert _steps(toy, "validate") == [0, 3, 4]
+    assert _steps(toy, "save") == [3, 4]
     # The toy's initial weights have the least loss of all, and are no candidate for the best.
     losses = [line["loss"] for line in lines(tmp_path, "val")]
     assert min(losses) == losses[0]
@@ -115,11 +115,11 @@ def test_the_target_ends_the_run_at_the_first_that_reaches_it(tmp_path, mode, ta
 
 @pytest.mark.parametrize(("keep_best", "tested"), [(1, 8), (0, 14)])
 def test_the_best_checkpoint_is_tested_if_it_is_kept(tmp_path, keep_best, tested):
-    class Toyish(Toy):
+    class Scripted(Toy):
         def loss(self):
             return {4: 0.5, 8: 0.1, 12: 0.2}.get(self.loop.step, 0.3)
 
-    toy = train(tmp_path, *BY_STEPS, STEPS, f"Checkpoint.keep_best = {keep_best}", toy=Toyish)
+    toy = train(tmp_path, *BY_STEPS, STEPS, f"Checkpoint.keep_best = {keep_best}", toy=Scripted)
     assert toy.events[-1] == ("test", tested)
     assert result_of(tmp_path)["tested_checkpoint"] == f"step_{tested:08d}"
     # Step 8 is no multiple of 3: it is saved only because it is the best.
@@ -127,31 +127,25 @@ def test_the_best_checkpoint_is_tested_if_it_is_kept(tmp_path, keep_best, tested
 
 
 def test_a_checkpoint_carries_only_metrics_of_its_own_weights(tmp_path):
-    train(tmp_path, *BY_STEPS, STEPS, "Checkpoint.keep_last = 100")
+    toy = train(tmp_path, *BY_STEPS, STEPS, "Checkpoint.keep_last = 100")
     validated = {line["step"]: {"val_loss": line["loss"]} for line in lines(tmp_path, "val")}
-    saved = [Checkpoints(tmp_path).directory / path for path in (tmp_path / "checkpoints").iterdir()]
-    for path in saved:
-        state = json.loads((path / "state.json").read_text())
-        assert state["metrics"] == validated.get(state["step"], {})
-    assert {len(json.loads((path / "state.json").read_text())["metrics"]) for path in saved} == {0, 1}
+    metrics = {saved.step: saved.state["metrics"] for saved in map(load, toy.run.checkpoints.steps())}
+    assert metrics == {step: validated.get(step, {}) for step in _steps(toy, "save")}
+    assert set(validated) < set(metrics)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_validation_that_is_not_finite_is_neither_best_nor_target(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "mode", "target"), [(math.nan, "min", 0.1), (math.nan, "max", 0.9), (math.inf, "min", 0.1)]
+)
+def test_a_validation_that_is_not_finite_is_no_best_and_no_target(tmp_path, value, mode, target):
     class Unstable(Toy):
         def loss(self):
             return value if self.loop.step == 4 else 0.5
 
-    for mode in ("min", "max"):
-        bindings = [
-            f"Checkpoint.mode = '{mode}'",
-            "toy.Train.stop_at = " + {"min": "0.1", "max": "0.9"}[mode],
-        ]
-        if mode == "max" and value == math.inf:
-            continue  # it is as good as the target asks
-        train(tmp_path / mode, *BY_STEPS, STEPS, *bindings, toy=Unstable)
-        result = result_of(tmp_path / mode)
-        assert (result["step"], result["best"]["step"], result["best"]["value"]) == (14, 8, 0.5)
+    bindings = (f"Checkpoint.mode = '{mode}'", f"toy.Train.stop_at = {target}")
+    train(tmp_path, *BY_STEPS, STEPS, *bindings, toy=Unstable)
+    result = result_of(tmp_path)
+    assert (result["step"], result["best"]["step"], result["best"]["value"]) == (14, 8, 0.5)
 
 
 def test_a_metric_that_validation_does_not_have_is_named(tmp_path):
@@ -173,6 +167,19 @@ def test_a_finished_run_writes_and_prints_its_test(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"test loss {line['loss']:.4f} (step_000000" in printed
     assert "report.html" not in printed  # there is none
+
+
+def test_finish_does_what_a_framework_with_its_own_loop_left_out(tmp_path):
+    class Framework(Toy):
+        def train(self):
+            for step in range(self.loop.step, self.loop.end):
+                self.loop.log({"loss": self.step(step)})
+            return self.loop.finish(self.test)
+
+    toy = train(tmp_path, "toy.Train.steps = 5", toy=Framework)
+    assert toy.events == [("validate", 5), ("save", 5), ("test", 5)]
+    again = train(tmp_path, "toy.Train.steps = 5", toy=Framework)
+    assert (again.status, again.events) == (0, [("test", 5)])
 
 
 def test_show_rounds_for_the_console():
@@ -264,21 +271,22 @@ def test_discarded_values_are_in_no_mean(tmp_path):
     class Restarted(Toy):
         def train(self):
             for step in self.loop:
-                if step == 5:  # training starts over: what the steps before gave is of no use
+                if step == 6:  # training starts over
                     self.loop.discard()
-                self.loop.log({} if step == 5 else {"loss": float(step)})
+                self.loop.log({} if step == 6 else {"loss": float(step)})
             return 0
 
-    train(tmp_path, STEPS, "Log.every_steps = 4", toy=Restarted)
-    # Steps 1-4; 7 and 8 without 5 and 6; 9-12; 13 and 14. Losses are the numbers from 0.
-    assert [line["loss"] for line in lines(tmp_path, "train")] == [1.5, 6.5, 9.5, 12.5]
+    # Of the values since the line at step 4, the validation has fetched one, and one is on the device.
+    train(tmp_path, STEPS, "Log.every_steps = 4", "toy.Train.evaluate_every_steps = 5", toy=Restarted)
+    # The means of 0 to 3, of 7 alone, of 8 to 11, of 12 and 13.
+    assert [line["loss"] for line in lines(tmp_path, "train")] == [1.5, 7, 9.5, 12.5]
 
 
 # Rates
 
 
 class Clock:
-    """A clock that stands still but for what the toy takes: the seconds of one thing each."""
+    """A clock that is moved by hand."""
 
     def __init__(self):
         self.now = 1000.0
@@ -286,42 +294,39 @@ class Clock:
     def __call__(self):
         return self.now
 
+    def wait(self, seconds):
+        self.now += seconds
+
 
 class Timed(Toy):
     """A step takes 2 s, but the first 500 s; validation, histograms and saving far longer."""
 
-    clock: Clock
+    clock = Clock()
     on_device = False
 
     def step(self, step):
-        seconds = 500 if step == 0 else 2
-        value = super().step(step)
-        if not self.on_device:
-            self.clock.now += seconds
-            return value
-
-        def wait():
-            self.clock.now += seconds
-
-        return OnDevice(value, wait)
+        value, seconds = super().step(step), 500 if step == 0 else 2
+        if self.on_device:  # the host waits when it fetches the value
+            return OnDevice(value, lambda: self.clock.wait(seconds))
+        self.clock.wait(seconds)
+        return value
 
     def validate(self):
-        self.clock.now += 7000
+        self.clock.wait(7000)
         return super().validate()
 
     def histograms(self):
-        self.clock.now += 8000
+        self.clock.wait(8000)
         return super().histograms()
 
     def save(self, directory):
-        self.clock.now += 9000
+        self.clock.wait(9000)
         return super().save(directory)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("every", [1, 4, 6])
 def test_rates_leave_out_the_first_step_and_what_is_no_training(tmp_path, monkeypatch, every, on_device):
-    monkeypatch.setattr(Timed, "clock", Clock(), raising=False)
     monkeypatch.setattr(Timed, "on_device", on_device)
     monkeypatch.setattr(time, "perf_counter", Timed.clock)
     bindings = (STEPS, f"Log.every_steps = {every}", "Checkpoint.every_steps = 2")
@@ -345,9 +350,9 @@ def test_further_counts_have_rates_of_their_own(tmp_path):
 
     train(tmp_path / "a", STEPS, "Log.every_steps = 7", toy=Tokens)
     train(tmp_path / "b", STEPS, "Log.every_steps = 7", toy=Tokens, unit="steps")
-    for line in lines(tmp_path / "a", "train"):
-        assert {name for name in line if name.endswith("_per_second")} == {
-            "examples_per_second",
-            "tokens_per_second",
-        }
-    assert "steps_per_second" not in lines(tmp_path / "b", "train")[0]
+    for directory, expected in (
+        ("a", {"examples_per_second", "tokens_per_second"}),
+        ("b", {"tokens_per_second"}),
+    ):
+        for line in lines(tmp_path / directory, "train"):
+            assert {name for name in line if name.endswith("_per_second")} == expected

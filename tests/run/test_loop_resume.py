@@ -100,8 +100,14 @@ def test_a_run_stopped_at_every_step_ends_as_if_left_alone(tmp_path, outcome, na
 
 
 def test_histograms_are_drawn_once(tmp_path):
+    class Drawing(OneStep):
+        def histograms(self):
+            if self.loop.step == 0:
+                _stop()
+            return super().histograms()
+
     bindings = ("toy.Train.steps = 6", "Log.tensorboard = True", "Log.histograms_every = 2")
-    runs = [train(tmp_path, *bindings, toy=OneStep) for _ in range(7)]
+    runs = [train(tmp_path, *bindings, toy=Drawing, validate_first=True) for _ in range(8)]
     assert [event for toy in runs for event in toy.events if event[0] == "histograms"] == [
         ("histograms", step) for step in (0, 2, 4, 6)
     ]

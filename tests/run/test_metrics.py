@@ -47,7 +47,7 @@ def test_a_line_has_step_epoch_seconds_split_and_the_values(path):
     assert metrics.read(path)[0] == first | {"seconds": metrics.read(path)[0]["seconds"]}
 
 
-def test_numbers_that_are_not_finite_are_valid_json_and_are_read_back(path):
+def test_numbers_that_are_not_finite_are_valid_json(path):
     with _opened(path) as stream:
         stream.write(1, 0, "train", {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5})
 
@@ -87,7 +87,7 @@ def test_without_an_offset_an_old_file_is_emptied(path):
     assert path.read_text() == ""
 
 
-def test_seconds_go_on_from_those_of_the_run_before(path):
+def test_seconds_continue_those_of_the_run_before(path):
     with _opened(path, seconds=1000) as stream:
         stream.write(1, 0, "train", {})
         assert stream.seconds > 1000
@@ -122,40 +122,40 @@ def test_read_of_an_empty_file_is_empty(path):
 
 
 class _Recorder:
-    """A writer that notes what it is told, and fails on `close` if it is to."""
+    """A writer that records its calls; `close` can be made to fail."""
 
     def __init__(self, fails=False):
-        self.told = []
+        self.calls = []
         self._fails = fails
 
     def scalars(self, step, split, values):
-        self.told.append((step, split, dict(values)))
+        self.calls.append((step, split, dict(values)))
 
     def histogram(self, step, name, values):
-        self.told.append((step, name, values.tolist()))
+        self.calls.append((step, name, values.tolist()))
 
     def image(self, step, name, pixels):
-        self.told.append((step, name, pixels.shape))
+        self.calls.append((step, name, pixels.shape))
 
     def flush(self):
-        self.told.append("flush")
+        self.calls.append("flush")
 
     def close(self):
-        self.told.append("close")
+        self.calls.append("close")
         if self._fails:
             raise OSError("the disk is full")
 
 
-def test_every_writer_is_told_everything(path):
+def test_every_writer_gets_everything(path):
     writers = [_Recorder(), _Recorder()]
     with _opened(path, writers) as stream:
         stream.write(1, 0.5, "val", {"loss": 2})
         stream.histogram(1, "weights/a", np.arange(3))
         stream.image(1, "views/a", np.zeros((2, 4, 3), np.uint8))
         stream.flush()
-    told = [(1, "val", {"loss": 2.0}), (1, "weights/a", [0, 1, 2]), (1, "views/a", (2, 4, 3))]
+    expected = [(1, "val", {"loss": 2.0}), (1, "weights/a", [0, 1, 2]), (1, "views/a", (2, 4, 3))]
     for writer in writers:
-        assert writer.told == [*told, "flush", "close"]
+        assert writer.calls == [*expected, "flush", "close"]
 
 
 def test_close_closes_every_writer_once_also_when_one_fails(path):
@@ -164,7 +164,7 @@ def test_close_closes_every_writer_once_also_when_one_fails(path):
     with pytest.raises(OSError, match="the disk is full"):
         stream.close()
     stream.close()
-    assert [writer.told for writer in writers] == [["close"]] * 3
+    assert [writer.calls for writer in writers] == [["close"]] * 3
 
 
 # TensorBoard
@@ -211,7 +211,7 @@ def test_tensorboard_reads_the_histograms(tmp_path):
     assert sum(events.Histograms("weights/constant")[0].histogram_value.bucket) == 7
 
 
-def test_a_histogram_is_of_the_finite_values_and_of_none_is_not_written(tmp_path):
+def test_a_histogram_is_of_the_finite_values(tmp_path):
     writer = TensorBoardWriter(tmp_path)
     writer.histogram(1, "some", np.array([math.nan, 1.0, math.inf, 3.0]))
     writer.histogram(1, "none", np.array([math.nan]))
@@ -261,7 +261,7 @@ import numpy as np
 from blacksmith.run.metrics import Metrics, WandbWriter
 
 directory = Path(sys.argv[1])
-for _ in range(2):  # the second goes on where the first has stopped
+for _ in range(2):  # the second continues the first
     writer = WandbWriter(directory, "offline", "forge-project", {"train": {"epochs": 3}})
     stream = Metrics(directory / "metrics.jsonl", [writer])
     stream.write(10, 0.5, "train", {"loss": float("nan"), "accuracy": 0.5})
@@ -276,7 +276,7 @@ for _ in range(2):  # the second goes on where the first has stopped
 
 @pytest.fixture
 def proxy():
-    """A proxy that serves nobody: the address, and the list of connections that were tried."""
+    """A proxy that serves nobody: its address, and the connections that were tried."""
     tried = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -291,7 +291,7 @@ def proxy():
         yield f"http://127.0.0.1:{server.getsockname()[1]}", tried
 
 
-def test_wandb_offline_writes_below_the_run_directory_alone_and_needs_no_network(tmp_path, proxy):
+def test_wandb_offline_writes_only_into_the_run_directory(tmp_path, proxy):
     pytest.importorskip("wandb")
     home, run = tmp_path / "home", tmp_path / "run"
     home.mkdir()
@@ -307,7 +307,9 @@ def test_wandb_offline_writes_below_the_run_directory_alone_and_needs_no_network
     assert list(home.iterdir()) == []
     assert tried == []
     assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "wandb"]
-    for record in (run / "wandb").glob("offline-run-*/run-*.wandb"):
+    records = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(records) == 2
+    for record in records:
         content = record.read_bytes()
         for name in (b"forge-project", b"train/loss", b"train/accuracy", b"val/loss", b"weights/a"):
             assert name in content

@@ -57,7 +57,7 @@ def test_drop_last_leaves_out_a_ragged_batch():
         Order(3, 4, seed=0, drop_last=True)
 
 
-def test_a_block_holds_the_batches_of_its_steps_and_ends_with_the_epoch():
+def test_a_block_holds_its_steps_and_ends_with_the_epoch():
     order = Order(50, 8, seed=5)
     assert order.steps_per_epoch == 7
     block = order.block(9, 100)
@@ -100,7 +100,7 @@ def test_every_epoch_by_length_visits_every_example_once():
         assert sorted(map(len, batches)) == [7] + [8] * 12
 
 
-def test_a_batch_by_length_has_about_the_same_length_shortest_first():
+def test_a_batch_by_length_has_similar_lengths_shortest_first():
     def padding(order):
         batches = [LENGTHS[order.rows(step)] for step in range(order.steps_per_epoch)]
         assert all(np.all(np.diff(lengths) >= 0) for lengths in batches)
@@ -173,7 +173,7 @@ def test_streams_of_different_names_are_uncorrelated():
 # The running hash of the batches
 
 
-def test_chain_digest_depends_on_the_batches_and_not_on_the_blocks():
+def test_chain_digest_depends_on_batches_and_not_on_blocks():
     rows = np.arange(12, dtype=np.int32).reshape(3, 4)
     digest = chain_digest(EMPTY_DIGEST, rows)
     assert chain_digest(chain_digest(EMPTY_DIGEST, rows[:1]), rows[1:]) == digest

@@ -74,7 +74,7 @@ def test_lines_do_not_come_more_often_than_asked(clock, capsys):
 
 
 @pytest.mark.parametrize(("style", "shown"), [("off", ""), ("auto", f"step 5  epoch 0.50  {SHOWN}")])
-def test_off_shows_nothing_and_auto_lines_where_there_is_no_terminal(capsys, style, shown):
+def test_off_shows_nothing_and_auto_lines_without_a_terminal(capsys, style, shown):
     progress = Progress(100, 0, style, every_seconds=0)
     progress.update(50, 5, 0.5, VALUES)
     progress.close()

@@ -158,7 +158,7 @@ def test_a_new_run_begins_at_once_and_once(make):
     assert [line["step"] for line in metrics.read(run.directory / "metrics.jsonl")] == [1]
 
 
-def test_a_run_that_resumes_in_place_changes_nothing_before_begin(make, tree):
+def test_a_run_that_resumes_changes_nothing_before_begin(make, tree):
     with make().opened() as run:
         take_steps(run, 3)
         run.finish("done", {})

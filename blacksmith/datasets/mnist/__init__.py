@@ -19,9 +19,7 @@ from blacksmith.run import order
 SOURCES = ("auto", "idx", "tfds", "mnist5k")
 
 DEFAULT_VALIDATION = 5000
-"""Train images held out by default, except on mnist5k, which has only 4,000."""
-
-MNIST5K_VALIDATION = 500
+MNIST5K_VALIDATION = 500  # takes the place of the default on mnist5k, which has only 4,000 train images
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,24 +35,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Info:
-    """What was read, for the record of a run.
+    """What was read, for the record of a run."""
 
-    Attributes:
-      source: the source used, never `auto`.
-      name: name of the dataset.
-      path: the directory it was read from; None for the bundled digits.
-      sha256: hash of the content before splitting, see `Arrays.sha256`.
-      train: images to train on.
-      validation: images to validate on.
-      test: images of the official test set.
-      classes: how many classes there are.
-      validation_is_test: whether validation uses the test set.
-    """
-
-    source: str
+    source: str  # never `auto`
     name: str
-    path: str | None
-    sha256: str
+    path: str | None  # None for the bundled digits
+    sha256: str  # `Arrays.sha256`, before splitting
     train: int
     validation: int
     test: int
@@ -78,18 +64,11 @@ class Info:
 
 @dataclass(frozen=True, eq=False)
 class Mnist:
-    """The three splits and their record.
+    """The three splits and their record."""
 
-    Attributes:
-      train: in an order shuffled by the seed.
-      validation: held out of the official training set, or the test split itself.
-      test: the official test set in stored order, the same for every seed.
-      info: the record of what was read.
-    """
-
-    train: Split
-    validation: Split
-    test: Split
+    train: Split  # in an order shuffled by the seed
+    validation: Split  # held out of the official training set, or the test split itself
+    test: Split  # the official test set in stored order, the same for every seed
     info: Info
 
 
@@ -105,9 +84,8 @@ def load(
 
     The sources:
       idx: the four standard idx files in a directory, gzipped or not.
-      tfds: a TensorFlow Datasets set, read without TensorFlow. `mnist`, `fashion_mnist` and `kmnist` are
-        downloaded and prepared if necessary; any other set must be prepared already. TFDS shuffles a set
-        when preparing it, so order and `sha256` differ from those of `idx`.
+      tfds: a TensorFlow Datasets set, in TFDS's own order. `mnist`, `fashion_mnist` and `kmnist` are
+        downloaded and prepared if necessary; any other set must be prepared already.
       mnist5k: the 5,000 bundled digits, 1,000 of them for testing.
       auto: the first of these that needs no download: idx in `path` or in the cache, a prepared TFDS set in
         `path` or in TFDS's data directory, mnist5k. It is an error if `path` has neither, or if a set other

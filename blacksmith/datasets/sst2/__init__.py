@@ -1,7 +1,7 @@
 """SST-2, and data of the same form: sentences labeled 0 (negative) or 1 (positive).
 
-`read` reads a source. Its `split` gives disjoint train, validation and test examples, and an `Info` that
-identifies the data by a hash. Nothing is downloaded unless the source is a Hugging Face dataset id.
+`read` reads a source, and the source's `split` gives disjoint training, validation and test examples.
+Nothing is downloaded unless the source is a Hugging Face dataset id.
 """
 
 from blacksmith.datasets.sst2.examples import CLASSES, Examples, Info, Sst2

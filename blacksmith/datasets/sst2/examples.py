@@ -39,10 +39,7 @@ class Examples:
 
 
 def content_sha256(*parts: Examples) -> str:
-    """Hashes sentences and labels in order, independent of the file format.
-
-    The bytes hashed are the JSON text `[[sentences, labels], ...]`, one pair per part, from `json.dumps`.
-    """
+    """Hashes the JSON text `[[sentences, labels], ...]`, one pair per part, whatever the file format was."""
     content = [[part.sentences, part.labels.tolist()] for part in parts]
     return sha256(json.dumps(content).encode()).hexdigest()
 
@@ -57,7 +54,7 @@ class Info:
       path: absolute path; None for the sample and the hub.
       test_from: the file or split that the test examples come from.
       unused: files or splits that were not used.
-      sha256: `content_sha256` of the source's training and test examples before they were split.
+      sha256: hash of the source's training and test examples before they were split.
       train: number of training examples.
       validation: number of validation examples.
       test: number of test examples.

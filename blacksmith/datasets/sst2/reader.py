@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _SAMPLE = Path(__file__).with_name("sample.tsv")
 
-# Readers of `datasets.Dataset` and their options. GLUE's TSV has no quoting: a quote character is part of the
-# sentence. By default, pandas would turn the sentence "null" into a missing value.
+# Readers of `datasets.Dataset` and their options. In GLUE's TSV a quote character is part of the sentence. By
+# default, pandas would turn the sentence "null" into a missing value.
 _CSV = {"keep_default_na": False}
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("from_csv", {**_CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}),
@@ -50,20 +50,14 @@ _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 def read(source: str = "sample", *, sentence_column: str = "sentence", label_column: str = "label") -> Source:
     """Reads sentences with two classes.
 
-    Sources:
-      sample: 320 bundled sentences, 240 for training and 80 for testing.
-      a directory: `train` and at least one of `test`, `validation` and `dev`, each a tsv, csv, json, jsonl or
-        parquet file. GLUE distributes SST-2 as such a directory.
-      a file in one of these formats.
-      a Hugging Face dataset id: `stanfordnlp/sst2`, or `nyu-mll/glue:sst2` with a configuration. It is
-        downloaded into the library's own cache; without a network or with `HF_HUB_OFFLINE`, only the cache is
-        read.
-
     The test set is the source's `test` if it has labels, else its `validation` or `dev`, as in SST-2.
     Validation examples are always held out of the training examples.
 
     Args:
-      source: as above; an existing path takes precedence over an id, and `./sample` is a path.
+      source: "sample", which is 320 bundled sentences, 240 for training and 80 for testing; a file (tsv, csv,
+        json, jsonl or parquet); a directory with such files `train` and `test`, `validation` or `dev`, as in
+        GLUE; or a Hugging Face dataset id such as `stanfordnlp/sst2`, or `nyu-mll/glue:sst2` with a
+        configuration, which is downloaded into the library's own cache.
       sentence_column: the column with the sentences.
       label_column: the column with the labels, 0 or 1.
 
@@ -107,7 +101,7 @@ class _Table:
         return cls(place, name, dataset.column_names, values)
 
     def has_labels(self, label_column: str) -> bool:
-        """Whether any row has a label: GLUE's test set has no such column, and -1 in all rows on the hub."""
+        # GLUE's test set has no such column, and on the hub it has -1 in all rows.
         labels = self.columns.get(label_column, [])
         return any(not _missing(label) and str(label).strip() != "-1" for label in labels)
 
@@ -122,12 +116,11 @@ class _Table:
         sentences, labels = [], []
         rows = zip(self.columns[sentence_column], self.columns[label_column])
         for row, (sentence, label) in enumerate(rows, 1):
-            if _missing(sentence):
-                problem = f"column {sentence_column!r} is empty"
+            if _missing(sentence) or _missing(label):
+                column = sentence_column if _missing(sentence) else label_column
+                problem = f"column {column!r} is empty"
             elif not isinstance(sentence, str):
                 problem = f"column {sentence_column!r} is {reprlib.repr(sentence)}, which is not text"
-            elif _missing(label):
-                problem = f"column {label_column!r} is empty"
             elif str(label).strip() not in _LABELS:
                 value = reprlib.repr(label)
                 problem = f"column {label_column!r} is {value}; allowed: 0 (negative) and 1 (positive)"
@@ -143,44 +136,39 @@ def _missing(value: Any) -> bool:
     return value is None or value != value or not str(value).strip()  # NaN is not equal to itself
 
 
-def _choose_splits(
-    source: str, name: str, path: str | None, tables: dict[str, _Table], columns: tuple[str, str]
-) -> Source:
-    """Chooses the test set among the tables `test`, `validation` and `dev`; `train` must be there."""
-    place, others = path or name, [split for split in ("validation", "dev") if split in tables]
-    if "train" not in tables:
-        raise DataError(f"{place}: no split train; there are: {', '.join(tables)}")
-    if "test" in tables and tables["test"].has_labels(columns[1]):
-        test = "test"
-    elif len(others) == 1:
-        test = others[0]
-    elif others:
-        raise DataError(f"{place}: has both validation and dev; remove the one not to test on")
-    else:
-        raise DataError(
-            f"{place}: no test data; needs test, validation or dev with a column {columns[1]!r}; there are: "
-            f"{', '.join(tables)}"
-        )
-    unused = [table.name for split, table in tables.items() if split not in ("train", test)]
-    train, tested = tables["train"], tables[test]
-    examples = (train.examples(*columns), tested.examples(*columns))
-    return Source(source, name, path, tested.name, unused, train.place, *examples)
-
-
 def _find_splits(directory: Path) -> dict[str, Path]:
     """Returns the file of each split in a directory."""
     found: dict[str, Path] = {}
     for split in ("dev", "test", "train", "validation"):
         # The hub calls the only file of a split train-00000-of-00001.parquet.
         names = [stem + suffix for stem in (split, f"{split}-00000-of-00001") for suffix in _FORMATS]
-        files = [name for name in names if os.path.isfile(directory / name)]
+        files = [directory / name for name in names if os.path.isfile(directory / name)]
         if len(files) > 1:
-            raise DataError(f"{directory}: has both {files[0]} and {files[1]}; remove one of them")
+            raise DataError(f"{directory}: has both {files[0].name} and {files[1].name}; remove one of them")
         if files:
-            found[split] = directory / files[0]
-    if "train" not in found:
-        raise DataError(f"{directory}: no training file; allowed: train with one of {' '.join(_FORMATS)}")
+            found[split] = files[0]
     return found
+
+
+def _choose_splits(
+    source: str, name: str, path: str | None, tables: dict[str, _Table], columns: tuple[str, str]
+) -> Source:
+    """Chooses the test set among the tables `test`, `validation` and `dev`; `train` must be there."""
+    place, there = path or name, f"there are: {', '.join(tables) or 'none'}"
+    if "train" not in tables:
+        raise DataError(f"{place}: no split train ({' '.join(_FORMATS)}); {there}")
+    others = [split for split in ("validation", "dev") if split in tables]
+    if "test" in tables and tables["test"].has_labels(columns[1]):
+        others = ["test"]
+    if len(others) > 1:
+        raise DataError(f"{place}: has both validation and dev; remove the one not to test on")
+    if not others:
+        needs = f"needs test, validation or dev with a column {columns[1]!r}"
+        raise DataError(f"{place}: no test data; {needs}; {there}")
+    train, test = tables["train"], tables[others[0]]
+    unused = [table.name for table in tables.values() if table not in (train, test)]
+    examples = (train.examples(*columns), test.examples(*columns))
+    return Source(source, name, path, test.name, unused, train.place, *examples)
 
 
 def _read_file(path: Path, columns: Sequence[str]) -> _Table:
@@ -189,17 +177,15 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
     reader, options = _FORMATS[path.suffix]
     if reader == "from_csv":  # as text, because the sentence "1987" would become a number
         options = {**options, "converters": dict.fromkeys(columns, str)}
+    if not path.stat().st_size:
+        raise DataError(f"{path}: the file is empty")
     try:
-        if not path.stat().st_size:
-            raise DataError(f"{path}: the file is empty")
         # `datasets.load_dataset` does the same, but reports each use to the hub. The library always writes to
         # a cache; a temporary one leaves nothing behind.
         with _library() as library, tempfile.TemporaryDirectory() as cache:
             open_file = getattr(library.Dataset, reader)
             dataset = open_file(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True, **options)
             table = _Table.of(dataset, str(path), path.name, columns)
-    except DataError:
-        raise
     except Exception as error:  # of pandas, pyarrow, the library itself and the file system
         reason = _reason(error)
         if reason.endswith("corresponds to no data!"):
@@ -214,9 +200,8 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
 def _read_hub(source: str, columns: Sequence[str]) -> dict[str, _Table]:
     path, configuration = _HUB_ID.fullmatch(source).groups()
     with _library() as library:
-        if library.config.HF_HUB_OFFLINE:
-            unreachable = "HF_HUB_OFFLINE is set"
-        else:
+        unreachable = "HF_HUB_OFFLINE is set"
+        if not library.config.HF_HUB_OFFLINE:
             unreachable = network.why_unreachable(library.config.HF_ENDPOINT)
         # The library retries for minutes when the hub does not answer. Offline, it goes to its cache at once.
         library.config.HF_HUB_OFFLINE = unreachable is not None
@@ -226,26 +211,22 @@ def _read_hub(source: str, columns: Sequence[str]) -> dict[str, _Table]:
                 for name, dataset in library.load_dataset(path, configuration).items()
             }
         except Exception as error:  # of the library, its HTTP client, pyarrow and the file system
-            if unreachable is None:
-                raise DataError(
-                    f"{source}: cannot be loaded from the Hugging Face hub ({_reason(error)})"
-                ) from error
-            # A connection error only means that the cache does not have it.
-            detail = "" if isinstance(error, ConnectionError) else f" ({_reason(error)})"
+            reason = _reason(error)
+            if unreachable is not None:
+                # A connection error only means that the cache does not have it.
+                reason = "not in the cache" if isinstance(error, ConnectionError) else reason
+                reason += f", and the hub is unreachable: {unreachable}"
             raise DataError(
-                f"{source}: no such file or directory, and as a Hugging Face dataset it is not in the "
-                f"cache{detail} and cannot be downloaded ({unreachable}); without a network, use a "
-                "directory, a file or 'sample'"
+                f"{source}: no such file or directory, and cannot be loaded from the Hugging Face hub "
+                f"({reason}); without a network, use a directory, a file or 'sample'"
             ) from error
 
 
 @contextmanager
 def _library() -> Iterator[ModuleType]:
     """Imports `datasets`, without progress bars and log messages; afterwards its settings are restored."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"reading sentences needs a package ({error}); run pip install '.[llama]'") from error
+    import datasets
+
     bars, offline = datasets.are_progress_bars_disabled(), datasets.config.HF_HUB_OFFLINE
     verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()

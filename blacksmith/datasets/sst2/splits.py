@@ -42,12 +42,10 @@ class Source:
         return content_sha256(self.train, *([] if self.test is None else [self.test]))
 
     def split(self, validation: int | float | None = None, seed: int = 0) -> Sst2:
-        """Returns train, validation and test examples; `Pool` describes how examples are held out.
-
-        A tenth of a single file is its test set, the same tenth for every seed.
+        """Returns train, validation and test examples; a tenth of a single file is its test set.
 
         Args:
-          validation: how many training examples to hold out: a count, or a fraction between 0 and 1. Default:
+          validation: how many training examples to hold out: a count, or a fraction between 0 and 1; None:
             1,000, or 40 of the sample, which has only 240.
           seed: decides which examples are held out for validation.
 
@@ -56,12 +54,8 @@ class Source:
         """
         if validation is None:
             validation = 40 if self.source == "sample" else 1000
-        pool, test, test_from, total = (
-            Pool(self.train, self.place),
-            self.test,
-            self.test_from,
-            len(self.train),
-        )
+        pool, total = Pool(self.train, self.place), len(self.train)
+        test, test_from = self.test, self.test_from
         if test is None:
             # Not the run's seed: a checkpoint must not be tested on what another seed trained it on.
             test, test_from = pool.hold_out(0.1, order.generator(0, "test")), f"a tenth of {test_from}"
@@ -77,8 +71,8 @@ class Source:
 
     def for_testing(self) -> Sst2:
         """Returns only test examples (all examples of a single file), for a model trained on other data."""
-        test = self.train if self.test is None else self.test
-        return self._splits(self.train.take([]), self.train.take([]), test, self.test_from, left_out=0)
+        none, test = self.train.take([]), self.train if self.test is None else self.test
+        return self._splits(none, none, test, self.test_from, left_out=0)
 
     def _splits(
         self, train: Examples, validation: Examples, test: Examples, test_from: str, left_out: int
@@ -103,10 +97,6 @@ class Pool:
 
     An example is a whole sentence if no other example contains it, word by word. Equal sentences are held out
     together. A phrase stays in the pool as long as one of the whole sentences that contain it does.
-
-    Args:
-      examples: what the pool starts with.
-      place: where they come from, for messages.
     """
 
     def __init__(self, examples: Examples, place: str) -> None:
@@ -122,8 +112,8 @@ class Pool:
         """Takes random whole sentences out of the pool and returns them in their original order.
 
         Args:
-          size: a number of examples, or a fraction between 0 and 1 of the whole sentences. A few less may be
-            held out, because equal sentences stay together.
+          size: a number of examples, or a fraction of the whole sentences. Fewer may be held out, since equal
+            sentences stay together.
           generator: decides which.
 
         Raises:
@@ -174,8 +164,8 @@ def whole_sentences_around(sentences: Sequence[str]) -> list[list[int]]:
       sentences: all distinct, with single spaces between their words.
     """
     # Comparing every sentence with every other would take hours for SST-2's 67,000 examples. A sentence that
-    # contains another has all its pairs of adjacent words, so only those with its rarest pair are searched. A
-    # single word has no pair, so the words that are examples by themselves are indexed, too.
+    # contains another has all its pairs of adjacent words, so only those with its rarest pair are searched.
+    # Single words have no pair, so those that are examples are indexed too.
     words = [sentence.split() for sentence in sentences]
     pairs = [[f"{first} {second}" for first, second in itertools.pairwise(some)] for some in words]
     single = {some[0] for some in words if len(some) == 1}

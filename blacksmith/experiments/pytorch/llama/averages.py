@@ -9,14 +9,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Averages:
-    """Exponential moving averages of weights, beside the weights.
+    """Exponential moving averages of named weights; with `decay` None there are none, and nothing happens.
 
-    After step t, from 1, they move by ``1 - min(decay, t / (t + 9))`` of the way to the weights: the first
-    steps are forgotten soon, as with TensorFlow's ``ExponentialMovingAverage(decay, num_updates)``.
-
-    Args:
-      weights: by name; they are the first averages.
-      decay: below 1; with None there are no averages, and nothing happens.
+    The decay of step t, from 1, is ``min(decay, t / (t + 9))``, which forgets the first steps quickly, like
+    TensorFlow's ``ExponentialMovingAverage(decay, num_updates)``.
 
     Attributes:
       values: the averages by name; within `applied`, the weights themselves.
@@ -29,14 +25,14 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Books the weights after step number `step`, from 1."""
+        """Includes the weights after step number `step`, from 1."""
         if self.values:
             move = get_ema_multi_avg_fn(min(self._decay, step / (step + 9)))
             move(list(self.values.values()), list(self._weights.values()), step)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Meanwhile the model computes with the averages."""
+        """Lets the model compute with the averages inside the block."""
         self._exchange()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Encoded examples as batches of tensors."""
+"""Encoded examples as batches of tensors, padded on the right."""
 
 from collections.abc import Sequence
 
@@ -12,42 +12,29 @@ from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up shorter rows; which one it is has no effect on anything."""
+    """Returns the token that fills up shorter rows; nothing depends on which one it is."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def collate(encoded: Encoded, rows: Sequence[int] | np.ndarray, prefix: Sequence[int], pad: int) -> Batch:
-    """Some examples as a batch behind a prefix that they all begin with; it may be empty.
-
-    Args:
-      encoded: the examples.
-      rows: which of them.
-      prefix: the first tokens of each.
-      pad: the token that fills up the shorter ones.
-    """
-    skipped = len(prefix)
-    # The last token is predicted, and predicts nothing itself.
-    length = max(len(encoded.tokens[row]) for row in rows) - 1 - skipped
-    tokens = np.full((len(rows), length), pad, np.int64)
-    targets = np.full((len(rows), length), IGNORED, np.int64)
-    for place, row in enumerate(rows):
-        ids, answer = encoded.tokens[row], encoded.answers[row]
-        tokens[place, : len(ids) - 1 - skipped] = ids[skipped:-1]
-        targets[place, answer - 1 - skipped : len(ids) - 1 - skipped] = ids[answer:]
-    return Batch(torch.tensor(prefix, dtype=torch.int64), torch.from_numpy(tokens), torch.from_numpy(targets))
-
-
 def collate_whole(encoded: Encoded, rows: Sequence[int] | np.ndarray, pad: int) -> tuple[Tensor, Tensor]:
-    """Some examples as Transformers' models take them, padded to the longest.
+    """Returns examples as the models of transformers take them.
 
     Returns:
-      input_ids and labels, int64 [batch, tokens] each; `IGNORED` stands for all labels but the answer's.
+      input_ids and labels, int64 [batch, tokens] each; only the answers have labels that are not `IGNORED`.
     """
     length = max(len(encoded.tokens[row]) for row in rows)
-    input_ids = np.full((len(rows), length), pad, np.int64)
-    labels = np.full((len(rows), length), IGNORED, np.int64)
+    input_ids = torch.full((len(rows), length), pad)
+    labels = torch.full((len(rows), length), IGNORED)
     for place, row in enumerate(rows):
-        ids, answer = encoded.tokens[row], encoded.answers[row]
-        input_ids[place, : len(ids)] = ids
-        labels[place, answer : len(ids)] = ids[answer:]
-    return torch.from_numpy(input_ids), torch.from_numpy(labels)
+        tokens, answer = torch.tensor(encoded.tokens[row]), encoded.answers[row]
+        input_ids[place, : len(tokens)] = tokens
+        labels[place, answer : len(tokens)] = tokens[answer:]
+    return input_ids, labels
+
+
+def collate(encoded: Encoded, rows: Sequence[int] | np.ndarray, prefix: Sequence[int], pad: int) -> Batch:
+    """Returns examples that all begin with `prefix`, which may be empty, as a batch that shares it."""
+    input_ids, labels = collate_whole(encoded, rows, pad)
+    # A token's target is the token after it; the last one has none.
+    start = len(prefix)
+    return Batch(torch.tensor(prefix, dtype=torch.int64), input_ids[:, start:-1], labels[:, start + 1 :])

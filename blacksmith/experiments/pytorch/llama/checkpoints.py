@@ -1,4 +1,4 @@
-"""The model of a run, and its checkpoints: an adapter in PEFT's layout or all weights, and the optimiser."""
+"""The model of a run, and its checkpoints: an adapter in PEFT's layout or all weights, and the optimizer."""
 
 import sys
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from blacksmith.errors import CheckpointError, ConfigError
 from blacksmith.experiments.pytorch.llama.averages import Averages
@@ -26,15 +26,20 @@ UNAVERAGED = "unaveraged.safetensors"
 
 
 def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The model with a new adapter or that of `run.external_weights`, on the run's device, and its tokenizer.
+    """Returns the model and its tokenizer, with a new adapter or that of `run.external_weights`.
 
     Raises:
-      ConfigError: the configuration asks for what the model cannot do.
-      DataError: the model is missing or broken.
+      ConfigError: the model or the device cannot do what the configuration demands.
+      DataError: the model or the external adapter is missing or broken.
     """
     config: Config = run.config
-    settings = config.model
-    if settings.name_or_path is None:
+    settings, lora = config.model, config.lora
+    kind = {"dtype": settings.dtype, "attention": settings.attention}
+    if settings.attention == "flash_attention_2" and torch.device(run.device).type != "cuda":
+        raise ConfigError(f'llama.Model.attention = "flash_attention_2" needs a GPU, not {run.device}')
+    if settings.name_or_path is not None:
+        model, tokenizer = loading.load_model(settings.name_or_path, **kind)
+    else:
         tokenizer = tokens.byte_tokenizer()
         model = loading.make_model(
             len(tokenizer),
@@ -45,45 +50,36 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             settings.key_value_heads,
             settings.max_positions,
             seed=seed_int(config.run.seed, "weights"),
-            dtype=settings.dtype,
-            attention=settings.attention,
-        )
-    else:
-        model, tokenizer = loading.load_model(
-            settings.name_or_path, dtype=settings.dtype, attention=settings.attention
+            **kind,
         )
     longest = model.config.max_position_embeddings
     if config.data.max_length > longest:
         raise ConfigError(
-            f"llama.Data.max_length = {config.data.max_length} is more than the {longest} tokens of the "
-            "model's context"
+            f"llama.Data.max_length = {config.data.max_length} is more than the model's context, {longest}"
         )
     model.to(run.device)
-    if settings.attention == "flash_attention_2" and torch.device(run.device).type != "cuda":
-        raise ConfigError(f'llama.Model.attention = "flash_attention_2" needs a GPU, not {run.device}')
     if run.external_weights is not None:
-        lora = adapters.read_config(run.external_weights)
-        made_on, here = lora.base_model_name_or_path, settings.name_or_path or "a model from scratch"
+        found = adapters.read_config(run.external_weights)
+        base, here = found.base_model_name_or_path, settings.name_or_path
+        used_with = "" if base == here else f", used with {here or 'a model from scratch'}"
         print(
-            f"adapter: rank {lora.r}, alpha {lora.lora_alpha}, made on {made_on}"
-            + ("" if made_on == settings.name_or_path else f", here on {here}")
-            + "; llama.Lora has no effect on it",
+            f"adapter: rank {found.r}, alpha {found.lora_alpha}, trained on {base}{used_with}; "
+            "llama.Lora has no effect on it",
             file=sys.stderr,
         )
         model = adapters.load_adapter(model, run.external_weights)
-    elif config.lora.rank is not None:
-        lora = config.lora
+    elif lora.rank is not None:
         model = adapters.add_lora(
             model,
             rank=lora.rank,
             alpha=lora.alpha,
             dropout=lora.dropout,
             bias=lora.bias,
-            target_modules="all-linear" if lora.target_modules == ("all-linear",) else lora.target_modules,
+            target_modules=lora.target_modules,
             seed=seed_int(config.run.seed, "adapter"),
         )
     if settings.compile:
-        # Not whole layers: each has keys and values of its own, and would be compiled anew.
+        # Not whole layers: each has keys and values of its own, so each would be compiled separately.
         for layer in causal_model(model).model.layers:
             layer.mlp.forward = torch.compile(layer.mlp.forward, dynamic=True)
     if settings.gradient_checkpointing:
@@ -92,25 +88,24 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
 
 
 def load_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The trained model, from the run's checkpoint or external weights, and its tokenizer.
+    """Returns the trained model, from the run's checkpoint or external weights, and its tokenizer.
 
     Raises:
-      ConfigError: the configuration asks for what the model cannot do.
-      DataError: the model is missing or broken.
-      CheckpointError: the checkpoint does not fit it.
+      ConfigError, DataError: see `build_model`.
+      CheckpointError: the checkpoint belongs to another base model.
     """
     model, tokenizer = build_model(run)
     if run.resumed is not None:
         check_base(run.resumed, loading.fingerprint(model, tokenizer))
-        load_weights(model, run.resumed.path)
+        load_weights(model, run.resumed)
     return model, tokenizer
 
 
 def check_base(saved: Saved, found: Mapping[str, str]) -> None:
-    """Checks that the base model that was loaded is the one that a checkpoint was trained on.
+    """Checks that the base model's fingerprint is that of the model that a checkpoint was trained on.
 
     Raises:
-      CheckpointError: it is a different one, or its files have changed.
+      CheckpointError: it is a different model, or its files have changed.
     """
     for what, value in saved.own["base"].items():
         if found[what] != value:
@@ -120,16 +115,35 @@ def check_base(saved: Saved, found: Mapping[str, str]) -> None:
             )
 
 
+def load_weights(model: torch.nn.Module, saved: Saved) -> None:
+    """Loads a checkpoint's weights (or averages) into a model of the same kind.
+
+    Raises:
+      DataError: they cannot be read or do not fit.
+    """
+    if hasattr(model, "get_base_model"):
+        adapters.load_weights(model, saved.path)
+        return
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(saved.path.glob("model*.safetensors")):
+        tensors |= adapters.read_safetensors(file)
+    wanted = model.state_dict()
+    if model.config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+    adapters.check_fit(tensors, wanted, saved.path)
+    model.load_state_dict(tensors, strict=False)
+
+
 @dataclass(frozen=True, eq=False)
 class TrainState:
-    """What a checkpoint holds: weights (or their averages) and optimizer.
+    """What a checkpoint holds, except what the loop itself saves.
 
     Attributes:
       model: with its adapter, if it has one.
       base: the base model's fingerprint.
-      weights: the trained ones by name.
-      optimizer: over the weights.
-      averages: of the weights.
+      weights: the trained weights by name.
+      optimizer: what trains them.
+      averages: of the weights; a checkpoint's model files hold these instead, if there are any.
     """
 
     model: torch.nn.Module
@@ -140,26 +154,18 @@ class TrainState:
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Writes the files of a checkpoint; returns its JSON values."""
-        with self.averages.applied():
+        with self.averages.applied(), loading.quiet():
             if hasattr(self.model, "get_base_model"):
                 adapters.save_adapter(self.model, directory)
             else:
-                with loading.quiet():
-                    causal_model(self.model).save_pretrained(directory)
+                self.model.save_pretrained(directory)
         tensors, numbers = optimizer_state(self.optimizer, self.weights)
         save_file(tensors, directory / OPTIMIZER)
         if self.averages.values:
             save_file(dict(self.weights), directory / UNAVERAGED)
         return {"base": dict(self.base), "optimizer_numbers": numbers}
 
-    def load_weights(self, saved: Saved) -> None:
-        """Puts a checkpoint's weights (or averages) into the model.
-
-        Raises:
-          CheckpointError: they cannot be read or do not fit.
-        """
-        load_weights(self.model, saved.path)
-
+    @torch.no_grad()
     def restore(self, saved: Saved) -> None:
         """Restores all that `save` wrote.
 
@@ -168,38 +174,14 @@ class TrainState:
           DataError: a file cannot be read, or the weights in it do not fit.
         """
         check_base(saved, self.base)
-        self.load_weights(saved)
-        tensors = adapters.read_safetensors(saved.path / OPTIMIZER)
+        load_weights(self.model, saved)
         if self.averages.values:
             # The model has the averages now; training resumes from the weights themselves.
             path = saved.path / UNAVERAGED
             unaveraged = adapters.read_safetensors(path)
             adapters.check_fit(unaveraged, self.weights, path)
-            with torch.no_grad():
-                for name, weight in self.weights.items():
-                    self.averages.values[name].copy_(weight)
-                    weight.copy_(unaveraged[name])
+            for name, weight in self.weights.items():
+                self.averages.values[name].copy_(weight)
+                weight.copy_(unaveraged[name])
+        tensors = adapters.read_safetensors(saved.path / OPTIMIZER)
         load_optimizer_state(self.optimizer, self.weights, tensors, saved.own["optimizer_numbers"])
-
-
-def load_weights(model: torch.nn.Module, directory: Path) -> None:
-    """Puts a checkpoint's weights into a model of the same kind.
-
-    Raises:
-      CheckpointError: they cannot be read or do not fit.
-    """
-    if hasattr(model, "get_base_model"):
-        adapters.load_weights(model, directory)
-    else:
-        _load_whole(causal_model(model), directory)
-
-
-def _load_whole(model: LlamaForCausalLM, directory: Path) -> None:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("model*.safetensors")):
-        tensors |= adapters.read_safetensors(file)
-    wanted = model.state_dict()
-    if model.config.tie_word_embeddings:
-        wanted.pop("lm_head.weight")
-    adapters.check_fit(tensors, wanted, directory)
-    model.load_state_dict(tensors, strict=False)

@@ -1,7 +1,7 @@
 """The configuration of the Llama experiment. Loads no framework."""
 
 import dataclasses
-import math
+from collections.abc import Iterator
 from typing import Literal
 
 from blacksmith.config.conditions import NOT_NONE
@@ -33,15 +33,11 @@ class Data:
         "sample",
         "sample: the bundled sentences; a directory or file of tsv, csv, json or parquet; or a Hugging Face "
         "dataset id",
-        evaluation_may_change=True,
         min_length=1,
+        evaluation_may_change=True,
     )
-    sentence_column: str = setting(
-        "sentence", "column of the sentence", evaluation_may_change=True, min_length=1
-    )
-    label_column: str = setting(
-        "label", "column of the label, 0 or 1", evaluation_may_change=True, min_length=1
-    )
+    sentence_column: str = setting("sentence", "column of the text", evaluation_may_change=True, min_length=1)
+    label_column: str = setting("label", "column of the 0 or 1", evaluation_may_change=True, min_length=1)
     validation: int | float | None = setting(
         None,
         "sentences held out of the training set to choose the best checkpoint: a number or a fraction; None: "
@@ -54,17 +50,13 @@ class Data:
         "sentences",
         ge=1,
     )
-    template: str = setting(
-        TEMPLATE, "the prompt, which contains {sentence} and ends with {label}", min_length=1
-    )
-    labels: tuple[str, ...] = setting(
-        ("negative", "positive"), "the words for the labels 0 and 1 in the prompt"
-    )
+    template: str = setting(TEMPLATE, "the prompt: contains {sentence}, ends with {label}", min_length=1)
+    labels: tuple[str, ...] = setting(("negative", "positive"), "the prompt's words for the labels 0 and 1")
     max_length: int = setting(128, "maximum tokens per example, prompt and answer together", ge=4)
     too_long: Literal["drop", "truncate"] = setting(
         "truncate",
-        "what to do with a longer training example; truncate: cut the end of its sentence, as is always done "
-        "with validation and test examples",
+        "longer training examples are left out or truncated at the end of their sentence; validation and "
+        "test examples are always truncated",
     )
 
 
@@ -85,7 +77,7 @@ class Model:
     key_value_heads: int = setting(2, "heads of keys and values", gt=0, only_with=_FROM_SCRATCH)
     max_positions: int = setting(512, "longest context, in tokens", gt=0, only_with=_FROM_SCRATCH)
     dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "data type of the model's own weights; those of an adapter are always float32"
+        "float32", "data type of the model's own weights; an adapter's are always float32"
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = setting(
         "sdpa", "implementation of attention", resume_may_change=True
@@ -105,9 +97,7 @@ class Lora:
     rank: int | None = setting(8, "rank of the updates; None: train all weights, without an adapter", gt=0)
     alpha: float = setting(16.0, "scale the updates by alpha / rank", gt=0, only_with=_WITH_LORA)
     dropout: float = setting(0.0, "dropout on the adapters' inputs", ge=0, lt=1, only_with=_WITH_LORA)
-    bias: Literal["none", "all", "lora_only"] = setting(
-        "none", "which biases are trained", only_with=_WITH_LORA
-    )
+    bias: Literal["none", "all", "lora_only"] = setting("none", "biases to train", only_with=_WITH_LORA)
     target_modules: tuple[str, ...] = setting(
         ("all-linear",),
         'names of the layers, such as "q_proj"; ("all-linear",): all linear layers except the head',
@@ -130,16 +120,16 @@ class Train(TrainConfig):
     accumulate: int = setting(1, "compute a batch in this many parts; must divide `batch_size`", gt=0)
     shared_prefix: bool = setting(
         True,
-        "compute the common beginning of all prompts once per batch; exact, see README",
+        "compute the common beginning of all prompts once per batch; exact up to rounding",
         resume_may_change=True,
     )
     by_length: int = setting(
-        50, "sort this many batches by length together, which saves padding; 1: do not sort", gt=0
+        50, "shuffle in pools of this many batches, sorted by length to save padding; 1: do not sort", gt=0
     )
     average: float | None = setting(
         None,
-        "decay of a moving average of the trained weights, at most t/(t+9) at step t, which is validated, "
-        "saved and tested instead of them; None: no average",
+        "decay of a moving average of the trained weights (at most t/(t+9) at step t), which replaces them "
+        "in validation, checkpoints and tests; None: no average",
         gt=0,
         lt=1,
     )
@@ -198,72 +188,53 @@ class Config:
     log: LogConfig
 
     def check(self) -> None:
-        """The rules that span fields.
+        """Raises ConfigError for the first broken rule that spans fields."""
+        if problem := next(self._problems(), None):
+            raise ConfigError(problem)
 
-        Raises:
-          ConfigError: the first that is broken.
-        """
-        self._check_data()
-        self._check_model()
-        train = self.train
-        if train.batch_size % train.accumulate:
-            raise ConfigError(
-                f"llama.Train.accumulate = {train.accumulate} does not divide llama.Train.batch_size = "
-                f"{train.batch_size}"
-            )
-
-    def _check_data(self) -> None:
-        data = self.data
+    def _problems(self) -> Iterator[str]:
+        data, model, lora, train = self.data, self.model, self.lora, self.train
         for field in ("{sentence}", "{label}"):
-            count = data.template.count(field)
-            if count != 1:
-                raise ConfigError(f"llama.Data.template has {field} {count} times; it must have it once")
+            if (count := data.template.count(field)) != 1:
+                yield f"llama.Data.template has {field} {count} times; it must have it once"
         if not data.template.endswith("{label}"):
-            raise ConfigError(
-                "llama.Data.template must end with {label}: the answer is what the model learns"
-            )
+            yield "llama.Data.template must end with {label}: the answer is what the model learns"
         folded = {text.strip().casefold() for text in data.labels}
         if len(data.labels) != 2 or len(folded) != 2 or "" in folded:
-            raise ConfigError(f"llama.Data.labels = {data.labels}: must be two different words")
+            yield f"llama.Data.labels = {data.labels}: must be two different words"
         if isinstance(data.validation, float) and data.validation >= 1:
-            raise ConfigError(f"llama.Data.validation = {data.validation}: a fraction must be below 1")
-
-    def _check_model(self) -> None:
-        model, lora = self.model, self.lora
+            yield f"llama.Data.validation = {data.validation}: a fraction must be below 1"
         if model.name_or_path is None:
+            sizes = f"llama.Model.hidden_size = {model.hidden_size} / llama.Model.heads = {model.heads}"
             if model.hidden_size % model.heads or (model.hidden_size // model.heads) % 2:
-                raise ConfigError(
-                    f"llama.Model.hidden_size = {model.hidden_size} / llama.Model.heads = {model.heads} "
-                    "must be an even number"
-                )
+                yield f"{sizes} must be an even number"
             if model.heads % model.key_value_heads:
-                raise ConfigError(
+                yield (
                     f"llama.Model.key_value_heads = {model.key_value_heads} does not divide "
                     f"llama.Model.heads = {model.heads}"
                 )
-            if self.data.max_length > model.max_positions:
-                raise ConfigError(
-                    f"llama.Data.max_length = {self.data.max_length} is more than "
-                    f"llama.Model.max_positions = {model.max_positions}"
+            if data.max_length > model.max_positions:
+                yield (
+                    f"llama.Data.max_length = {data.max_length} is more than llama.Model.max_positions = "
+                    f"{model.max_positions}"
                 )
-        if model.attention == "flash_attention_2" and "bfloat16" not in (model.dtype, self.train.precision):
-            raise ConfigError(
+        if model.attention == "flash_attention_2" and "bfloat16" not in (model.dtype, train.precision):
+            yield (
                 'llama.Model.attention = "flash_attention_2" computes in bfloat16; set llama.Train.precision '
                 "to it"
             )
-        if lora.rank is None:
-            if model.dtype == "bfloat16":
-                raise ConfigError(
-                    'llama.Model.dtype = "bfloat16" would round away small updates of trained weights; full '
-                    'fine-tuning takes float32, with llama.Train.precision = "bfloat16" for speed'
-                )
-        elif lora.bias != "none" and model.dtype == "bfloat16":
-            raise ConfigError(
-                f'llama.Lora.bias = {lora.bias!r} with llama.Model.dtype = "bfloat16" would round away small '
-                "updates of the biases; one of them has to change"
+        if model.dtype == "bfloat16" and lora.rank is None:
+            yield (
+                'llama.Model.dtype = "bfloat16" would round away small updates in full fine-tuning; use '
+                '"float32", with llama.Train.precision = "bfloat16" for speed'
             )
-
-
-def evaluate_every(train: Train, total: int) -> int:
-    """Optimizer steps between two validations."""
-    return train.evaluate_every_steps or max(1, math.ceil(total / 10))
+        if model.dtype == "bfloat16" and lora.rank is not None and lora.bias != "none":
+            yield (
+                f'llama.Lora.bias = {lora.bias!r} with llama.Model.dtype = "bfloat16" would round away small '
+                "updates of the biases; change one of them"
+            )
+        if train.batch_size % train.accumulate:
+            yield (
+                f"llama.Train.accumulate = {train.accumulate} does not divide llama.Train.batch_size = "
+                f"{train.batch_size}"
+            )

@@ -1,9 +1,9 @@
-"""The experiment's data: sentences of at least some words, as tokens."""
+"""The data of the experiment, read, filtered and encoded as `llama.Data` says."""
 
 import sys
-from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
@@ -25,59 +25,48 @@ def read_data(run: Run) -> sst2.Source:
 
 
 def drop_short(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
-    """The examples of at least `llama.Data.min_words` words; prints how many are left out.
+    """Returns the examples of at least `llama.Data.min_words` words; prints how many are left out.
 
     Raises:
       ConfigError: none is long enough.
     """
     fewest = run.config.data.min_words
-    rows = np.array([i for i, s in enumerate(examples.sentences) if len(s.split()) >= fewest], np.int64)
+    rows = np.flatnonzero([len(sentence.split()) >= fewest for sentence in examples.sentences])
     if not len(rows):
         raise ConfigError(f"llama.Data.min_words = {fewest} leaves no {what} example; lower it")
-    if len(rows) < len(examples):
-        dropped = len(examples) - len(rows)
-        print(
-            f"{dropped:,} of {len(examples):,} {what} examples have fewer than {fewest} words: left out",
-            file=sys.stderr,
-        )
+    report(len(examples) - len(rows), len(examples), what, f"fewer than {fewest} words: left out")
     return examples.take(rows)
 
 
-def encode_training(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples) -> Encoded:
-    """The training examples as tokens; prints how many were too long.
+def encode_training(
+    run: Run, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, examples: sst2.Examples
+) -> Encoded:
+    """Returns the training examples as tokens; prints how many were too long.
 
     Raises:
       ConfigError: all of them are too long.
     """
-    settings = run.config.data
-    encoded = encode(
-        tokenizer,
-        prompt,
-        examples.sentences,
-        examples.labels.tolist(),
-        max_length=settings.max_length,
-        too_long=settings.too_long,
-    )
-    for count, done in ((encoded.dropped, "left out"), (encoded.truncated, "truncated")):
-        report_truncation(count, len(examples), "training", settings.max_length, done)
+    length, too_long = run.config.data.max_length, run.config.data.too_long
+    labels = examples.labels.tolist()
+    encoded = encode(tokenizer, prompt, examples.sentences, labels, max_length=length, too_long=too_long)
+    report(encoded.dropped, len(examples), "training", f"more than {length} tokens: left out")
+    report(encoded.truncated, len(examples), "training", f"more than {length} tokens: truncated")
     if not len(encoded):
-        raise ConfigError(
-            f"llama.Data.max_length = {settings.max_length} leaves no training example; raise it"
-        )
+        raise ConfigError(f"llama.Data.max_length = {length} leaves no training example; raise it")
     return encoded
 
 
-def encode_eval(run: Run, tokenizer: Any, prompt: Prompt, examples: sst2.Examples, what: str) -> EvalPairs:
-    """Examples with both answers as tokens; prints how many were too long."""
+def encode_eval(
+    run: Run, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, examples: sst2.Examples, what: str
+) -> EvalPairs:
+    """Returns examples with both answers as tokens; prints how many were too long."""
     length = run.config.data.max_length
     pairs = EvalPairs.encode(tokenizer, prompt, examples.sentences, examples.labels, length)
-    report_truncation(pairs.correct.truncated, len(examples), what, length, "truncated")
+    report(pairs.correct.truncated, len(examples), what, f"more than {length} tokens: truncated")
     return pairs
 
 
-def report_truncation(count: int, of: int, what: str, max_length: int, done: str) -> None:
-    """Prints what happened to examples of more than `max_length` tokens, if there are any."""
+def report(count: int, of: int, what: str, message: str) -> None:
+    """Prints what happened to some of the examples, if any."""
     if count:
-        print(
-            f"{count:,} of {of:,} {what} examples have more than {max_length} tokens: {done}", file=sys.stderr
-        )
+        print(f"{count:,} of {of:,} {what} examples have {message}", file=sys.stderr)

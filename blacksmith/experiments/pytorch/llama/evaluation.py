@@ -1,6 +1,7 @@
-"""How well a model predicts the labels: by their likelihood, and by the text that it generates."""
+"""How well a model predicts the labels, by their likelihood and by the text that it generates."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,7 @@ from blacksmith.run.signals import StopFlag
 
 @dataclass(frozen=True, eq=False)
 class EvalPairs:
-    """Sentences in the prompt with each of the two answers.
-
-    Attributes:
-      labels: the true labels, int64 [pairs].
-      correct: the sentences with their true answers.
-      incorrect: the sentences with the other answer.
-    """
+    """Sentences in the prompt, with the correct and with the incorrect answer; labels: int64 [pairs]."""
 
     labels: np.ndarray
     correct: Encoded
@@ -42,16 +37,16 @@ class EvalPairs:
         """Encodes sentences with both answers; sentences that are too long are truncated.
 
         Raises:
-          ConfigError: only one of the answers merges with the text before it, so that the likelihoods of the
-            two would cover different text.
+          ConfigError: only one of the answers merges with the text before it, so that their likelihoods would
+            cover different text.
         """
         labels = np.asarray(labels, np.int64)
         correct, incorrect = (
             encode(tokenizer, prompt, sentences, answers.tolist(), max_length=max_length, too_long="truncate")
             for answers in (labels, 1 - labels)
         )
-        pairs = zip(correct.tokens, correct.answers, incorrect.tokens, incorrect.answers)
-        for one, start, other, other_start in pairs:
+        questions = zip(correct.tokens, correct.answers, incorrect.tokens, incorrect.answers)
+        for one, start, other, other_start in questions:
             if one[:start] != other[:other_start]:
                 seam = tokenizer.decode(max(one[:start], other[:other_start], key=len)[-2:])
                 raise ConfigError(
@@ -66,10 +61,9 @@ class EvalPairs:
     @property
     def single_token(self) -> bool:
         """Whether both answers are one token, so that one row of logits gives the likelihoods of both."""
-        examples = (self.correct, self.incorrect)
         return all(
             len(tokens) == answer + 2  # the end token follows
-            for encoded in examples
+            for encoded in (self.correct, self.incorrect)
             for tokens, answer in zip(encoded.tokens, encoded.answers)
         )
 
@@ -80,7 +74,7 @@ class Scores:
 
     Attributes:
       loss: mean cross-entropy of the tokens of the correct answers, end tokens included, in nats.
-      probabilities: of the labels 0 and 1, which sum to 1: float64 [pairs, 2].
+      probabilities: of the labels 0 and 1, summing to 1, float64 [pairs, 2].
       labels: the true labels, int64 [pairs].
     """
 
@@ -101,9 +95,7 @@ class Scores:
     @property
     def confusion(self) -> np.ndarray:
         """Counts by true label (rows) and prediction (columns), int64 [2, 2]."""
-        counts = np.zeros((2, 2), np.int64)
-        np.add.at(counts, (self.labels, self.predictions), 1)
-        return counts
+        return np.bincount(2 * self.labels + self.predictions, minlength=4).reshape(2, 2)
 
 
 @torch.no_grad()
@@ -119,15 +111,12 @@ def score(
     """Compares the likelihoods of the two answers (without end token), with dropout off.
 
     Args:
-      model: a `LlamaForCausalLM`, or a PEFT model around one; put into evaluation mode for the duration.
+      model: a `LlamaForCausalLM`, or a PEFT model around one.
       pairs: the sentences with both answers.
       batch_size: sentences per batch.
       pad: token that fills up shorter rows.
-      shared_prefix: compute the common prefix of all prompts only once per batch.
-      stop: checked before each batch.
-
-    Returns:
-      The scores; None if stopped early.
+      shared_prefix: whether the common prefix of all prompts is computed once per batch.
+      stop: checked before each batch; once true, None is returned.
     """
     device = next(model.parameters()).device
     correct, incorrect, single_token = pairs.correct, pairs.incorrect, pairs.single_token
@@ -136,9 +125,7 @@ def score(
         shared = common_prefix([shared, incorrect.shared_prefix()])
     logs = np.empty((len(pairs), 2))  # log-likelihoods of the labels 0 and 1
     loss, count = 0.0, 0
-    training = model.training
-    model.eval()
-    try:
+    with _evaluation_mode(model):
         order = np.argsort(correct.lengths, kind="stable")  # rows of similar length need little padding
         for begin in range(0, len(order), batch_size):
             if stop:
@@ -150,7 +137,7 @@ def score(
             loss -= float(true.cpu().double().sum())
             count += len(true)
             if single_token:
-                # The position that predicts the correct answer predicts the incorrect one, too.
+                # The position that predicts the correct answer also predicts the incorrect one.
                 other = [incorrect.tokens[row][incorrect.answers[row]] for row in rows]
                 starts = torch.cat([place.new_ones(1, dtype=torch.bool), place[1:] != place[:-1]])
                 of_correct = true[starts]
@@ -162,14 +149,22 @@ def score(
                 of_incorrect = _per_row(_of_targets(found, batch), place, len(rows))
             both = torch.stack([of_correct, of_incorrect], 1).cpu().double().numpy()
             logs[rows] = np.where(pairs.labels[rows, None] == 0, both, both[:, ::-1])
-    finally:
-        model.train(training)
     probabilities = np.exp(logs - np.logaddexp(logs[:, 0], logs[:, 1])[:, None])
     return Scores(loss / max(count, 1), probabilities, pairs.labels)
 
 
+@contextlib.contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _log_probabilities(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Row of each target, int64 [targets], and its log-probabilities, float32 [targets, vocabulary]."""
+    """Each target's row, int64 [targets], and the log-probabilities there, float32 [targets, vocabulary]."""
     return (batch.targets != IGNORED).nonzero()[:, 0], F.log_softmax(target_logits(model, batch), 1)
 
 
@@ -194,26 +189,21 @@ def generate(
     max_new_tokens: int,
     stop: StopFlag | None = None,
 ) -> list[str] | None:
-    """Generates answers by greedy decoding.
+    """Returns an answer to each prompt by greedy decoding, with dropout off.
 
     Args:
-      model: a `LlamaForCausalLM`, or a PEFT model around one; put into evaluation mode for the duration.
+      model: a `LlamaForCausalLM`, or a PEFT model around one.
       encoded: the prompts; their answers are ignored.
       tokenizer: decodes the answers.
       batch_size: prompts per batch.
       max_new_tokens: maximum length of an answer.
-      stop: checked before each batch.
-
-    Returns:
-      The text of each answer; None if stopped early.
+      stop: checked before each batch; once true, None is returned.
     """
     device = next(model.parameters()).device
     pad = padding(tokenizer)
     questions = [tokens[:answer] for tokens, answer in zip(encoded.tokens, encoded.answers)]
     texts = [""] * len(questions)
-    training = model.training
-    model.eval()
-    try:
+    with _evaluation_mode(model):
         order = np.argsort([len(question) for question in questions], kind="stable")
         for begin in range(0, len(order), batch_size):
             if stop:
@@ -224,7 +214,7 @@ def generate(
             space = [length - len(questions[row]) for row in rows]
             tokens = torch.tensor([[pad] * n + questions[row] for n, row in zip(space, rows)])
             mask = torch.tensor([[0] * n + [1] * (length - n) for n in space])
-            # Everything that a model's own generation settings could change is set.
+            # A model's own generation settings must not change the decoding.
             written = causal_model(model).generate(
                 input_ids=tokens.to(device),
                 attention_mask=mask.to(device),
@@ -240,13 +230,11 @@ def generate(
             )
             for row, answer in zip(rows, written[:, length:].tolist()):
                 texts[row] = tokenizer.decode(answer, skip_special_tokens=True)
-    finally:
-        model.train(training)
     return texts
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> int | None:
-    """Returns the label that a generated answer starts with, ignoring case; None if it is neither."""
+    """Returns the label whose word a generated answer starts with, ignoring case, or None."""
     text = text.strip().casefold()
     matches = [label for label, word in enumerate(labels) if text.startswith(word.strip().casefold())]
     # If one label starts with the other, the longer one is meant.

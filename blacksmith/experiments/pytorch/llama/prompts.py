@@ -42,11 +42,11 @@ class Encoded:
     """Examples as tokens.
 
     Attributes:
-      rows: index of each in the sentences that were encoded, int64 [examples].
-      tokens: of each: prompt, answer and end token.
-      answers: index of the first answer token of each; the loss covers the tokens from there to the end.
-      truncated: how many have lost tokens of their sentence.
-      dropped: how many were left out.
+      rows: index of each example among the sentences that were encoded, int64 [examples].
+      tokens: prompt, answer and end token of each example.
+      answers: index of each example's first answer token; the loss covers the tokens from there to the end.
+      truncated: how many sentences were truncated.
+      dropped: how many sentences were left out.
     """
 
     rows: np.ndarray
@@ -92,8 +92,8 @@ def encode(
       tokenizer: a fast one, which knows the characters of each token.
       prompt: the text around each sentence.
       sentences: one per example.
-      labels: 0 or 1 for each.
-      max_length: maximum number of tokens of an example with the longer answer, whatever its label.
+      labels: 0 or 1 for each sentence.
+      max_length: maximum number of tokens, counted with the longer answer whatever the label.
       too_long: whether a longer example is left out, or its sentence truncated.
 
     Raises:
@@ -130,7 +130,7 @@ def _longest(versions: Sequence[_Version]) -> int:
 def _encode(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str], answer: str
 ) -> list[_Version]:
-    """Sentences in the prompt, all with the same answer."""
+    """Encodes sentences that all have the same answer."""
     if not sentences:
         return []
     questions = [prompt.question(sentence) for sentence in sentences]
@@ -147,7 +147,7 @@ def _encode(
 def _truncate(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: str, label: int, max_length: int
 ) -> list[_Version]:
-    """A sentence, truncated at the end of a token so that it fits, with each answer."""
+    """Encodes a sentence, truncated at the end of a token so that it fits, with each answer."""
 
     def versions(end: int) -> list[_Version]:
         cut = sentence[:end].rstrip()

@@ -5,6 +5,7 @@ Each step computes once what all prompts begin with, and the language-model head
 """
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +18,7 @@ from torch import Tensor
 from blacksmith.config.settings import check_warmup
 from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.batches import collate, collate_whole, padding
-from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model
-from blacksmith.experiments.pytorch.llama.configs import evaluate_every
+from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model, load_weights
 from blacksmith.experiments.pytorch.llama.data import drop_short, encode_eval, encode_training, read_data
 from blacksmith.experiments.pytorch.llama.evaluate import autocast, score, test
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt
@@ -36,7 +36,7 @@ def train(run: Run) -> int:
     """Fine-tunes the model, then tests the best checkpoint; returns the exit status."""
     config, settings = run.config, run.config.train
 
-    # Data.
+    # Data and model.
     data = read_data(run).split(config.data.validation, config.run.seed)
     run.use_data(data.info)
     model, tokenizer = build_model(run)
@@ -51,7 +51,7 @@ def train(run: Run) -> int:
     end = settings.total_steps(order.steps_per_epoch)
     check_warmup(config.schedule, end)
 
-    # What is trained.
+    # Optimizer, and all that a checkpoint holds.
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = make_optimizer(config.optimizer, weights.values())
     averages = Averages(weights, settings.average)
@@ -60,6 +60,7 @@ def train(run: Run) -> int:
         state.restore(run.resumed)
     describe(model, weights, training, prefix, end)
 
+    # What happens beside the steps.
     def rate_of(step: int) -> float:
         return learning_rate(config.schedule, config.optimizer.learning_rate, step, end)
 
@@ -80,24 +81,25 @@ def train(run: Run) -> int:
         end=end,
         validate=validate,
         save=state.save,
-        validate_every=evaluate_every(settings, end),
+        validate_every=settings.evaluate_every_steps or math.ceil(end / 10),
         validate_first=True,
         learning_rate=rate_of,
         histograms=lambda: histograms(weights),
         examples_of=examples_of,
     )
-    model.train()
 
+    # The steps.
+    model.train()
     with profiled(run) as profile_step:
         for step in loop:
-            # One batch, perhaps in parts; its loss is the mean over the tokens of all its answers.
-            rows = order.rows(step)
-            answer_tokens = sum(len(training.tokens[row]) - training.answers[row] for row in rows)
             set_learning_rate(optimizer, rate_of(step))
             optimizer.zero_grad(set_to_none=True)
+            rows = order.rows(step)
+            # The loss is the mean over the answer tokens of the whole batch, which may be computed in parts.
+            answer_tokens = sum(len(training.tokens[row]) - training.answers[row] for row in rows)
             loss, tokens = torch.zeros((), device=run.device), 0
             for number, part in enumerate(np.array_split(rows, min(settings.accumulate, len(rows)))):
-                # Dropout is drawn from the step alone, so that a resumed run draws the same masks.
+                # Dropout depends on the step alone, so that a resumed run draws the same masks.
                 torch.manual_seed(seed_int(config.run.seed, "step", step, number) % 2**63)
                 with autocast(run):
                     if settings.shared_prefix:
@@ -106,7 +108,9 @@ def train(run: Run) -> int:
                         tokens += len(prefix) + batch.tokens.numel()
                     else:
                         input_ids, labels = (t.to(run.device) for t in collate_whole(training, part, pad))
-                        part_loss = model(input_ids, labels=labels, num_items_in_batch=answer_tokens).loss
+                        part_loss = model(
+                            input_ids, labels=labels, num_items_in_batch=answer_tokens, use_cache=False
+                        ).loss
                         tokens += input_ids.numel()
                 part_loss.backward()
                 loss += part_loss.detach()
@@ -116,19 +120,18 @@ def train(run: Run) -> int:
             profile_step()
             loop.log({"loss": loss, "gradient_norm": norm}, tokens=tokens)
 
+    # The test.
     def test_checkpoint(saved: Any) -> dict[str, Any] | None:
-        state.load_weights(saved)
+        load_weights(model, saved)
         print(f"testing {saved.path.name} on {len(data.test):,} sentences", file=sys.stderr)
         return test(run, model, tokenizer, prompt, data.test, run.directory)
 
-    return loop.finish(
-        test_checkpoint,
-        {
-            "parameters": sum(weight.numel() for weight in model.parameters()),
-            "trained_parameters": sum(weight.numel() for weight in weights.values()),
-            "shared_prefix_tokens": len(prefix),
-        },
-    )
+    result = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "trained_parameters": sum(weight.numel() for weight in weights.values()),
+        "shared_prefix_tokens": len(prefix),
+    }
+    return loop.finish(test_checkpoint, result)
 
 
 def describe(
@@ -146,17 +149,15 @@ def describe(
 
 
 def histograms(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Trained weights and, after the first step, their gradients."""
+    """Returns the trained weights and, after the first step, their gradients."""
     arrays = {f"weights/{name}": weight.detach() for name, weight in weights.items()}
-    arrays |= {
-        f"gradients/{name}": weight.grad for name, weight in weights.items() if weight.grad is not None
-    }
+    arrays |= {f"gradients/{name}": w.grad for name, w in weights.items() if w.grad is not None}
     return {name: array.float().cpu().numpy() for name, array in arrays.items()}
 
 
 @contextlib.contextmanager
 def profiled(run: Run) -> Iterator[Callable[[], None]]:
-    """A function to call after each step; traces `llama.Train.profile_steps` into `profile/trace.json`."""
+    """Traces `llama.Train.profile_steps` steps; yields a function to call after each step."""
     steps = run.config.train.profile_steps
     if not steps:
         yield lambda: None

@@ -27,36 +27,34 @@ def add_lora(
     alpha: float,
     dropout: float = 0.0,
     bias: Literal["none", "all", "lora_only"] = "none",
-    target_modules: Literal["all-linear"] | Sequence[str] = "all-linear",
+    target_modules: Sequence[str] = ("all-linear",),
     seed: int = 0,
 ) -> PeftModel:
-    """Adds low-rank updates to a model's linear layers, in place; they start at zero.
+    """Freezes a model and adds updates ``alpha / rank * B A`` to its linear layers (Hu et al., LoRA, 2021).
 
-    The update of a layer is ``alpha / rank * B A`` (Hu et al., LoRA, 2021), where A is random and B starts as
-    zeros. The global random state is left unchanged.
+    B starts as zeros, A is random; the global random state is left unchanged.
 
     Args:
-      model: the base model; its own weights are frozen.
+      model: the base model, changed in place.
       rank: rows of A and columns of B.
       alpha: scales the updates.
       dropout: probability of dropping an input of an update.
       bias: which biases are trained.
-      target_modules: names of the layers, such as ``("q_proj", "v_proj")``; ``all-linear``: all but the head.
+      target_modules: names of the layers, such as ``("q_proj", "v_proj")``, or all except the head.
       seed: decides A.
 
     Raises:
       ConfigError: the model has no linear layer with such a name, or no biases to train.
     """
-    if target_modules != "all-linear":
-        target_modules = list(target_modules)
+    names: str | list[str] = "all-linear"  # peft takes this one as a plain string
+    if tuple(target_modules) != ("all-linear",):
+        names = list(target_modules)
         linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         # peft ignores a name that fits no layer as long as another one fits.
-        unknown = [t for t in target_modules if not any(f".{name}".endswith(f".{t}") for name in linear)]
-        if unknown or not target_modules:
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            raise ConfigError(
-                f"llama.Lora.target_modules: no linear layers {unknown}; the model has {', '.join(known)}"
-            )
+        unknown = [n for n in names if not any(f".{layer}".endswith(f".{n}") for layer in linear)]
+        if unknown or not names:
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear}))
+            raise ConfigError(f"llama.Lora.target_modules: no linear layers {unknown}; the model has {known}")
     if bias != "none" and not any(name.endswith(".bias") for name, _ in model.named_parameters()):
         raise ConfigError(f'llama.Lora.bias = {bias!r}: the model has no biases; set it to "none"')
     settings = LoraConfig(
@@ -64,7 +62,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias=bias,
-        target_modules=target_modules,
+        target_modules=names,
         task_type="CAUSAL_LM",
     )
     # peft draws A on the CPU wherever the model is, so this generator is the only one to restore.
@@ -81,12 +79,30 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     (Path(directory) / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
 
 
-def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
-    """Adds a saved LoRA adapter to a model, in place, for evaluation.
+def read_config(directory: Path) -> LoraConfig:
+    """Returns the settings of a saved LoRA adapter, including the base model that it was trained on.
 
-    Args:
-      model: the base model, with the layer sizes that the adapter was made for.
-      directory: the adapter in PEFT's layout.
+    Raises:
+      DataError: they are missing, broken or not those of a LoRA adapter.
+    """
+    path = Path(directory) / CONFIG
+    if not path.is_file():  # peft would look for it on the hub
+        raise DataError(f"{path} is missing: {directory} does not contain an adapter")
+    try:
+        with warnings.catch_warnings():
+            # A newer peft has settings that this one skips. They do not matter if the weights fit.
+            warnings.simplefilter("ignore")
+            settings = PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # peft lets through whatever an unexpected value makes it do
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(settings, LoraConfig):
+        raise DataError(f"{path} is not a LoRA adapter but {type(settings).__name__}")
+    settings.inference_mode = True
+    return settings
+
+
+def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
+    """Adds a saved LoRA adapter to a model of the same sizes, in place, for evaluation.
 
     Raises:
       DataError: the adapter is missing, broken, not LoRA, or does not fit the model.
@@ -117,26 +133,10 @@ def load_weights(model: PeftModel, directory: Path) -> None:
     peft.set_peft_model_state_dict(model, found)
 
 
-def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Checks that the tensors read from `path` have the names and shapes of those in the model.
-
-    Raises:
-      DataError: they differ; names the first difference.
-    """
-    for name in [*sorted(wanted.keys() - found.keys()), *sorted(found.keys() - wanted.keys())]:
-        verb = "lacks" if name in wanted else "has"
-        raise DataError(f"{path} does not fit the model: it {verb} {name}")
-    for name, value in wanted.items():
-        shape, needed = tuple(found[name].shape), tuple(value.shape)
-        if shape != needed:
-            raise DataError(f"{path} does not fit the model: {name} is {shape} instead of {needed}")
-
-
 def merge(model: PeftModel) -> LlamaForCausalLM:
     """Adds the updates to the layers' own weights, in place, and removes the adapter.
 
-    If the head or the embedding has an update of its own, the two stop sharing their weights, which makes the
-    model larger.
+    If the head or the embedding has an update of its own, the two stop sharing their weights.
     """
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
@@ -161,24 +161,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def read_config(directory: Path) -> LoraConfig:
-    """Returns the settings of a saved LoRA adapter, including the base model that it was trained on.
+def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that the tensors read from `path` have the names and shapes of those in the model.
 
     Raises:
-      DataError: they are missing, broken or not those of a LoRA adapter.
+      DataError: they differ; names the first difference.
     """
-    path = Path(directory) / CONFIG
-    if not path.is_file():  # peft would look for it on the hub
-        raise DataError(f"{path} is missing: {directory} does not contain an adapter")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a newer peft has settings that this one skips; weights are checked
-            settings = PeftConfig.from_pretrained(str(directory))
-    except Exception as error:  # peft lets through whatever an unexpected value makes it do
-        raise DataError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(settings, LoraConfig):
-        raise DataError(f"{path} is not a LoRA adapter but {type(settings).__name__}")
-    settings.inference_mode = True
-    return settings
+    for name in [*sorted(wanted.keys() - found.keys()), *sorted(found.keys() - wanted.keys())]:
+        verb = "lacks" if name in wanted else "has"
+        raise DataError(f"{path} does not fit the model: it {verb} {name}")
+    for name, value in wanted.items():
+        shape, needed = tuple(found[name].shape), tuple(value.shape)
+        if shape != needed:
+            raise DataError(f"{path} does not fit the model: {name} is {shape} instead of {needed}")

@@ -1,7 +1,6 @@
 """Llama models and tokenizers: an asset, a directory, a GGUF file, a Hugging Face id, or from scratch.
 
-Weights are read from safetensors, never from a pickle, and code that comes with a model is never run. A GGUF
-file is converted to safetensors once, into the cache.
+Only safetensors are loaded, never a pickle or code that comes with a model. A GGUF file is converted once.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
-from blacksmith import assets, files
+from blacksmith import assets, files, network
 from blacksmith.errors import ConfigError, DataError, UserError, first_line
 from blacksmith.models.pytorch.llama.prefix import causal_model
 
@@ -54,18 +53,6 @@ def make_model(
     attention: Attention = "sdpa",
 ) -> LlamaForCausalLM:
     """Returns a model with random weights and tied embeddings; the global random state is left unchanged.
-
-    Args:
-      vocab_size: number of tokens.
-      hidden_size: width of the residual stream.
-      intermediate_size: width inside the MLPs.
-      layers: number of decoder layers.
-      heads: attention heads per layer.
-      key_value_heads: key and value heads per layer; a divisor of `heads`.
-      max_positions: longest context in tokens.
-      seed: decides the weights.
-      dtype: of the weights.
-      attention: implementation of the attention.
 
     Raises:
       ConfigError: the attention implementation is not installed.
@@ -103,8 +90,8 @@ def load_model(
     Args:
       name_or_path: an asset, a directory, a ``.gguf`` file, or a Hugging Face id; a model that is not in the
         hub's own cache is downloaded.
-      dtype: of the weights.
-      attention: implementation of the attention.
+      dtype: data type of the weights.
+      attention: implementation of attention.
 
     Raises:
       DataError: the model is missing, unreachable, gated, broken, quantized or not a Llama.
@@ -124,10 +111,6 @@ def fingerprint(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> d
 
     Only frozen weights count: a checkpoint contains the trained ones itself. Of each, the hash covers name,
     shape and a few thousand numbers, which takes a fraction of a second for a model of any size.
-
-    Args:
-      model: the base model, or a PEFT model around it.
-      tokenizer: the model's tokenizer.
     """
     weights = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -142,12 +125,14 @@ def fingerprint(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> d
     config = causal_model(model).config.to_dict()
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     del rules["padding"], rules["truncation"]  # state of the latest call
-    architecture = json.dumps([config.get(name) for name in _ARCHITECTURE], sort_keys=True)
-    text = json.dumps([rules, tokenizer.bos_token_id, tokenizer.eos_token_id], sort_keys=True)
+
+    def digest(values: list) -> str:
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
     return {
         "weights": weights.hexdigest(),
-        "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
-        "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
+        "architecture": digest([config.get(name) for name in _ARCHITECTURE]),
+        "tokenizer": digest([rules, tokenizer.bos_token_id, tokenizer.eos_token_id]),
     }
 
 
@@ -186,17 +171,17 @@ def _locate(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    """Returns the snapshot of a hub model in the hub's own cache; downloads what is missing."""
+    """Returns a hub model's snapshot in the hub's own cache; downloads what is missing."""
     patterns = ["*.json", "*.safetensors", "tokenizer.model"]
     options: dict[str, Any] = {"repo_id": name, "allow_patterns": patterns}
     # Cache first: a check for a newer revision would need the network for a model that is already there.
     with contextlib.suppress(OSError, ValueError):
         snapshot = Path(huggingface_hub.snapshot_download(**options, local_files_only=True))
-        # A program that needed only the tokenizer leaves a snapshot that passes for complete here.
+        # The library calls a snapshot complete even if another program fetched only the tokenizer.
         if all(any(snapshot.glob(pattern)) for pattern in ("config.json", "*.safetensors", "tokenizer.*")):
             return snapshot
     reason = "HF_HUB_OFFLINE is set"
-    if constants.HF_HUB_OFFLINE or (reason := assets.why_unreachable(constants.ENDPOINT)):
+    if constants.HF_HUB_OFFLINE or (reason := network.why_unreachable(constants.ENDPOINT)):
         raise DataError(
             f"{name} is neither a path nor complete in the Hugging Face cache, and the hub is unreachable "
             f"({reason}); use a directory, a .gguf file or an asset (python -m blacksmith.assets); {_TINY}"
@@ -216,15 +201,15 @@ def _from_hub(name: str) -> Path:
 def _convert_gguf(name: str, path: Path) -> Path:
     """Returns the directory in the cache with a GGUF file's model as safetensors; creates it on first use.
 
-    transformers parses GGUF in Python, 20 seconds for 135M weights; safetensors take one. A different version
-    may convert differently, so it is part of the name.
+    Reading GGUF takes transformers 20 seconds for 135M weights; safetensors take one. Another version may
+    convert differently, so it is part of the directory's name.
     """
     with _one_line_errors(name):
         copy = files.cache_dir() / "gguf" / f"{files.file_sha256(path)[:32]}-{_GGUF_CONVERTER}"
     if copy.is_dir():
         return copy
     with open(path, "rb") as file:
-        # The scaled rotary positions of Llama 3.1 and later. transformers ignores them without a warning.
+        # The scaled rotary positions of Llama 3.1 and later; transformers ignores them without a warning.
         if b"rope_freqs.weight" in file.read(_GGUF_HEADER_BYTES):
             raise DataError(f"{name} has rope_freqs.weight, which is not supported; use safetensors instead")
     print(f"{name}: converting to safetensors, once, in {copy}", file=sys.stderr)
@@ -238,13 +223,14 @@ def _convert_gguf(name: str, path: Path) -> Path:
             tokenizer.save_pretrained(directory)
     except (OSError, SafetensorError) as error:
         if not copy.is_dir():  # otherwise another process has converted the same file
-            reason = f"cannot write {copy}: {first_line(error)}"
-            raise DataError(f"{name}: {reason}; set BLACKSMITH_CACHE to another directory") from error
+            raise DataError(
+                f"{name}: cannot write {copy}: {first_line(error)}; set BLACKSMITH_CACHE to another directory"
+            ) from error
     return copy
 
 
 def _read(name: str, path: Path, **options: Any) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Reads model and tokenizer from a directory or a GGUF file: exactly what is in it, or an error."""
+    """Reads a model and its tokenizer from a directory or GGUF file, or raises UserError."""
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     directory = path
     if path.is_file():
@@ -286,7 +272,7 @@ def _read(name: str, path: Path, **options: Any) -> tuple[LlamaForCausalLM, PreT
 
 @contextlib.contextmanager
 def _one_line_errors(name: str) -> Iterator[None]:
-    """Turns an exception from a library into one line; a truncated file can raise any kind of exception."""
+    """Turns any exception of a library into one line: a truncated file can raise every kind."""
     try:
         yield
     except (UserError, MemoryError):

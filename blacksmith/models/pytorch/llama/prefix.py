@@ -1,16 +1,15 @@
 """Batches of sequences with a common prefix, which is computed once per batch, with gradients.
 
-An instruction before every example is the same in each row of a batch. Because attention is causal, its keys
-and values do not depend on what follows, so they are the same in every row too. `hidden_states` runs the
-prefix through the model once and lets all rows attend to the result; `token_losses` applies the head only at
-targets. Without dropout, loss and gradients equal those of the ordinary padded batch up to rounding; with
-dropout, all rows share the masks of the prefix.
+Attention is causal, so the keys and values of an instruction that starts every row do not depend on what
+follows it: `hidden_states` runs the prefix through the model once and lets all rows attend to the result.
+Without dropout, loss and gradients equal those of the ordinary padded batch up to rounding; with dropout, all
+rows share the prefix's masks.
 
-Rows are padded on the right. Padding follows every real token, so no real token attends to it, and the causal
-mask is the only one needed.
+Rows are padded on the right. No real token attends to the padding after it, so the causal mask is enough.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 IGNORED = -100
-"""The target of a position without a loss (padding, prompt); -100 as in the labels of transformers."""
+"""The target of a position without a loss, as in the labels of transformers."""
 
 
 class Batch(NamedTuple):
@@ -43,13 +42,10 @@ class Batch(NamedTuple):
 
 
 class _Recorded(DynamicLayer):
-    """A layer's cache that keeps the prefix's keys and values, [1, key_value_heads, prefix, head_width] each.
-
-    They are not detached: the losses of all rows send their gradients through these tensors into the layers
-    that computed them.
-    """
+    """A layer's cache that keeps the prefix's keys and values: [1, key_value_heads, prefix, head_width]."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        # Not detached: through these tensors, the losses of all rows reach the layers that computed them.
         # A checkpointed layer runs again in the backward pass. The rows were computed from the tensors of its
         # first run, so those must stay.
         if not self.is_initialized:
@@ -60,7 +56,7 @@ class _Recorded(DynamicLayer):
 class _Shared(DynamicLayer):
     """A layer's cache that puts the prefix's keys and values before those of each row.
 
-    transformers derives the rows' positions and the causal mask from its length, which is that of the prefix.
+    transformers derives the rows' positions and the causal mask from the cache's length, here the prefix's.
     An ordinary cache would append the rows' keys; this one never changes, so a layer can run twice.
     """
 
@@ -84,13 +80,7 @@ def causal_model(model: torch.nn.Module) -> LlamaForCausalLM:
 
 
 def hidden_states(model: torch.nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
-    """Returns the last layer's output at `tokens`, which follow `prefix` in each row: [batch, length, width].
-
-    Args:
-      model: a `LlamaForCausalLM`, or a PEFT model around one.
-      prefix: int64 [prefix]; may be empty.
-      tokens: int64 [batch, length], padded on the right.
-    """
+    """Returns the last layer's output at a batch's `tokens`: [batch, length, width]."""
     decoder = causal_model(model).model
     if not len(prefix):
         return decoder(input_ids=tokens, use_cache=False).last_hidden_state
@@ -116,7 +106,7 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """Returns the longest run of tokens that all sequences start with; empty for no sequences."""
+    """Returns the longest run of tokens that all sequences start with."""
     if not sequences:
         return []
     # In lexicographic order, what the first and the last sequence share is shared by all between them.
@@ -130,19 +120,15 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
 def checkpoint_layers(model: torch.nn.Module) -> None:
     """Recomputes every decoder layer in the backward pass instead of storing its activations, to save memory.
 
-    The gradient checkpointing of transformers turns off the cache, and with it a shared prefix. This one can
-    keep it, because the caches here do not change when a layer runs again. Other calls with gradients need
-    ``use_cache=False``.
+    The gradient checkpointing of transformers would turn off the cache, and with it the shared prefix. The
+    caches here do not change when a layer runs again. Other calls with gradients need ``use_cache=False``.
     """
-    for layer in causal_model(model).model.layers:
-        layer.forward = _recomputed(layer.forward)
 
-
-def _recomputed(forward: Any) -> Any:
-    def run(*arguments: Any, **options: Any) -> Any:
-        # `checkpoint` also restores the random state, so a recomputed layer draws the same dropout masks.
+    def recomputed(forward: Callable, *arguments: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **options)
+        # `checkpoint` also restores the random state, so a recomputed layer draws the same dropout masks.
         return checkpoint(forward, *arguments, use_reentrant=False, **options)
 
-    return run
+    for layer in causal_model(model).model.layers:
+        layer.forward = functools.partial(recomputed, layer.forward)

@@ -7,10 +7,7 @@ BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a fast tokenizer with 256 bytes and three special tokens, which it never adds automatically.
-
-    Decoding returns every text unchanged.
-    """
+    """Returns a lossless tokenizer with 256 bytes and three special tokens, which it never adds itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([BEGIN, END, PAD, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,0 +1,247 @@
+"""Evaluation and export of the Llama experiment, and how sentences are scored."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from blacksmith.errors import ConfigError
+from blacksmith.experiments.pytorch.llama import evaluation
+from blacksmith.experiments.pytorch.llama.prompts import Prompt
+from blacksmith.models.pytorch.llama import loading
+from blacksmith.run.checkpoint import find
+
+ACCURACY = 'Checkpoint.metric = "val_accuracy"'
+LORA = ["llama.Lora.rank = 4", "llama.Lora.alpha = 8.0"]
+
+
+def result(directory: Path) -> dict:
+    """The run's `result.json`."""
+    return json.loads((directory / "result.json").read_text())
+
+
+def test_eval_scores_a_checkpoint_as_training_did(run_llama, stream, tmp_path, capsys):
+    settings = [*LORA, "llama.Data.min_words = 8", 'llama.Train.precision = "bfloat16"']
+    run_llama(*settings)
+    assert run_llama(*settings, mode="eval") == 0
+    content = json.loads((tmp_path / "run" / "eval.json").read_text())
+    trained = result(tmp_path / "run")
+    assert content["test"] == trained["test"]
+    written = [tmp_path / "run" / name for name in ("eval_results.json", "eval/eval_results.json")]
+    assert written[0].read_text() == written[1].read_text()
+    tested = int(trained["tested_checkpoint"].removeprefix("step_"))
+    (look,) = [a for a in stream(tmp_path / "run") if a["split"] == "val" and a["step"] == tested]
+    assert content["val"] == {name: look[name] for name in ("loss", "accuracy")}
+    assert "val: accuracy" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"settings differ .*llama\.Train\.batch_size 8 -> 4"):
+        run_llama(*settings, "llama.Train.batch_size = 4", mode="eval")
+
+
+def test_eval_finds_the_best_in_a_run_or_a_copied_directory(run_llama, tmp_path):
+    settings = ["Optimizer.learning_rate = 0.3", ACCURACY]
+    run_llama(*settings)
+    tested = result(tmp_path / "run")["tested_checkpoint"]
+    assert tested != find(tmp_path / "run").path.name
+    kept = shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "kept")
+    (kept / "checkpoints").mkdir()  # beside step_*, it means nothing
+    for number, source in enumerate((tmp_path / "run", tmp_path / "run" / "checkpoints", kept)):
+        directory = tmp_path / str(number)
+        run_llama(*settings, directory=directory, mode="eval", resume=str(source))
+        assert Path(json.loads((directory / "eval.json").read_text())["checkpoint"]).name == tested
+
+
+def test_validation_has_the_precision_of_training(run_llama, stream, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        run_llama(f'llama.Train.precision = "{precision}"', directory=tmp_path / precision)
+    one, other = (stream(tmp_path / precision)[0]["loss"] for precision in ("float32", "bfloat16"))
+    assert one != other
+    assert one == pytest.approx(other, rel=0.02)
+
+
+def test_a_checkpoint_is_evaluated_on_a_small_file(run_llama, tmp_path, capsys):
+    run_llama()
+    rows = [("a warm and clever film", 1), ("dull", 0), ("clever", 1)]
+    own = tmp_path / "own.tsv"
+    own.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    flags = {"mode": "eval", "resume": str(tmp_path / "run")}
+    assert run_llama(f'llama.Data.source = "{own}"', directory=tmp_path / "e", **flags) == 0
+    told = capsys.readouterr().err
+    assert f"{own}: 3 test sentences" in told
+    assert "note: the model was trained on other or unknown data" in told
+    assert "val" not in json.loads((tmp_path / "e" / "eval.json").read_text())
+    answers = json.loads((tmp_path / "e" / "eval" / "eval_results.json").read_text())
+    assert [(answer["sentence"], answer["label"]) for answer in answers] == rows
+
+
+def test_an_adapter_directory_is_evaluated_and_exported(run_llama, base, tmp_path, capsys, pretrained):
+    settings = [*LORA, *pretrained(base)]
+    run_llama(*settings)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_bytes((find(tmp_path / "run").path / name).read_bytes())
+    newest = {"mode": "eval", "resume": str(find(tmp_path / "run").path)}
+    assert run_llama(*settings, directory=tmp_path / "a", **newest) == 0
+    assert run_llama(*settings, directory=tmp_path / "b", mode="eval", resume=str(adapter)) == 0
+    one, other = (json.loads((tmp_path / d / "eval.json").read_text()) for d in ("a", "b"))
+    assert one["test"] == other["test"]
+    assert "val" not in other
+    assert f"made on {base}; llama.Lora has no effect" in capsys.readouterr().err
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    content["base_model_name_or_path"] = "some/other"
+    (adapter / "adapter_config.json").write_text(json.dumps(content))
+    assert run_llama(*settings, directory=tmp_path / "x", mode="export", resume=str(adapter)) == 0
+    assert f"made on some/other, here on {base}; llama.Lora has no" in capsys.readouterr().err
+    public = (tmp_path / "x" / "export" / "config.json").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "x" / "export").iterdir()} == {public}
+    assert {file.stat().st_mode for file in find(tmp_path / "run").path.iterdir()} == {public}
+    assert run_llama(*settings, directory=tmp_path / "y", **(newest | {"mode": "export"})) == 0
+    exported = [load_file(tmp_path / d / "export" / "model.safetensors") for d in ("x", "y")]
+    assert exported[0].keys() == exported[1].keys()
+    for name, value in exported[0].items():
+        assert torch.equal(value, exported[1][name])
+    before = load_file(base / "model.safetensors")
+    assert any(not torch.equal(value, before[name]) for name, value in exported[0].items())
+    with pytest.raises(ConfigError, match="no training state"):
+        run_llama(*settings, directory=tmp_path / "c", resume=str(adapter))
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_an_exported_model_answers_the_same(run_llama, base, tmp_path, lora, pretrained, resolve_llama):
+    settings = [*pretrained(base), *(LORA if lora else []), "Optimizer.learning_rate = 0.01"]
+    run_llama(*settings)
+    assert run_llama(*settings, mode="export") == 0
+    directory = tmp_path / "run" / "export"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    config = resolve_llama(*settings).config
+    prompt = Prompt.of(config.data.template, config.data.labels)
+    answers = json.loads((tmp_path / "run" / "eval_results.json").read_text())[:20]
+    pairs = evaluation.EvalPairs.encode(
+        tokenizer, prompt, [a["sentence"] for a in answers], [a["label"] for a in answers], 256
+    )
+    scores = evaluation.score(model, pairs, batch_size=7, pad=0)
+    for answer, found in zip(answers, scores.probabilities):
+        # Best or newest: training has moved both from the base, which says something else.
+        assert found == pytest.approx(answer["probabilities"], abs=2e-4)
+    before = evaluation.score(AutoModelForCausalLM.from_pretrained(base), pairs, batch_size=7, pad=0)
+    assert abs(before.probabilities - scores.probabilities).max() > 1e-2
+
+
+def test_a_bfloat16_export_loses_nothing_of_the_adapter(run_llama, base, tmp_path, capsys, pretrained):
+    # Updates so small that bfloat16 would round most of them away.
+    settings = [
+        *pretrained(base),
+        *LORA,
+        'llama.Model.dtype = "bfloat16"',
+        "Optimizer.learning_rate = 1e-4",
+    ]
+    run_llama(*settings)
+    assert run_llama(*settings, mode="export") == 0
+    assert "written in float32" in capsys.readouterr().err
+    exported = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    own = load_file(base / "model.safetensors")
+    best = tmp_path / "run" / "checkpoints" / result(tmp_path / "run")["tested_checkpoint"]
+    adapter = load_file(best / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    down, up = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    update = 8.0 / 4 * up @ down
+    assert update.abs().max() > 0
+    expected = own[f"{name}.weight"].bfloat16().float() + update
+    assert torch.allclose(exported[f"{name}.weight"], expected, rtol=0, atol=1e-7)
+
+
+def test_likelihoods_are_those_of_whole_answers(base):
+    model, tokenizer = loading.load_model(str(base))
+    sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
+    for words in (("A", "B"), ("AA", "AB"), ("A", "BCD")):
+        prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", words)
+        pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, labels, 200)
+        assert pairs.single_token == (len(words[1]) == 1)
+        for shared in (True, False):
+            scores = evaluation.score(model, pairs, batch_size=2, pad=0, shared_prefix=shared)
+            for row, sentence in enumerate(sentences):
+                logs = []
+                for word in words:
+                    tokens = tokenizer(prompt.question(sentence) + word + tokenizer.eos_token)["input_ids"]
+                    with torch.no_grad():
+                        found = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+                    answer = [
+                        found[i - 1, tokens[i]] for i in range(len(tokens) - len(word) - 1, len(tokens))
+                    ]
+                    logs.append(sum(answer[:-1]))
+                expected = torch.stack(logs).softmax(0)
+                assert scores.probabilities[row] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_the_validation_loss_is_the_mean_over_answer_tokens(base):
+    model, tokenizer = loading.load_model(str(base))
+    sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
+    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "good"))
+    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, labels, 200)
+    total, count = 0.0, 0
+    for sentence, label in zip(sentences, labels):
+        question = tokenizer(prompt.question(sentence))["input_ids"]
+        tokens = tokenizer(prompt.question(sentence) + prompt.labels[label] + tokenizer.eos_token)[
+            "input_ids"
+        ]
+        learnt = [-100] * len(question) + tokens[len(question) :]
+        number = len(tokens) - len(question)
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([learnt])).loss
+        total, count = total + float(loss) * number, count + number
+    assert evaluation.score(model, pairs, batch_size=2, pad=0).loss == pytest.approx(total / count, abs=1e-5)
+
+
+def test_generation_in_batches_is_that_of_each_alone(base):
+    model, tokenizer = loading.load_model(str(base))
+    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
+    sentences = ["fine", "a dull and joyless thing", "", "so so"]
+    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, [1, 0, 1, 0], 200)
+    options = {"max_new_tokens": 6}
+    together = evaluation.generate(model, pairs.correct, tokenizer, batch_size=4, **options)
+    alone = evaluation.generate(model, pairs.correct, tokenizer, batch_size=1, **options)
+    assert together == alone
+    for sentence, text in zip(sentences, together):
+        tokens = tokenizer(prompt.question(sentence))["input_ids"]
+        for _ in range(6):
+            with torch.no_grad():
+                tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+            if tokens[-1] == tokenizer.eos_token_id:
+                break
+        question = tokenizer(prompt.question(sentence))["input_ids"]
+        assert text == tokenizer.decode(tokens[len(question) :], skip_special_tokens=True)
+
+
+def test_generation_is_greedy_whatever_the_model_s_settings(base):
+    model, tokenizer = loading.load_model(str(base))
+    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
+    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, ["fine", "so so"], [1, 0], 200)
+    options = {"batch_size": 2, "max_new_tokens": 6}
+    plain = evaluation.generate(model, pairs.correct, tokenizer, **options)
+    model.generation_config.update(num_beams=4, repetition_penalty=5.0, do_sample=True, temperature=2.0)
+    assert evaluation.generate(model, pairs.correct, tokenizer, **options) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" negative", 0),
+        ("Positive.\n", 1),
+        ("positively dull", 1),
+        ("the film is positive", None),
+        ("", None),
+        ("neg", None),
+    ],
+)
+def test_answers_are_parsed(text, expected):
+    assert evaluation.parse_answer(text, ("negative", "positive")) == expected
+
+
+def test_of_labels_that_begin_alike_the_longer_one_counts():
+    assert evaluation.parse_answer("goodish", ("good", "goodish")) == 1
+    assert evaluation.parse_answer("good", ("good", "goodish")) == 0

@@ -71,7 +71,7 @@ def test_a_checkpoint_is_evaluated_on_a_small_file(run_llama, tmp_path, capsys):
     assert run_llama(f'llama.Data.source = "{own}"', directory=tmp_path / "e", **flags) == 0
     told = capsys.readouterr().err
     assert f"{own}: 3 test sentences" in told
-    assert "note: the model was trained on other or unknown data" in told
+    assert "note: the model was trained on other data" in told
     assert "val" not in json.loads((tmp_path / "e" / "eval.json").read_text())
     answers = json.loads((tmp_path / "e" / "eval" / "eval_results.json").read_text())
     assert [(answer["sentence"], answer["label"]) for answer in answers] == rows
@@ -90,12 +90,12 @@ def test_an_adapter_directory_is_evaluated_and_exported(run_llama, base, tmp_pat
     one, other = (json.loads((tmp_path / d / "eval.json").read_text()) for d in ("a", "b"))
     assert one["test"] == other["test"]
     assert "val" not in other
-    assert f"made on {base}; llama.Lora has no effect" in capsys.readouterr().err
+    assert f"trained on {base}; llama.Lora has no effect" in capsys.readouterr().err
     content = json.loads((adapter / "adapter_config.json").read_text())
     content["base_model_name_or_path"] = "some/other"
     (adapter / "adapter_config.json").write_text(json.dumps(content))
     assert run_llama(*settings, directory=tmp_path / "x", mode="export", resume=str(adapter)) == 0
-    assert f"made on some/other, here on {base}; llama.Lora has no" in capsys.readouterr().err
+    assert f"trained on some/other, used with {base}; llama.Lora has no" in capsys.readouterr().err
     public = (tmp_path / "x" / "export" / "config.json").stat().st_mode
     assert {file.stat().st_mode for file in (tmp_path / "x" / "export").iterdir()} == {public}
     assert {file.stat().st_mode for file in find(tmp_path / "run").path.iterdir()} == {public}

@@ -20,12 +20,12 @@ from backend_setup import (
     make_ones_task,
     make_task,
 )
-from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from keras import layers, ops
 
 from blacksmith.config.settings import OptimizerConfig, ScheduleConfig
 from blacksmith.run.order import Order
 from blacksmith.trainers import losses
+from blacksmith.trainers.augmentation import ShiftAndRotate
 from blacksmith.trainers.backend_state import read_state, step_seeds
 from blacksmith.trainers.initial_weights import initialize, variable_name, weights_sha256
 from blacksmith.trainers.optimizers import make_optimizer

@@ -5,13 +5,13 @@ A ReLU flips at ties, where rounding differs between backends.
 
 import keras
 import numpy as np
-from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from keras import layers, ops
 
 from blacksmith.config.settings import OptimizerConfig, ScheduleConfig
 from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Block, Order
 from blacksmith.trainers import losses
+from blacksmith.trainers.augmentation import ShiftAndRotate
 from blacksmith.trainers.initial_weights import initialize
 from blacksmith.trainers.optimizers import make_optimizer
 from blacksmith.trainers.task import Task

@@ -105,8 +105,8 @@ class NerfModule(L.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Brings the grid to the level and the occupancy that this step is trained with.
 
-        Here and not after the previous step, because a checkpoint between the two, from `on_train_batch_end`,
-        must hold the old grid: a resumed run repeats the change.
+        Here and not after the previous step: a checkpoint between the two, from `on_train_batch_end`, then
+        holds the old grid, and a resumed run repeats the change.
         """
         del batch, batch_idx
         step = self.global_step
@@ -232,7 +232,7 @@ class NerfModule(L.LightningModule):
 
     def release(self) -> None:
         """Frees field, rays and optimizer: the test needs the memory, and reads the best checkpoint."""
-        self._loader.use_pool(torch.zeros(1, dtype=torch.int32))  # the pool has up to one number per pixel
+        self._loader.use_pool(torch.zeros(1, dtype=torch.int32))  # the pool has up to a number per pixel
         self.field = self._rays = self._validation = self.trainer = None
 
     # --- parts of a step ---

@@ -335,7 +335,7 @@ def test_collapse_is_recognized():
     assert collapse(opaque, truth, truth, matter) is None
     assert collapse(torch.zeros(100), truth, truth, ~matter) is None
     assert "empty" in collapse(opaque * 0.01, truth, truth, matter)
-    assert "everywhere" in collapse(opaque, torch.full_like(truth, 0.5), truth, matter)
+    assert "one color everywhere" in collapse(opaque, torch.full_like(truth, 0.5), truth, matter)
     assert "finite" in collapse(opaque * torch.nan, truth, truth, matter)
 
 

@@ -152,7 +152,7 @@ class Train(TrainConfig):
     unused={"clip_norm": _CLIPPING, "global_clip_norm": _CLIPPING, "clip_value": _CLIPPING},
 )
 class Optimizer(TorchOptimizerConfig):
-    """The optimizer of all parameters."""
+    """Adam by default, with different learning rates for networks and grid."""
 
     learning_rate: float = setting(2e-3, "peak rate of the networks; the grid's are in `nerf.Train`", gt=0)
 

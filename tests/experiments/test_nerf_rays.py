@@ -236,10 +236,3 @@ def test_a_changed_pool_is_resumed():
     resumed.load_state_dict(state)
     resumed.use_pool(second, reshuffle=False)
     assert take(resumed, 10) == expected
-
-
-def test_an_unused_pool_is_replaced_within_its_pass():
-    loader = loader_of()
-    loader.use_pool(POOL)
-    assert loader.passes == 0
-    assert take(loader, 5) == take(loader_of(), 5)

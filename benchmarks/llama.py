@@ -304,10 +304,10 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     pad = padding(tokenizer)
 
     def collate(some: list[dict]) -> dict:
-        width = spec["length"] if spec["way"] == "pad128" else max(len(one["tokens"]) for one in some)
+        width = spec["length"] if spec["way"] == "pad128" else max(len(row["tokens"]) for row in some)
         batch = {"input_ids": [], "attention_mask": [], "labels": []}
-        for one in some:
-            tokens, answer = one["tokens"], one["answer"]
+        for row in some:
+            tokens, answer = row["tokens"], row["answer"]
             space = width - len(tokens)
             batch["input_ids"].append(tokens + [pad] * space)
             batch["attention_mask"].append([1] * len(tokens) + [0] * space)

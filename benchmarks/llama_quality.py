@@ -187,7 +187,7 @@ def markdown(results: dict) -> str:
         means = " | ".join(f"{statistics.mean(column):.2%}" for column in columns)
         lines.append(f"| mean | {means} | | | |")
     lines += ["", "Answers with the adapter of the first seed, using only peft and transformers:", ""]
-    lines += [f"- {one['sentence']} *{one['answer']}*" for one in results["asked_without_blacksmith"]]
+    lines += [f"- {row['sentence']} *{row['answer']}*" for row in results["asked_without_blacksmith"]]
     return "\n".join(lines) + "\n"
 
 

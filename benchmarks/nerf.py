@@ -165,7 +165,7 @@ def make_clock(scene, module, spec):
     vanilla = spec["gin"] == "nerf_vanilla"
     white = torch.ones(3)
 
-    def look() -> tuple[float, float]:
+    def evaluate() -> tuple[float, float]:
         """Mean PSNR, and CPU seconds per frame."""
         start = time.process_time()
         if vanilla:
@@ -228,15 +228,15 @@ def make_clock(scene, module, spec):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
             last = trainer.global_step >= spec["steps"]
             if last or (self.waiting and self.seconds >= self.waiting[0]):
-                self.look_now(trainer)
+                self.evaluate_now(trainer)
                 over = vanilla and not self.waiting
                 trainer.should_stop = trainer.should_stop or over
 
-        def look_now(self, trainer) -> None:
+        def evaluate_now(self, trainer) -> None:
             seconds = self.seconds
             while self.waiting and seconds >= self.waiting[0]:
                 self.waiting.pop(0)
-            score, frame = look()
+            score, frame = evaluate()
             drawn = module._loader.drawn
             self.looks.append(
                 {

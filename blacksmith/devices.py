@@ -18,11 +18,7 @@ from blacksmith.registry import Experiment, Needs
 
 
 def check_installed(what: str, needs: Needs) -> None:
-    """Checks that the packages that `what` needs are installed, without importing them.
-
-    Raises:
-      ConfigError: one is missing; names the extra that installs it.
-    """
+    """Raises a `ConfigError` with the extra to install if packages are missing; imports nothing."""
     missing = [m for m in needs.modules if importlib.util.find_spec(m) is None]
     if missing:
         raise ConfigError(
@@ -35,10 +31,9 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
     """Imports the framework and chooses the device.
 
     Args:
-      experiment: what will run.
+      experiment: the experiment to run.
       backend: ``jax`` or ``torch``.
-      device: ``auto``, ``cpu``, ``gpu``, ``tpu``, or a JAX platform or torch device by name, with an
-        optional index (``cuda:1``).
+      device: the value of ``--device``, a name with an optional index (``cuda:1``).
 
     Returns:
       The framework's name of the device, such as ``cpu`` or ``cuda:0``.
@@ -104,7 +99,7 @@ def _activate_torch(device: str) -> str:
     # PyTorch's threads spin while they wait for each other. On cores shared with another process, that made a
     # small model 20 times slower. Sleeping instead costs up to a factor of 2 on idle cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _keep_freed_memory()
+    keep_freed_memory()
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -124,7 +119,7 @@ def _activate_torch(device: str) -> str:
     return name
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Makes glibc keep freed large blocks for reuse instead of returning each to the kernel.
 
     Every training step allocates and frees the same large tensors. Mapping and zeroing their pages each time

@@ -24,7 +24,7 @@ MODES = ("train", "eval", "export", "view")
 
 
 def define_flags() -> flags.FlagValues:
-    """The launcher's flags, in a set of their own."""
+    """The launcher's flags, apart from absl's global ones."""
     values = flags.FlagValues()
     mine = {"flag_values": values}
     flags.DEFINE_multi_string(
@@ -57,11 +57,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bool:
-    """Parses `argv` into `values`; returns False if it printed help instead.
-
-    Raises:
-      ConfigError: an unknown flag, a bad value or a stray argument.
-    """
+    """Parses `argv` into `values`; returns False if it printed help instead. Mistakes raise `ConfigError`."""
     for name in ("help", "helpfull", "helpshort"):
         flags.DEFINE_bool(name, False, "Show this help.", flag_values=values)
     try:
@@ -81,11 +77,7 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bo
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Imports modules that register experiments, also from the current directory.
-
-    Raises:
-      ConfigError: there is no such module.
-    """
+    """Imports modules that register experiments, also from the current directory."""
     for name in names:
         if "" not in sys.path:
             sys.path.insert(0, "")
@@ -103,11 +95,7 @@ class Resolved:
 
 
 def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_imports: bool = False) -> Resolved:
-    """Reads and validates a configuration; creates nothing and imports no framework.
-
-    Raises:
-      ConfigError: the first mistake.
-    """
+    """Reads and validates a configuration without side effects; the first mistake raises `ConfigError`."""
     if not gin_files and not gin_params:
         raise ConfigError("give a configuration: --gin_file=gin/mnist_jax.gin (--list shows the experiments)")
     bindings = configuration.parse(gin_files, gin_params, allow_imports=allow_imports)
@@ -198,11 +186,7 @@ def run_experiment(
     device: str = "auto",
     command: Sequence[str] = (),
 ) -> int:
-    """Runs a resolved configuration in `workdir`; returns the exit status.
-
-    Raises:
-      UserError: the run cannot start or continue.
-    """
+    """Runs a resolved configuration in `workdir`; returns the exit status or raises a `UserError`."""
     # Not needed by --list, --dry_run and bad configurations.
     from blacksmith import devices
     from blacksmith.run import run as runs

@@ -63,7 +63,7 @@ class Outcome:
 
 
 def define_flags() -> flags.FlagValues:
-    """The command's flags, in a set of their own."""
+    """The command's flags, apart from absl's global ones."""
     values = flags.FlagValues()
     mine = {"flag_values": values}
     default = Tolerances()
@@ -191,12 +191,7 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
 
 
 def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
-    """Reads a finished run directory, with the weights from the file `weights` of its newest checkpoint.
-
-    Raises:
-      CheckpointError: its checkpoint is corrupt.
-      ConfigError: its result lacks what is compared.
-    """
+    """Reads a finished run directory; `weights` is the file that holds the weights in a checkpoint."""
     result = json.loads((directory / "result.json").read_text())
     for key in ("initial_weights_sha256", "order_sha256"):
         if key not in result:

@@ -45,11 +45,7 @@ class Experiment:
 
 
 def add(experiment: Experiment) -> None:
-    """Adds an experiment.
-
-    Raises:
-      ConfigError: there is a different one with the same name.
-    """
+    """Adds an experiment; raises `ConfigError` if a different one has the same name."""
     _put(_experiments(), experiment)
 
 
@@ -59,11 +55,7 @@ def names() -> list[str]:
 
 
 def get(name: str, *, where: str = "Run.experiment") -> Experiment:
-    """The experiment called `name`.
-
-    Raises:
-      ConfigError: there is no such experiment; lists all names.
-    """
+    """The experiment called `name`, or a `ConfigError` that lists all names."""
     if not isinstance(name, str) or name not in _experiments():
         hint = closest(name, names()) if isinstance(name, str) else ""
         raise ConfigError(f"{where}: no experiment {name!r}{hint}; allowed: {', '.join(names())}")
@@ -100,11 +92,7 @@ def _put(experiments: dict[str, Experiment], experiment: Experiment) -> None:
 
 
 def import_module(name: str, *, what: str) -> Any:
-    """Imports `name`.
-
-    Raises:
-      ConfigError: this is not a module name, or there is no such module; `what` begins the message.
-    """
+    """Imports `name`; raises a `ConfigError` that begins with `what` if there is no such module."""
     if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
         raise ConfigError(f"{what}: {name!r} is not a module name; write package.module, without .py")
     try:

@@ -1,4 +1,4 @@
-"""Atomic files and directories, JSON without NaN, and where the cache is."""
+"""Atomic files and directories, JSON without NaN, and the cache directory."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_atomic_file_keeps_the_old_content_on_failure(tmp_path):
     assert _names(tmp_path) == ["file"]
 
 
-def test_atomic_directory_appears_when_it_is_whole(tmp_path, monkeypatch):
+def test_atomic_directory_appears_complete(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (synced.append(number), fsync(number)))
@@ -82,7 +82,7 @@ def test_atomic_directory_leaves_nothing_on_failure(tmp_path):
     assert _names(tmp_path) == []
 
 
-def test_atomic_directory_never_replaces_a_full_one(tmp_path):
+def test_atomic_directory_never_replaces_existing_files(tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "old").touch()
     with pytest.raises(OSError), files.atomic_directory(tmp_path / "made") as made:
@@ -91,7 +91,7 @@ def test_atomic_directory_never_replaces_a_full_one(tmp_path):
     assert _names(tmp_path / "made") == ["old"]
 
 
-def test_write_json_turns_what_is_not_finite_into_null(tmp_path):
+def test_write_json_writes_non_finite_numbers_as_null(tmp_path):
     content = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (-float("inf"), "é")}}
     files.write_json(tmp_path / "file.json", content)
     written = json.loads((tmp_path / "file.json").read_bytes())

@@ -95,3 +95,12 @@ def test_each_backend_alone_imports_its_framework():
         top_level = [node for node in body if isinstance(node, ast.Import)]
         loaded = {alias.name.split(".")[0] for node in top_level for alias in node.names}
         assert loaded & (FRAMEWORKS - {"keras"}) <= own.get(name.rpartition(".")[2], set()), name
+
+
+def test_no_experiment_imports_another_one():
+    def package(name):
+        return name.split(".")[2:4]  # framework and task
+
+    for name in MODULES:
+        others = {i for i in MODULES[name] if i.startswith("blacksmith.experiments.")}
+        assert all(package(i) == package(name) for i in others), name

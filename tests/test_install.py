@@ -1,6 +1,6 @@
-"""Each extra alone, installed into an environment of its own, runs its experiment.
+"""Each extra, installed alone into a new environment, runs its experiment.
 
-Needs the package registry; takes some minutes, and the disk for JAX and PyTorch.
+Needs the package index, a few minutes, and disk space for JAX and PyTorch.
 """
 
 import json
@@ -21,7 +21,7 @@ def python_of(directory: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["jax", "torch", "lightning"])
 def installed(request, tmp_path_factory):
-    """An environment with one extra: its name and its Python."""
+    """The name of an extra, and the Python of an environment with only that extra."""
     directory = tmp_path_factory.mktemp(f"only-{request.param}")
     subprocess.run([sys.executable, "-m", "venv", directory], check=True)
     command = [python_of(directory), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -31,7 +31,7 @@ def installed(request, tmp_path_factory):
 
 
 def launch(python: Path, directory: Path, *arguments: str) -> subprocess.CompletedProcess:
-    # Not from the checkout: the installed package, with the Gin files that are in it.
+    # The installed package with its Gin files, not the checkout.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [python, "-m", "blacksmith.launch", *arguments]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
@@ -55,7 +55,7 @@ def test_one_extra_alone_runs_its_experiment(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_experiment_without_its_extra_says_which_one(installed, tmp_path):
+def test_a_missing_extra_is_named(installed, tmp_path):
     extra, python = installed
     other = {"jax": "torch", "torch": "jax", "lightning": "jax"}[extra]
     done = launch(python, tmp_path, f"--gin_file=gin/mnist_{other}.gin", "--workdir=run")

@@ -1,4 +1,4 @@
-"""A host out of reach is noticed within the time given, also where resolving its name hangs."""
+"""An unreachable host is detected within the timeout, even if name resolution hangs."""
 
 import socket
 import threading
@@ -8,23 +8,23 @@ import pytest
 from blacksmith.network import why_unreachable
 
 
-def test_a_host_that_answers_is_reachable(serve, tmp_path):
+def test_an_answering_host_is_reachable(serve, tmp_path):
     assert why_unreachable(serve(tmp_path)) is None
 
 
-def test_a_name_that_does_not_resolve_is_the_reason(no_name_server):
+def test_an_unresolvable_name_is_the_reason(no_name_server):
     expected = "data.example: Temporary failure in name resolution"
     assert why_unreachable("https://data.example/") == expected
 
 
-def test_a_port_where_nobody_listens_is_the_reason(monkeypatch):
+def test_a_closed_port_is_the_reason(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert why_unreachable(f"http://127.0.0.1:{port}/") == "127.0.0.1: Connection refused"
 
 
-def test_a_silent_name_server_is_not_waited_for(monkeypatch):
+def test_a_silent_name_server_does_not_block(monkeypatch):
     answer = threading.Event()
 
     def silent(*arguments, **options):
@@ -40,7 +40,7 @@ def test_a_silent_name_server_is_not_waited_for(monkeypatch):
     assert reason == "data.example: no answer within 0.1 s"
 
 
-def test_the_proxy_is_tried_unless_the_host_is_exempt(monkeypatch, serve, tmp_path):
+def test_the_proxy_is_used_unless_the_host_is_exempt(monkeypatch, serve, tmp_path):
     url = serve(tmp_path)
     for variable in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(variable, raising=False)

@@ -1,4 +1,4 @@
-"""The registry: names and strings only; what it names exists and loads no framework."""
+"""The registry: what it names exists, and it loads no framework."""
 
 import ast
 import dataclasses
@@ -35,7 +35,7 @@ def experiment(request):
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Puts a distribution with entry points of `toys.py` on the path."""
+    """Installs a distribution whose entry points are in `toys.py`."""
 
     def put(*entries):
         (tmp_path / "toys.py").write_text(
@@ -54,7 +54,7 @@ def install(tmp_path, monkeypatch):
     return put
 
 
-def test_the_shipped_experiments_are_found():
+def test_the_bundled_experiments_are_found():
     assert registry.names() == ["keras/mnist", "lightning/mnist", "lightning/nerf", "pytorch/llama"]
 
 
@@ -88,7 +88,7 @@ def test_an_entry_point_is_an_experiment(install):
         registry.add(TOY)
 
 
-def test_an_entry_point_cannot_take_a_shipped_name(install):
+def test_an_entry_point_cannot_take_a_bundled_name(install):
     install("anything = toys:MNIST")
     with pytest.raises(ConfigError, match="two experiments are called 'keras/mnist'"):
         registry.names()
@@ -111,7 +111,7 @@ def test_a_broken_entry_point_is_skipped_with_a_warning(install, capsys):
         ([], ""),
     ],
 )
-def test_an_unknown_name_lists_all_and_the_closest(name, near):
+def test_an_unknown_name_suggests_the_closest(name, near):
     with pytest.raises(ConfigError) as caught:
         registry.get(name, where="a.gin:1: Run.experiment")
     allowed = ", ".join(registry.names())
@@ -128,7 +128,7 @@ def test_every_mode_names_a_function_that_exists(experiment):
         assert function in {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_configuration_has_the_launcher_s_sections(experiment):
+def test_every_configuration_has_the_required_sections(experiment):
     sections = configuration.sections(importlib.import_module(experiment.configs).Config)
     assert {"run", "train", "checkpoint", "log"} <= set(sections)
     names = [cls.gin_name for cls in sections.values()]
@@ -143,20 +143,20 @@ def test_every_section_and_field_is_described(experiment):
             assert "\n" not in field.description
 
 
-def test_moved_settings_lead_to_settings_that_exist(experiment):
+def test_moved_settings_point_to_existing_settings(experiment):
     sections = configuration.sections(importlib.import_module(experiment.configs).Config).values()
     there = {f"{cls.gin_name}.{name}" for cls in sections for name in configuration.fields(cls)}
     assert {new for cls in sections for new in cls.gin_moved.values()} <= there
 
 
-def test_every_backend_is_one_that_run_backend_allows(experiment):
+def test_every_backend_is_allowed_by_run_backend(experiment):
     sections = configuration.sections(importlib.import_module(experiment.configs).Config)
     assert experiment.backends
     for backend in experiment.backends:
         assert sections["run"](experiment=experiment.name, backend=backend).backend == backend
 
 
-def test_no_framework_is_loaded_for_names_and_configurations(tmp_path):
+def test_names_and_configurations_load_no_framework(tmp_path):
     code = (
         "import importlib, sys; from blacksmith import registry; "
         "[importlib.import_module(registry.get(name).configs) for name in registry.names()]; "

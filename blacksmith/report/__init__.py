@@ -1,7 +1,7 @@
-"""Shows a run, or several, as one HTML page with plots that needs only a browser.
+"""Shows one or several runs as a single HTML page with plots: `python -m blacksmith.report RUN [RUN ...]`.
 
-The page contains plotly.js, its data and its images and makes no request, so it can be opened from disk,
-attached to a message or archived. By hand: `python -m blacksmith.report RUN [RUN ...]`.
+The page contains plotly.js, its data and its images and makes no requests, so it can be opened from disk,
+attached to a message or archived.
 """
 
 from blacksmith.report.pages import write, write_comparison, write_parity

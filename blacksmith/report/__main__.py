@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page of one run or a comparison of several; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m blacksmith.report",
-        description="Make one self-contained HTML page of a run, or of several to compare them.",
+        description="Write a self-contained HTML page that shows a run, or compares several.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument(
@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     runs, output = arguments.runs, arguments.output
     if len({run.resolve() for run in runs}) < len(runs):
-        parser.error("a run directory is given twice")
+        parser.error("the same run directory is given twice")
     if output is not None and output.is_dir():
-        parser.error(f"--output {output} is a directory, must be a file name such as report.html")
+        parser.error(f"--output {output} is a directory; give a file name such as report.html")
     files = ("config.json", "environment.json", "metrics.jsonl", "result.json")
     try:
         for run in runs:

@@ -11,7 +11,7 @@ import numpy as np
 from blacksmith.report import read, text
 from blacksmith.report.read import Run, Series
 
-# Mid-tones that keep their contrast on the light and on the dark page.
+# Mid-tones with enough contrast on both the light and the dark page.
 PALETTE = ["#3b7dd8", "#e0803a", "#2f9e73", "#b657c4", "#d6455d", "#179fb5", "#b08a14", "#7a6ff0", "#7d8793"]
 SPLIT_STYLES = {
     "train": {"mode": "lines"},
@@ -19,9 +19,9 @@ SPLIT_STYLES = {
     "test": {"mode": "markers", "symbol": "diamond", "size": 10},
 }
 OTHER_SPLIT_STYLE = {"mode": "lines+markers", "dash": "dot", "symbol": "square"}
-MAX_POINTS = 2000  # per curve: an SVG path with more is slow and shows nothing new
-MAX_CELL_TEXTS = 25  # classes up to which the counts fit their cells
-MAX_LABEL = 14  # characters that an axis has room for
+MAX_POINTS = 2000  # per curve; longer SVG paths are slow and show nothing more
+MAX_CELL_TEXTS = 25  # with more classes, counts do not fit their cells
+MAX_LABEL = 14  # characters of a class name on an axis
 
 
 @dataclass
@@ -29,15 +29,12 @@ class Figure:
     """A panel with one plot.
 
     Attributes:
-      title: the panel's heading.
       data: plotly traces.
       layout: plotly layout.
-      caption: a line below the heading.
       axes: for each trace, its x values by axis name; empty if the traces have their own.
-      groups: for each trace, the keys of the legend that hide it.
-      log: whether the reader may switch to a logarithmic axis.
-      tall: whether the panel is higher than usual.
-      id: of the element that holds the plot; set by the page.
+      groups: for each trace, the legend keys that hide it.
+      log: whether the reader can switch to a logarithmic axis.
+      id: of the plot's HTML element; set by the page.
     """
 
     title: str
@@ -51,7 +48,7 @@ class Figure:
     id: str = ""
 
     def add(self, series: Series, name: str, color: str, style: Mapping[str, Any], groups: list[str]) -> None:
-        """Adds a curve; one of a single point gets a marker, or nothing would be seen."""
+        """Adds a curve; a single point gets a marker, or it would be invisible."""
         kept = _thinned(series.values)
         is_point = np.isfinite(series.values).sum() < 2 and style["mode"] == "lines"
         line = {"color": color, "width": style.get("width", 1.8), "dash": style.get("dash", "solid")}
@@ -70,31 +67,31 @@ class Figure:
         self.groups.append(groups)
         if len(kept) < len(series.values):
             self.caption = (
-                f"Long curves are drawn by their extremes: {len(series.values):,} points were logged."
+                f"Long curves are thinned to their extremes: {len(series.values):,} points were logged."
             )
 
     def values(self) -> list[float]:
-        """Every finite value that is drawn."""
+        """All finite values that are drawn."""
         return [value for trace in self.data for value in trace["y"] if value is not None]
 
 
 def color(index: int) -> str:
-    """The color of a run or a split; after nine they repeat."""
+    """The color of a run or a split; they repeat after nine."""
     return PALETTE[index % len(PALETTE)]
 
 
 def curves(runs: Sequence[Run]) -> list[Figure]:
-    """One figure for each metric, with every split of every run in it."""
+    """One figure per metric, with every split of every run."""
     figures = []
     splits = read.splits_of(runs)
     for metric in read.metrics_of(runs):
         if not any(set(run.series.get(metric, {})) - {"test"} for run in runs):
-            continue  # a number of the final test alone is among the key numbers
+            continue  # numbers of only the final test are shown as key numbers
         figure = Figure(text.title(metric))
         for index, run in enumerate(runs):
             for split, series in run.series.get(metric, {}).items():
                 style = SPLIT_STYLES.get(split, OTHER_SPLIT_STYLE)
-                if len(runs) == 1:  # colors tell the splits apart, so no line needs to be dashed
+                if len(runs) == 1:  # splits differ by color, so no line needs to be dashed
                     style = style | {"dash": "solid"}
                     figure.add(series, split, color(splits.index(split)), style, [f"split {split}"])
                 else:
@@ -107,7 +104,7 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
 
 
 def confusion_matrix(run: Run) -> Figure | None:
-    """Counts, with hits and errors on color scales of their own so that errors are seen."""
+    """Counts, with separate color scales for hits and errors, so that errors are visible."""
     counts = np.array(run.result.test.confusion_matrix)
     size = len(counts)
     if not size:
@@ -136,7 +133,7 @@ def confusion_matrix(run: Run) -> Figure | None:
     errors = int(counts[~is_hit].sum())
     caption = f"{errors:,} errors in {int(counts.sum()):,} examples."
     if errors:
-        caption += f" Shades of orange are shares of the true class, up to {worst:.1%}."
+        caption += f" Orange shades: share of the true class, up to {worst:.1%}."
     layout = {
         "xaxis": {"title": {"text": "predicted"}, **ticks},
         "yaxis": {"title": {"text": "true"}, "autorange": "reversed", **ticks},
@@ -145,11 +142,11 @@ def confusion_matrix(run: Run) -> Figure | None:
 
 
 def accuracy_by_class(run: Run) -> Figure | None:
-    """A bar for each class."""
+    """One bar per class."""
     values = run.result.test.per_class_accuracy
     if not values:
         return None
-    # Where all are high the axis is cut, or their differences would vanish.
+    # If all are high the axis does not start at 0, or their differences would be invisible.
     lowest = min((value for value in values if value is not None), default=0.0)
     start = math.floor((lowest - 0.02) * 20) / 20 if lowest > 0.6 else 0.0
     bars = {
@@ -166,7 +163,7 @@ def accuracy_by_class(run: Run) -> Figure | None:
         "xaxis": {"range": [start, 1.0001], "tickformat": "~%", "fixedrange": True},
         "yaxis": {"title": {"text": "class"}, "autorange": "reversed", **_class_axis(run, len(values))},
         "bargap": 0.25,
-        "margin": {"r": 52},  # the label of a full bar
+        "margin": {"r": 52},  # room for the label of a full bar
     }
     caption = f"The axis starts at {start:.0%}." if start else ""
     return Figure("Accuracy by class", [bars], layout, caption, tall=True)
@@ -188,12 +185,7 @@ def compared_by_class(runs: Sequence[Run]) -> Figure | None:
 
 
 def parity(curves: Mapping[str, list[float]], reference: str) -> list[Figure]:
-    """The losses, and on a logarithmic axis how far each run is from the reference.
-
-    Args:
-      curves: run name -> loss at each step, from step 1.
-      reference: the run that the others are compared with.
-    """
+    """The losses, and each run's distance from the reference on a logarithmic axis."""
     losses, differences = Figure("Loss"), Figure(f"|difference| to {reference}")
     arrays = {name: np.array(curve, np.float64) for name, curve in curves.items()}
     gaps = {}
@@ -207,7 +199,7 @@ def parity(curves: Mapping[str, list[float]], reference: str) -> list[Figure]:
         style = {"mode": "lines", "dash": ("solid", "dash", "dot", "dashdot")[index % 4]}
         losses.add(_by_step(array), name, color(index), style, groups)
         if name in gaps:
-            # A logarithmic axis has no zero: equal steps are gaps in it, and counted in the caption.
+            # A logarithmic axis has no zero: equal steps are gaps, and the caption counts them.
             gap = gaps[name] if all_equal else np.where(gaps[name] == 0, np.nan, gaps[name])
             style = {"mode": "lines+markers", "size": 3, "width": 1}
             differences.add(_by_step(gap), name, color(index), style, groups)
@@ -225,7 +217,7 @@ def _by_step(values: np.ndarray) -> Series:
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:
-    """Indices of about `MAX_POINTS` values: the ends and each stretch's extremes and first gap."""
+    """Indices of about `MAX_POINTS` values: both ends, and each section's extremes and first gap."""
     if len(values) <= MAX_POINTS:
         return np.arange(len(values))
     kept = {0, len(values) - 1}
@@ -246,14 +238,14 @@ def _value_axis(metric: str, values: list[float]) -> dict[str, Any]:
     if text.is_share(metric, values):
         axis = {"tickformat": "~%", "hoverformat": ".2%"}
     if values and min(values) == max(values):
-        # plotly would draw an axis that is 2 high, however small the value.
+        # plotly's axis would span 2, however small the value.
         margin = abs(values[0]) / 2 or 1.0
         axis["range"] = [values[0] - margin, values[0] + margin]
     return axis
 
 
 def _class_axis(run: Run, size: int) -> dict[str, Any]:
-    """An axis with the names of the classes, cut to what it has room for."""
+    """An axis with the class names, truncated to `MAX_LABEL`."""
     names = run.result.test.class_names
     if len(names) != size:
         names = [str(index) for index in range(size)]
@@ -263,10 +255,10 @@ def _class_axis(run: Run, size: int) -> dict[str, Any]:
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
-    """JSON knows no NaN: what is not finite becomes a gap."""
+    """JSON has no NaN: values that are not finite become gaps."""
     return [float(value) if math.isfinite(value) else None for value in values]
 
 
 def _plain(name: str) -> str:
-    """plotly reads a subset of HTML in names and labels."""
+    """Escapes a name, because plotly renders some HTML in names and labels."""
     return html.escape(name, quote=False)

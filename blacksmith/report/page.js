@@ -5,7 +5,7 @@
   const touch = matchMedia("(pointer: coarse)").matches;
   const state = {axis: "step", log: false, hidden: new Set()};
 
-  // One range for all curves, so that the panels line up.
+  // The same range for all curves, so that the panels line up.
   const timeAxis = () => {
     const x = figures.flatMap((figure) => figure.axes).flatMap((axes) => axes[state.axis]);
     const low = x.reduce((a, b) => Math.min(a, b), Infinity);
@@ -35,7 +35,7 @@
   };
 
   const draw = (figure) => {
-    // One box for every curve below the pointer, until there are so many that it would hide the plot.
+    // One hover box for all curves, unless there are so many that it would hide the plot.
     const unified = figure.data[0]?.type === "scatter" && figure.data.length <= 6;
     const data = figure.data.map((trace, index) => ({
       ...(unified ? {} : {hovertemplate: "%{fullData.name}<br>%{y} at %{x}<extra></extra>"}),

@@ -1,7 +1,7 @@
-"""The three pages: one run, several runs compared, a parity check.
+"""The three pages: one run, a comparison of several, a parity check.
 
-Each fills the variables of `page.html`, where a part that is empty is left out. The launcher calls `write` at
-the end of every run, also of one that stopped or failed; the parity command calls `write_parity`.
+Each fills the variables of `page.html`, which leaves out empty parts. The launcher calls `write` at the end
+of every run, even if it was stopped or failed; the parity command calls `write_parity`.
 """
 
 import functools
@@ -25,11 +25,7 @@ SHOWN_ELSEWHERE = ("started", "command", "previous", "error", *TABLES)
 
 
 def write(directory: Path, output: Path | None = None) -> Path:
-    """Writes the page of one run, of which any file may be missing, and returns its path.
-
-    Args:
-      directory: the run directory.
-      output: the file to replace, `report.html` in the directory if not given.
+    """Writes the page of one run, by default to its `report.html`, and returns the path.
 
     Raises:
       DataError: the directory does not exist, a file in it is broken, or the page cannot be written.
@@ -40,11 +36,7 @@ def write(directory: Path, output: Path | None = None) -> Path:
 
 
 def write_comparison(output: Path, directories: Sequence[Path]) -> Path:
-    """Writes one page that overlays the curves of several runs and compares their results.
-
-    Args:
-      output: the file to replace.
-      directories: the run directories, in the order of the table and the colors.
+    """Writes a page that overlays the curves of several runs and compares their results.
 
     Raises:
       DataError: a directory does not exist, a file is broken, or the page cannot be written.
@@ -61,10 +53,10 @@ def write_parity(
     reference: str,
     summary: Mapping[str, Any],
 ) -> Path:
-    """Writes the page of a parity check: the verdict, the table, the curves and their differences.
+    """Writes the page of a parity check: verdict, table, curves and their differences.
 
     Args:
-      output: the file to replace.
+      output: the file to write.
       rows: the table, one mapping per row with the same keys; values are strings or numbers.
       curves: run name -> loss at each step, from step 1.
       reference: the run in `curves` that the others are compared with.
@@ -93,7 +85,7 @@ def _render(output: Path, curves: Sequence[figures.Figure], tests: Sequence = ()
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    # Autoescape makes text of everything that a run directory holds; only our own files are Markup.
+    # Autoescape turns everything from a run directory into text; only our own files are Markup.
     here = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -160,10 +152,10 @@ def _run_page(run: Run) -> dict[str, Any]:
 
 
 def _remarks(run: Run) -> list[str]:
-    """What the reader must know before believing the page."""
+    """What the reader must know before trusting the page."""
     remarks = []
     if "result.json" not in run.files:
-        remarks.append("There is no result.json: the run has not ended, or was killed.")
+        remarks.append("There is no result.json: the run is still going, or was killed.")
     elif run.result.status == "stopped":
         remarks.append("The run was stopped before its end.")
     elif run.result.status == "done" and not run.result.test.scores:
@@ -184,7 +176,7 @@ def _remarks(run: Run) -> list[str]:
 
 
 def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
-    """(label, value, remark) of the key numbers that are known."""
+    """(label, value, remark) of the known key numbers."""
     result = run.result
     for name, value in result.test.scores.items():
         yield f"Test {text.words(name)}", text.score(name, value), result.tested_checkpoint
@@ -199,7 +191,7 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
     if rate := run.rate():
         yield f"{text.title(rate[0])}/s", text.rate(rate[1]), ""
     if count := result.parameters:
-        # Eight digits and more do not fit a card.
+        # Eight or more digits do not fit a card.
         shown = f"{count / 1e6:,.1f}M" if count >= 1e7 else text.number(count)
         trained = result.trained_parameters or count
         yield "Parameters", shown, f"{trained:,} trained" if trained < count else ""
@@ -225,7 +217,7 @@ def _comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _comparison_table(runs: Sequence[Run]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """What the runs are compared by, and (label, value) of what is the same in all."""
+    """The table that compares the runs, and (label, value) of what is equal in all of them."""
     header, same = ["run", "status"], []
     rows = [
         {"cells": [run.name, run.result.status], "color": figures.color(index), "best": []}
@@ -271,7 +263,7 @@ def _comparison_table(runs: Sequence[Run]) -> tuple[dict[str, Any], list[tuple[s
 
 
 def _differences(title: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """What differs between the runs as a table, what does not by section."""
+    """Settings that differ between the runs as a table, all others by section."""
     settings = [_flat(run, FILES[title]) for run in runs]
     keys = dict.fromkeys(key for flat in settings for key in flat)
     texts = {key: [text.setting(flat[key]) if key in flat else "–" for flat in settings] for key in keys}
@@ -280,19 +272,19 @@ def _differences(title: str, runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "title": title,
         "differences": {"header": ["differs", *(run.name for run in runs)], "rows": rows} if rows else None,
-        "folded": f"{len(same)} the same in all runs" if same else "",
+        "folded": f"{len(same)} settings are identical in all runs" if same else "",
         "sections": _sections(same),
     }
 
 
 def _flat(run: Run, name: str) -> dict[str, Any]:
-    """The settings in a JSON file, without what the page shows better elsewhere."""
+    """The settings in a JSON file, without those that the page shows elsewhere."""
     flat = text.flatten(run.files.get(name, {}))
     return {key: value for key, value in flat.items() if key not in SHOWN_ELSEWHERE}
 
 
 def _sections(flat: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """A small table for each section; `general` holds the settings outside a section."""
+    """A small table per section; settings outside a section are in `general`."""
     sections: dict[str, dict[str, str]] = {}
     for key, value in flat.items():
         section, dot, name = key.partition(".")

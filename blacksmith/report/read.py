@@ -1,6 +1,6 @@
-"""Reads a run directory for the report: what is missing is empty, what is broken is a `DataError`.
+"""Reads a run directory for the report: missing files are empty, broken ones a `DataError`.
 
-Files are validated here, once; the rest of the report trusts what `load` returns.
+Files are validated only here; the rest of the report trusts what `load` returns.
 """
 
 import base64
@@ -29,14 +29,14 @@ TILE_PIXELS = 100  # images up to this size are shown as small tiles
 
 
 class Config(pydantic.BaseModel):
-    """What the report reads of `config.json`."""
+    """What the report uses of `config.json`."""
 
     run: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
 
 
 class Environment(pydantic.BaseModel):
-    """What the report reads of `environment.json`."""
+    """What the report uses of `environment.json`."""
 
     started: datetime.datetime | None = None
     command: list[Any] = []
@@ -46,7 +46,7 @@ class Environment(pydantic.BaseModel):
 
 
 class Test(pydantic.BaseModel, extra="allow"):
-    """`test` in `result.json`: any number of scores, and tables by class."""
+    """`test` in `result.json`: any number of scores, and per-class tables."""
 
     class_names: list[str] = []
     confusion_matrix: list[list[pydantic.FiniteFloat]] = []
@@ -60,13 +60,13 @@ class Test(pydantic.BaseModel, extra="allow"):
 
     @property
     def scores(self) -> dict[str, float]:
-        """Every number, accuracy and loss first."""
+        """All numbers, accuracy and loss first."""
         numbers = {name: value for name, value in self.model_extra.items() if isinstance(value, (int, float))}
         return {name: numbers[name] for name in [*FIRST_METRICS, *numbers] if name in numbers}
 
 
 class Result(pydantic.BaseModel):
-    """What the report reads of `result.json`."""
+    """What the report uses of `result.json`."""
 
     status: str = "unfinished"
     error: str = ""
@@ -83,12 +83,7 @@ class Result(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Series:
-    """One metric of one split.
-
-    Attributes:
-      values: float64 [points]; may hold NaN and infinities.
-      axes: name -> float64 [points]; `AXES`, for a parity check only `step`.
-    """
+    """One metric of one split: values, perhaps not finite, and x values by axis name, float64 [points]."""
 
     values: np.ndarray
     axes: dict[str, np.ndarray]
@@ -96,7 +91,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a run: its heading, the lines below it, a data URI, and `tile`, `wide` or no layout."""
+    """An image of a run: heading, caption lines, data URI, and layout (`tile`, `wide` or empty)."""
 
     title: str
     caption: list[str]
@@ -106,16 +101,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds.
+    """The contents of a run directory.
 
     Attributes:
-      name: tells it from the other runs on the page.
-      files: the JSON files that are there, by name.
-      config: `config.json`.
-      environment: `environment.json`.
-      result: `result.json`.
-      rows: the lines of `metrics.jsonl` in the order of their steps.
-      pictures: those in `images/`, in the order of their names.
+      name: distinguishes it from the other runs on the page.
+      files: the JSON files that exist, by name.
+      rows: the lines of `metrics.jsonl`, by step.
+      pictures: the images in `images/`, by name.
       notes: what was left out.
     """
 
@@ -130,12 +122,12 @@ class Run:
 
     @property
     def experiment(self) -> str:
-        """Its name in the registry."""
+        """The experiment's name in the registry."""
         return str(self.config.run.get("experiment", self.name))
 
     @functools.cached_property
     def series(self) -> dict[str, dict[str, Series]]:
-        """Metric -> split -> series, with the test drawn where the tested checkpoint was validated."""
+        """Metric -> split -> series; the test is drawn where the tested checkpoint was validated."""
         places = {f"step_{row['step']:08d}": row for row in self.rows if row["split"] == "val"}
         tested = places.get(self.result.tested_checkpoint)
         points: dict[str, dict[str, list]] = {}
@@ -153,12 +145,12 @@ class Run:
         return series
 
     def reached(self, axis: str) -> float | None:
-        """The step, epoch or seconds that the run came to."""
+        """The last step, epoch or second of the run."""
         value = getattr(self.result, axis)
         return max((row[axis] for row in self.rows), default=None) if value is None else value
 
     def best(self, metric: str) -> tuple[float, float] | None:
-        """(value, step) of the best validation by a metric, the first of equal ones."""
+        """(value, step) of the best validation by a metric, the first if several are equal."""
         series = self.series.get(metric.removeprefix("val_"), {}).get("val")
         if series is None or not np.isfinite(series.values).any():
             return None
@@ -168,7 +160,7 @@ class Run:
         return float(series.values[at]), float(series.axes["step"][at])
 
     def rate(self) -> tuple[str, float] | None:
-        """(unit, median per second) of the first rate that was logged."""
+        """(unit, median per second) of the first logged rate."""
         for name, splits in self.series.items():
             if name.endswith("_per_second") and "train" in splits:
                 return name.removesuffix("_per_second"), float(np.median(splits["train"].values))
@@ -176,7 +168,7 @@ class Run:
 
 
 def load(directory: Path, name: str) -> Run:
-    """Reads a run directory, of which any file may be missing.
+    """Reads a run directory; any file may be missing.
 
     Raises:
       DataError: there is no such directory, or one of its files is broken.
@@ -210,7 +202,7 @@ def _read_pictures(directory: Path, notes: list[str]) -> list[Picture]:
         size += file.stat().st_size
         if size > MAX_IMAGE_BYTES:
             notes.append(
-                f"Images end at {MAX_IMAGE_BYTES >> 20} MiB: those from {file.name} on are left out."
+                f"Only {MAX_IMAGE_BYTES >> 20} MiB of images are shown: {file.name} and later are left out."
             )
             break
         pictures.append(_read_picture(file))
@@ -218,12 +210,12 @@ def _read_pictures(directory: Path, notes: list[str]) -> list[Picture]:
 
 
 def _read_picture(file: Path) -> Picture:
-    """Its heading and caption are the PNG's texts `Title` and `Description`, else the file's name."""
+    """Heading and caption are the PNG's `Title` and `Description`; default: the file's name."""
     from PIL import Image
 
     content = file.read_bytes()
     try:
-        image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])  # reads the header alone
+        image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])  # reads only the header
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} is not a PNG or GIF file: {first_line(error)}") from error
     width, height = image.size
@@ -236,7 +228,7 @@ def _read_picture(file: Path) -> Picture:
 
 
 def shared_directory(directories: Sequence[Path]) -> Path:
-    """The innermost directory that holds all of the directories."""
+    """The innermost directory that contains all of the directories."""
     return Path(os.path.commonpath([path.resolve().parent for path in directories]))
 
 
@@ -246,12 +238,12 @@ def in_order(splits: Iterable[str]) -> list[str]:
 
 
 def splits_of(runs: Sequence[Run]) -> list[str]:
-    """Every split that was logged."""
+    """All logged splits."""
     return in_order({split for run in runs for splits in run.series.values() for split in splits})
 
 
 def metrics_of(runs: Sequence[Run]) -> list[str]:
-    """Every metric that was logged: loss and accuracy first, the learning rate and rates last."""
+    """All logged metrics: loss and accuracy first, learning rate and rates last."""
     names = dict.fromkeys(name for run in runs for name in run.series)
     places = {"loss": 0, "accuracy": 1, "learning_rate": 3}
     return sorted(names, key=lambda name: 4 if name.endswith("_per_second") else places.get(name, 2))

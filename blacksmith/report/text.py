@@ -1,4 +1,4 @@
-"""Numbers, names and settings as they read on the page."""
+"""Formats numbers, names and settings for the page."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def title(name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits, or all of a whole number."""
+    """Four digits, or all digits of a whole number."""
     if not math.isfinite(value):
         return {"nan": "NaN", "inf": "∞", "-inf": "−∞"}[str(float(value))]
     if float(value).is_integer() and abs(value) < 1e15:
@@ -28,17 +28,17 @@ def number(value: float) -> str:
 
 
 def is_share(metric: str, values: Iterable[float]) -> bool:
-    """Whether a metric reads better in percent."""
+    """Whether a metric is shown in percent."""
     return "accuracy" in metric and all(0 <= value <= 1 for value in values)
 
 
 def score(metric: str, value: float) -> str:
-    """A metric's value, in percent where that reads better."""
+    """A metric's value, in percent if `is_share`."""
     return f"{value:.2%}" if is_share(metric, [value]) else number(value)
 
 
 def rate(value: float) -> str:
-    """How many per second."""
+    """A number per second."""
     return f"{value:,.0f}" if value >= 100 else number(value)
 
 
@@ -51,12 +51,12 @@ def duration(seconds: float) -> str:
 
 
 def setting(value: object) -> str:
-    """A JSON value as it stands in its file, strings without quotes."""
+    """A JSON value as in its file, but strings without quotes."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
+    """Nested settings with dotted names."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}

@@ -187,7 +187,8 @@ class Loop:
 
         Args:
           values: by name, a number or an array [steps] each. They may be on a device: they are fetched when
-            a line or a checkpoint is due, so that a step does not wait for the host.
+            a line or a checkpoint is due, so that a step does not wait for the host. Until then they must
+            not be overwritten in place.
           **counts: further things to give a rate of, such as ``tokens=4096``.
 
         Raises:

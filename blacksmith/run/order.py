@@ -90,7 +90,6 @@ class Order(_Epochs):
         flat[:size] = np.float32(1) / np.float32(batch)
         ragged = size - (self.steps_per_epoch - 1) * batch
         self._weights[-1, :ragged] = np.float32(1) / np.float32(ragged)
-        self._weights[-1, ragged:] = 0
 
     def examples_before(self, step: int) -> int:
         """How many samples the steps before `step` have seen, padding not counted."""
@@ -138,7 +137,10 @@ class LengthOrder(_Epochs):
         """How many examples the steps before `step` have seen."""
         epoch, cursor = self.position(step)
         seen = epoch * len(self._lengths)
-        return seen + sum(len(rows) for rows in self._of(epoch)[:cursor]) if cursor else seen
+        if not cursor:
+            return seen
+        self._of(epoch)
+        return seen + int(self._seen[cursor])
 
     def rows(self, step: int) -> np.ndarray:
         """The examples of step number `step`, from 0, shortest first: int64 [batch]."""
@@ -156,6 +158,7 @@ class LengthOrder(_Epochs):
                 by_length = some[np.argsort(self._lengths[some], kind="stable")]
                 batches += [by_length[i : i + self.batch] for i in range(0, len(some), self.batch)]
             self._batches = [batches[i] for i in random.permutation(len(batches))]
+            self._seen = np.cumsum([0, *map(len, self._batches)])
             self._epoch = epoch
         return self._batches
 

@@ -5,29 +5,26 @@ from keras import ops
 
 
 class ShiftAndRotate:
-    """Moves and turns each image by its own random amount, with bilinear interpolation.
+    """Shifts and rotates each image by its own random amount, with bilinear interpolation.
 
     Args:
-      shift: the most pixels to move, each way and along each axis.
-      rotate: the most degrees to turn, each way.
+      shift: the largest shift along each axis, in pixels.
+      rotate: the largest rotation, in degrees.
       background: value of the pixels that come in from outside.
     """
 
     def __init__(self, shift: float, rotate: float, background: float = 0.0) -> None:
-        self.shift = shift
-        self.rotate = rotate
-        self.background = background
+        self.shift, self.rotate, self.background = shift, rotate, background
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Shift down and right in pixels, and the angle in radians, clockwise: float32 [count, 3]."""
+        """Shift down, shift right (pixels) and clockwise rotation (radians): float32 [count, 3]."""
         limits = np.array([self.shift, self.shift, np.deg2rad(self.rotate)])
         return (rng.uniform(-1, 1, (count, 3)) * limits).astype(np.float32)
 
     def apply(self, inputs: object, parameters: object) -> object:
-        """Images [batch, height, width] changed by [batch, 3], same shape.
+        """Images [batch, height, width] rotated about their centers, then shifted, by parameters [batch, 3].
 
-        An image is turned about its centre, then moved: each output pixel is read at the place of the input
-        that it comes from, and a place outside has the background's value.
+        Each output pixel is sampled at the point of the input that it comes from; outside is background.
         """
         height, width = inputs.shape[1:]
         down, right = parameters[:, 0, None, None], parameters[:, 1, None, None]
@@ -37,8 +34,8 @@ class ShiftAndRotate:
         x = (ops.arange(width, dtype="float32") - (width - 1) / 2)[None, None, :] - right
         source_y = cos * y - sin * x + (height - 1) / 2
         source_x = sin * y + cos * x + (width - 1) / 2
-        # A frame of background catches every place outside: one pixel wide before the image and two after it,
-        # so that a place on the far edge has a neighbour too.
+        # All points outside are clipped into a frame of background: one pixel before the image and two after
+        # it, so that a point on the far edge has a next pixel too.
         padded = ops.pad(inputs, [[0, 0], [1, 2], [1, 2]], constant_values=float(self.background))
         source_y = ops.clip(source_y + 1, 0.0, height + 1.0)
         source_x = ops.clip(source_x + 1, 0.0, width + 1.0)

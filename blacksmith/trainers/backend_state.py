@@ -1,4 +1,4 @@
-"""What the JAX and the PyTorch backend share: named state, random seeds of steps, evaluation in batches."""
+"""What the JAX and PyTorch backends share: named state, seeds of steps, evaluation in batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,15 +15,12 @@ EVALUATION_BATCH = 1000
 
 
 def seed_states(model: keras.Model) -> list[keras.Variable]:
-    """The states of the seed generators of the model's layers."""
+    """The states of the seed generators in the model's layers."""
     return [v for v in model.non_trainable_variables if v.path.endswith("seed_generator_state")]
 
 
 def named_state(task: Task) -> dict[str, keras.Variable]:
-    """The variables that a checkpoint holds, by backend-neutral name.
-
-    Seed states are left out: they are set again at each step from (seed, step).
-    """
+    """The variables in a checkpoint by backend-neutral name; no seed states, which each step sets again."""
     model = task.model
     seeds = {id(v) for v in seed_states(model)}
     named = {f"model/{variable_name(model, v)}": v for v in model.variables if id(v) not in seeds}
@@ -40,7 +37,7 @@ def assign_state(task: Task, state: Mapping[str, np.ndarray]) -> None:
     """Assigns what `read_state` returned to the Keras variables.
 
     Raises:
-      ValueError: names or shapes differ from the task's; names the first.
+      ValueError: names or shapes differ from the task's.
     """
     variables = named_state(task)
     missing, unknown = sorted(set(variables) - set(state)), sorted(set(state) - set(variables))
@@ -57,24 +54,20 @@ def assign_state(task: Task, state: Mapping[str, np.ndarray]) -> None:
 
 
 def check_parts(accumulate: int, batch: int) -> None:
-    """Checks that a batch can be split into `accumulate` equal parts.
-
-    Raises:
-      ValueError: it cannot.
-    """
+    """Raises ValueError if a batch cannot be split into `accumulate` equal parts."""
     if batch % accumulate:
         raise ValueError(f"accumulate = {accumulate} does not divide the batch of {batch} samples")
 
 
 def added_loss(added: Sequence[object]) -> object:
-    """What the model's layers add to the loss of a batch (regularizers, `add_loss`), as one float32."""
+    """The sum of what layers add to the loss of a batch (regularizers, `add_loss`), in float32."""
     return sum(ops.cast(loss, "float32") for loss in added)
 
 
 def step_seeds(seed: int, first: int, count: int) -> np.ndarray:
-    """Seeds of `count` steps from step `first` on: uint64 [count].
+    """Seeds of `count` steps starting at step `first`: uint64 [count].
 
-    They depend on (seed, step) alone, so a resumed run draws the dropout masks of the uninterrupted one.
+    They depend only on (seed, step), so a resumed run draws the same dropout masks as an uninterrupted one.
     """
     base = np.uint64(seed_int(seed, "step"))
     # splitmix64 (Steele, Lea and Flood 2014), whose neighboring outputs are unrelated. It wraps by design.
@@ -86,13 +79,13 @@ def step_seeds(seed: int, first: int, count: int) -> np.ndarray:
 
 
 def draw_augmentation(task: Task, first: int, steps: int, batch: int) -> np.ndarray | None:
-    """The augmentation's parameters for some steps: float32 [steps, batch, parameters], or None."""
+    """The augmentation's parameters for `steps` steps: float32 [steps, batch, parameters], or None."""
     if task.augmentation is None:
         return None
     return np.stack(
         [
             task.augmentation.draw(np.random.Generator(np.random.PCG64(int(seed))), batch)
-            # Another seed than that of the dropout masks of the same step.
+            # Not the seed of the same step's dropout masks.
             for seed in step_seeds(task.seed ^ 0x5EED, first, steps)
         ]
     )
@@ -103,19 +96,11 @@ def evaluate_in_batches(
     inputs: np.ndarray,
     labels: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Applies `forward` to at most `EVALUATION_BATCH` samples at a time.
+    """Applies `forward` to at most `EVALUATION_BATCH` samples at a time and joins the results.
 
-    Args:
-      forward: from inputs and labels to per-sample values [samples] by name and outputs [samples, ...].
-      inputs: [samples, ...], at least one.
-      labels: [samples].
-
-    Returns:
-      What `forward` returned, joined.
+    `forward` maps inputs and labels to per-sample values [samples] by name, and outputs [samples, ...].
     """
-    parts = []
-    for start in range(0, len(inputs), EVALUATION_BATCH):
-        batch = slice(start, start + EVALUATION_BATCH)
-        parts.append(forward(inputs[batch], labels[batch]))
+    size = EVALUATION_BATCH
+    parts = [forward(inputs[i : i + size], labels[i : i + size]) for i in range(0, len(inputs), size)]
     values, outputs = zip(*parts)
     return {name: np.concatenate([v[name] for v in values]) for name in values[0]}, np.concatenate(outputs)

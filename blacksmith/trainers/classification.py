@@ -1,6 +1,6 @@
-"""What classifiers on the Keras trainer have in common: task, test, evaluation and export."""
+"""Classifiers on the Keras trainer: setup, test, evaluation and export."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,9 @@ import keras
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from blacksmith.errors import ConfigError
 from blacksmith.files import write_json
+from blacksmith.run.order import Order
 from blacksmith.run.run import Run
 from blacksmith.trainers import losses
 from blacksmith.trainers.export import export_stablehlo, export_torch
@@ -27,16 +29,39 @@ from blacksmith.trainers.task import Augmentation, Backend, Task
 WORST = 48
 
 
-def make_task(
-    config: Any, build: Callable[[], keras.Model], end: int, augmentation: Augmentation | None = None
-) -> Task:
-    """The model with its initial weights, its optimizer and its loss.
+def make_setup(
+    config: Any,
+    build: Callable[[], keras.Model],
+    splits: Sequence[Samples],
+    augmentation: Augmentation | None = None,
+) -> Setup:
+    """Batches, model, optimizer and loss of a classifier.
 
     Args:
       config: has the sections `run`, `train`, `optimizer` and `schedule`.
       build: makes the model, from inputs [batch, ...] to logits [batch, classes].
-      end: the last optimizer step, for a decay that runs to the end.
+      splits: training, validation (may be empty) and test samples.
       augmentation: of the training inputs.
+
+    Raises:
+      ConfigError: a batch is larger than the training set.
+    """
+    samples, batch = len(splits[0]), config.train.batch_size
+    if batch > samples:
+        raise ConfigError(
+            f"{config.train.gin_name}.batch_size = {batch} is more than {samples} training samples"
+        )
+    order = Order(samples, batch, config.run.seed)
+    end = config.train.total_steps(order.steps_per_epoch)
+    return Setup(make_task(config, build, end, augmentation), order, end, *splits)
+
+
+def make_task(
+    config: Any, build: Callable[[], keras.Model], end: int, augmentation: Augmentation | None = None
+) -> Task:
+    """The model with its initial weights, its optimizer and its loss, see `make_setup`.
+
+    `end` is the last optimizer step, for schedules that decay until the end.
     """
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(config.train.precision)
@@ -54,12 +79,9 @@ def make_task(
 
 
 def run_classifier(run: Run, setup: Setup, preparation: Mapping[str, Any] | None = None) -> int:
-    """Trains, evaluates or exports a classifier, as the run's mode says; returns the exit status.
+    """Trains, evaluates or exports a classifier, depending on the run's mode; returns the exit status.
 
-    Args:
-      run: the run.
-      setup: what is trained.
-      preparation: how inputs are prepared, for `export.json`.
+    `preparation` says how inputs are prepared, for `export.json`.
     """
     if run.mode == "eval":
         return evaluate_checkpoint(run, setup)
@@ -70,19 +92,10 @@ def run_classifier(run: Run, setup: Setup, preparation: Mapping[str, Any] | None
     return trainer.finish(lambda: score_classifier(trainer.backend, setup.test))
 
 
-def score_classifier(
-    backend: Backend, samples: Samples, images: np.ndarray | None = None, worst_to: Path | None = None
-) -> dict[str, Any]:
-    """Scores the backend's weights.
+def score_classifier(backend: Backend, samples: Samples, worst_to: Path | None = None) -> dict[str, Any]:
+    """Loss, accuracy, per-class accuracy and confusion matrix (rows: true, columns: predicted).
 
-    Args:
-      backend: has the weights.
-      samples: the test set.
-      images: what its inputs were made from, uint8 [samples, height, width].
-      worst_to: a directory for the worst-classified images, which the report shows.
-
-    Returns:
-      loss, accuracy, per-class accuracy and the confusion matrix (rows: true, columns: predicted).
+    The worst-classified images are saved in the directory `worst_to`, for the report.
     """
     means, logits = evaluate(backend, samples)
     classes = logits.shape[1]
@@ -90,16 +103,15 @@ def score_classifier(
     confusion = np.zeros((classes, classes), np.int64)
     np.add.at(confusion, (samples.labels, predictions), 1)
     if worst_to is not None:
-        _save_worst(worst_to, images, samples.labels, predictions, logits)
+        _save_worst(worst_to, samples, logits)
     counts = confusion.sum(axis=1)
     per_class = np.divide(confusion.diagonal(), counts, out=np.zeros(len(counts)), where=counts > 0)
     return {**means, "per_class_accuracy": per_class.tolist(), "confusion_matrix": confusion.tolist()}
 
 
-def _save_worst(
-    directory: Path, images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, logits: np.ndarray
-) -> None:
-    """Saves the misclassified images whose true class got the least probability, worst first."""
+def _save_worst(directory: Path, samples: Samples, logits: np.ndarray) -> None:
+    """Saves the misclassified images whose true class got the lowest probability, worst first."""
+    labels, predictions = samples.labels, logits.argmax(axis=1)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     of_truth = probabilities[np.arange(len(labels)), labels]
@@ -110,16 +122,16 @@ def _save_worst(
     for rank, index in enumerate(wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST], 1):
         true, chance = labels[index], of_truth[index]
         caption = f"{true} → {predictions[index]}\np({true}) = {chance:{'.0e' if chance < 1e-3 else '.3f'}}"
-        texts = PngImagePlugin.PngInfo()  # the report shows them beside the picture
+        texts = PngImagePlugin.PngInfo()  # the report shows them next to the image
         texts.add_itxt("Title", "Worst-classified test images: true → predicted class")
         texts.add_itxt("Description", caption)
-        Image.fromarray(images[index]).save(directory / f"test_worst_{rank:02d}.png", pnginfo=texts)
+        Image.fromarray(samples.images[index]).save(directory / f"test_worst_{rank:02d}.png", pnginfo=texts)
 
 
 def evaluate_checkpoint(run: Run, setup: Setup) -> int:
-    """``--mode=eval``: the checkpoint on the validation and test sets, into `eval.json`.
+    """``--mode=eval``: evaluates the checkpoint on the validation and test sets and writes `eval.json`.
 
-    On other data than it was trained on only the test set counts: the validation set was not held out.
+    On data other than the training data, only on the test set, since no validation set was held out of it.
     """
     backend = backend_of(run, setup)
     load_checkpoint(backend, run.resumed)
@@ -136,11 +148,11 @@ def evaluate_checkpoint(run: Run, setup: Setup) -> int:
 
 
 def export_checkpoint(run: Run, setup: Setup, preparation: Mapping[str, Any]) -> int:
-    """``--mode=export``: the checkpoint's model as ``.keras`` and in the backend's own format.
+    """``--mode=export``: writes the checkpoint's model and `export.json` into ``export/``.
 
-    Writes into ``export/``: ``model.keras``; on JAX ``model.stablehlo`` (`jax.export`, any batch size);
-    on PyTorch ``model.pt2`` (`torch.export`, any batch size); and ``export.json``, which holds `preparation`,
-    how inputs are prepared.
+    The model is saved as ``model.keras`` and, for any batch size, as ``model.stablehlo`` (`jax.export`) on
+    JAX or ``model.pt2`` (`torch.export`) on PyTorch. `preparation` says how inputs are prepared, for
+    `export.json`.
     """
     backend = backend_of(run, setup)
     load_checkpoint(backend, run.resumed)
@@ -154,11 +166,13 @@ def export_checkpoint(run: Run, setup: Setup, preparation: Mapping[str, Any]) ->
     else:
         own = export_torch(model, directory / "model.pt2")
     written = ["model.keras", own.name]
-    shapes = {
+    content = {
+        "checkpoint": str(run.resumed.path),
+        "files": written,
         "input": f"float32 {_with_batch(model.inputs[0].shape)}",
         "output": f"logits {_with_batch(model.outputs[0].shape)}",
+        **preparation,
     }
-    content = {"checkpoint": str(run.resumed.path), "files": written, **shapes, **preparation}
     write_json(directory / "export.json", content)
     for name in [*written, "export.json"]:
         print(directory / name)

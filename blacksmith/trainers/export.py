@@ -6,15 +6,7 @@ import keras
 
 
 def export_stablehlo(model: keras.Model, path: Path) -> Path:
-    """Writes the model as serialized StableHLO, which `jax.export.deserialize` reads.
-
-    Args:
-      model: a Keras model on JAX with one input.
-      path: the file to write.
-
-    Returns:
-      `path`.
-    """
+    """Writes a one-input model on JAX as StableHLO for `jax.export.deserialize`; returns `path`."""
     import jax
     from jax import export
 
@@ -33,15 +25,7 @@ def export_stablehlo(model: keras.Model, path: Path) -> Path:
 
 
 def export_torch(model: keras.Model, path: Path) -> Path:
-    """Writes the model as an `ExportedProgram`, which `torch.export.load` reads.
-
-    Args:
-      model: a Keras model on PyTorch with one input.
-      path: the file to write.
-
-    Returns:
-      `path`.
-    """
+    """Writes a one-input model on PyTorch for `torch.export.load`; returns `path`."""
     import torch
 
     device = model.trainable_variables[0].value.device

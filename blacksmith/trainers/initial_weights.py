@@ -1,7 +1,7 @@
 """Initial weights from NumPy: the same bytes on every backend, for any Keras model.
 
-Keras builds a model with its own initializers, whose random numbers differ between backends. `initialize`
-then draws every random variable again with NumPy, from the distribution that its initializer names.
+Keras's own initializers draw different numbers on each backend. `initialize` therefore draws every random
+variable again with NumPy, from the distribution of its initializer.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ import numpy as np
 
 from blacksmith.run.order import generator
 
-_TRUNCATED_STD = 0.87962566103423978  # of a standard normal that is truncated at two deviations
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal truncated at two standard deviations
 
 
 def initialize(model: keras.Model, seed: int) -> None:
-    """Sets the random weights of `model` from (seed, variable name); constants stay.
+    """Sets the random weights of `model`, determined by (seed, variable name); constants stay.
 
     Raises:
       ValueError: a variable's initializer has no NumPy counterpart here, or two variables share a name.
@@ -38,7 +38,7 @@ def initialize(model: keras.Model, seed: int) -> None:
 
 
 def variable_name(model: keras.Model, variable: keras.Variable) -> str:
-    """A variable's name without the model's own: ``hidden_1/kernel``."""
+    """A variable's name without the model's name: ``hidden_1/kernel``."""
     return variable.path.removeprefix(f"{model.name}/")
 
 
@@ -53,12 +53,8 @@ def weights_sha256(state: dict[str, np.ndarray]) -> str:
 
 
 def _initializer(layer: keras.Layer, variable: keras.Variable) -> object | None:
-    """The initializer that a layer keeps for one of its variables, or None if the variable is a constant.
-
-    Raises:
-      ValueError: the variable is random, and the layer has no initializer for it.
-    """
-    # Separable layers call it `depthwise_initializer`, for a variable `depthwise_kernel` or `kernel`.
+    """The layer's initializer for one of its variables, or None if the variable is a constant."""
+    # Separable layers have a `depthwise_initializer` for a variable `depthwise_kernel` or `kernel`.
     names = [variable.name, variable.name.removesuffix("_kernel")]
     if variable.name == "kernel":
         names.append("depthwise")
@@ -68,8 +64,7 @@ def _initializer(layer: keras.Layer, variable: keras.Variable) -> object | None:
     values = np.ravel(keras.ops.convert_to_numpy(variable))
     if (values != values[:1]).any():
         raise ValueError(
-            f"{layer.name}/{variable.name} is random, but the layer has no {variable.name}_initializer "
-            "that says how to draw it"
+            f"{layer.name}/{variable.name} is random, but the layer has no {variable.name}_initializer"
         )
     return None
 
@@ -106,7 +101,7 @@ def _draw(
 
 
 def _truncated(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> np.ndarray:
-    """A normal sample whose values beyond two deviations are drawn again, as in Keras."""
+    """A normal sample whose values beyond two standard deviations are drawn again, as in Keras."""
     values = rng.standard_normal(shape)
     while (outside := np.abs(values) > 2).any():
         values[outside] = rng.standard_normal(int(outside.sum()))
@@ -114,7 +109,7 @@ def _truncated(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> 
 
 
 def _fans(shape: tuple[int, ...]) -> tuple[float, float]:
-    """Inputs and outputs of one unit, as Keras counts them: the last two axes times the receptive field."""
+    """Fan-in and fan-out as Keras counts them: the last two axes times the receptive field."""
     if len(shape) < 2:
         size = float(shape[0]) if shape else 1.0
         return size, size

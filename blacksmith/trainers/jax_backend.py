@@ -20,17 +20,13 @@ from blacksmith.trainers.backend_state import (
     seed_states,
     step_seeds,
 )
-from blacksmith.trainers.task import Task
+from blacksmith.trainers.task import Backend, Task
 
 
-class JaxBackend:
-    """Runs a `Task` on JAX.
+class JaxBackend(Backend):
+    """Runs a `Task` on JAX, in blocks of at most `block_steps` steps.
 
-    Args:
-      task: the model and how it is trained.
-      inputs: training inputs [samples, ...].
-      labels: training labels [samples].
-      block_steps: the most steps that a block may have.
+    Training inputs are [samples, ...] and labels [samples].
     """
 
     def __init__(self, task: Task, inputs: np.ndarray, labels: np.ndarray, block_steps: int = 128) -> None:
@@ -40,30 +36,28 @@ class JaxBackend:
         self._capacity = block_steps
         seeds = {id(v) for v in seed_states(task.model)}
         self._seeds = [i for i, v in enumerate(task.model.non_trainable_variables) if id(v) in seeds]
-        # The state is donated: XLA updates weights and slots in place instead of holding them twice.
+        # Donating the state lets XLA update weights and slots in place instead of holding them twice.
         self._run = jax.jit(self._block, donate_argnums=0)
         self._forward = jax.jit(self._evaluation_batch)
         self._gradients = jax.jit(lambda *arguments: self._batch_gradients(*arguments)[0])
         self._pull()
 
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """See `Backend.train_block`."""
         count = len(block.indices)
         if count > self._capacity:
             raise ValueError(f"a block of {count} steps is longer than block_steps = {self._capacity}")
         rows = self._rows(block, step, self._capacity)
         self._state, values = self._run(self._state, self._inputs, self._labels, rows, count)
-        # Shortened in NumPy: JAX would compile a slice for every new length.
+        # Sliced in NumPy, because JAX would compile a slice for every new length.
         return {name: np.asarray(values[name])[:count] for name in self.task.value_names}
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """See `Backend.evaluate`."""
         trainable, fixed, _ = self._state
 
         def forward(x: np.ndarray, y: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
             count = len(x)
             if count < EVALUATION_BATCH:
-                # Repeated up to the one shape that is compiled.
+                # Repeat samples to fill the only shape that is compiled.
                 x, y = (np.resize(a, (EVALUATION_BATCH, *a.shape[1:])) for a in (x, y))
             values, outputs = self._forward(trainable, fixed, x, y)
             found = {name: np.asarray(values[name])[:count] for name in self.task.value_names}
@@ -72,7 +66,6 @@ class JaxBackend:
         return evaluate_in_batches(forward, inputs, labels)
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """See `Backend.distributions`."""
         rows = jax.tree.map(lambda a: a[0], self._rows(block, step, 1))
         gradients = self._gradients(self._state, self._inputs, self._labels, rows)
         found = {}
@@ -82,33 +75,30 @@ class JaxBackend:
         return found
 
     def state(self) -> dict[str, np.ndarray]:
-        """See `Backend.state`."""
         self.sync()
         return read_state(self.task)
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """See `Backend.load_state`."""
         assign_state(self.task, state)
         self._pull()
 
     def sync(self) -> None:
-        """See `Backend.sync`."""
-        # Copies: the next block donates, and so deletes, the arrays of the present state.
+        # Copies, because the next block donates, and so deletes, the arrays of the current state.
         for variables, values in zip(self._variables(), jax.tree.map(jnp.copy, self._state)):
             for variable, value in zip(variables, values):
                 variable.assign(value)
 
     def _pull(self) -> None:
-        # Copies here too, or donating them would delete the arrays of the Keras variables.
+        # Copies here too, or donation would delete the arrays of the Keras variables.
         self._state = tuple([jnp.copy(v.value) for v in variables] for variables in self._variables())
 
     def _variables(self) -> tuple[list, list, list]:
-        """The Keras variables of the state: trainable, not trainable, optimizer."""
+        """The Keras variables of the state: trainable, non-trainable, optimizer."""
         model, optimizer = self.task.model, self.task.optimizer
         return model.trainable_variables, model.non_trainable_variables, optimizer.variables
 
     def _rows(self, block: Block, step: int, capacity: int) -> dict[str, np.ndarray]:
-        """The block's indices, weights, seeds and augmentation, cut or padded to `capacity` steps."""
+        """The block's indices, weights, seeds and augmentation, truncated or padded to `capacity` steps."""
         count, batch = block.indices.shape
         rows = {"indices": block.indices, "weights": block.weights}
         if self._seeds:
@@ -126,10 +116,10 @@ class JaxBackend:
     def _block(
         self, state: Any, inputs: jax.Array, labels: jax.Array, rows: dict, count: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """The first `count` steps of `rows`.
+        """Runs the first `count` steps of `rows`.
 
-        `count` is a value and not a shape, as it would be in `lax.scan`: one compiled program serves blocks
-        of every length, and gives the same bits however an epoch is cut into them.
+        With `lax.scan`, `count` would be a shape. As a value, it lets one compiled program run blocks of any
+        length, so the results are the same bits however an epoch is cut into blocks.
         """
         capacity = rows["indices"].shape[0]
         values = {name: jnp.zeros(capacity, jnp.float32) for name in self.task.value_names}
@@ -153,10 +143,10 @@ class JaxBackend:
     def _batch_gradients(
         self, state: Any, inputs: jax.Array, labels: jax.Array, row: dict
     ) -> tuple[Any, Any, dict[str, jax.Array]]:
-        """Gradients and values of one batch, summed over its `accumulate` parts."""
+        """Gradients, non-trainable variables and values of one batch, summed over its `accumulate` parts."""
         trainable, fixed, _ = state
         fixed = list(fixed)
-        # Each random layer starts the step from its own seed, so that no generator has to be saved.
+        # Each random layer starts each step with its own seed, so that no generator has to be saved.
         for number, index in enumerate(self._seeds):
             fixed[index] = jax.random.fold_in(row["seeds"], number).astype(fixed[index].dtype)
         gradient = jax.value_and_grad(self._loss, has_aux=True)
@@ -169,7 +159,7 @@ class JaxBackend:
             columns = {name: a[start : start + size] for name, a in per_sample.items()}
             (loss, (fixed, one)), g = gradient(trainable, fixed, inputs, labels, columns)
             one = {"loss": loss, **one}
-            # Plain sums: the weights of the whole batch are in the loss already.
+            # Plain sums, because the loss already contains the weights of the whole batch.
             total = g if total is None else jax.tree.map(jnp.add, total, g)
             values = one if values is None else jax.tree.map(jnp.add, values, one)
         return total, fixed, values
@@ -178,7 +168,7 @@ class JaxBackend:
         self, trainable: Any, fixed: Any, inputs: jax.Array, labels: jax.Array, columns: dict
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         task = self.task
-        # The order yields no index out of bounds; checking each of them takes time.
+        # Indices of an `Order` are never out of bounds, and checking each of them takes time.
         x, y = (a.at[columns["indices"]].get(mode="promise_in_bounds") for a in (inputs, labels))
         if task.augmentation is not None:
             x = task.augmentation.apply(x, columns["augmentation"])
@@ -189,7 +179,7 @@ class JaxBackend:
         weights = columns["weights"]
         loss = jnp.sum(task.loss(y, outputs) * weights)
         if added:
-            # In the proportion of this part, so that the parts of a batch add it once.
+            # In proportion to this part, so that the parts of a batch add it once in total.
             loss += added_loss(added) * jnp.sum(weights)
         values = {name: jnp.sum(f(y, outputs) * weights) for name, f in task.metrics.items()}
         return loss, (fixed, values)

@@ -1,7 +1,7 @@
 """The training loop for any Keras 3 model, on JAX or PyTorch.
 
-A backend runs blocks of steps as one compiled call; `run/loop.py` says what happens between blocks.
-Lightning, which owns its loop, calls the same `log` and `loop.between`. Nothing here knows a dataset.
+A backend runs blocks of steps as one compiled call; `run/loop.py` decides what happens between blocks.
+Lightning, which owns its loop, calls the same `log` and `loop.between`.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,10 +26,11 @@ ARRAYS = "arrays.safetensors"
 
 @dataclass(frozen=True)
 class Samples:
-    """Prepared samples: `inputs` float32 [samples, ...], `labels` int32 [samples]."""
+    """Prepared `inputs` [samples, ...], `labels` int32 [samples], and original `images`, if there are any."""
 
     inputs: np.ndarray
     labels: np.ndarray
+    images: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -37,13 +38,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, on what, and for how long.
+    """What is trained, on what, and for how long: `end` is the last optimizer step.
 
     Attributes:
-      task: model with its initial weights, optimizer, loss.
       order: the batches of `train`.
-      end: the last optimizer step.
-      train: training samples.
       validation: evaluated during training; may be empty.
       test: evaluated once, at the end.
     """
@@ -59,14 +57,7 @@ class Setup:
 class KerasTrainer:
     """Trains one model in one run directory; resumes from `run.resumed` if set.
 
-    Args:
-      run: the run.
-      setup: what is trained.
-      progress: style of the console progress in place of ``Log.progress``.
-
-    Attributes:
-      backend: runs the steps.
-      loop: counts them.
+    `progress` overrides ``Log.progress``, the style of the console progress.
 
     Raises:
       CheckpointError: the checkpoint does not fit the model or optimizer.
@@ -96,7 +87,7 @@ class KerasTrainer:
         )
 
     def fit(self) -> None:
-        """Trains to the end, or until the run is to stop.
+        """Trains to the end, or until the run is stopped.
 
         Raises:
           RunError: the loss is not finite.
@@ -106,18 +97,18 @@ class KerasTrainer:
             self.log(block, self.backend.train_block(block, step))
 
     def log(self, block: Block, values: Mapping[str, Any]) -> None:
-        """Logs the steps of `block`: loss and metrics, float32 [steps] each."""
+        """Logs the loss and metrics of the steps of `block`, float32 [steps] each."""
         self._hashes["order_sha256"] = chain_digest(self._hashes["order_sha256"], block.indices)
         self.loop.log(values)
 
     def finish(self, test: Callable[[], Mapping[str, Any]]) -> int:
-        """Tests the best checkpoint if training is done, and writes the result; returns the exit status."""
+        """Tests the best checkpoint if training is done and writes the result; returns the exit status."""
 
         def test_checkpoint(saved: Saved) -> Mapping[str, Any]:
             load_checkpoint(self.backend, saved)
             return test()
 
-        self.loop.between()  # the batches hash below is that of the last step
+        self.loop.between()  # so that the hash of the batches below covers the last step
         parameters = self.setup.task.model.count_params()
         return self.loop.finish(test_checkpoint, {"parameters": parameters, **self._hashes})
 
@@ -139,7 +130,7 @@ class KerasTrainer:
 
 
 def backend_of(run: Run, setup: Setup) -> Backend:
-    """The backend for the framework that Keras runs on, with the training data on its device."""
+    """The backend of the framework that Keras runs on, with the training data on its device."""
     task, train = setup.task, setup.train
     if keras.config.backend() == "jax":
         from blacksmith.trainers.jax_backend import JaxBackend
@@ -160,10 +151,10 @@ def evaluate(backend: Backend, samples: Samples) -> tuple[dict[str, float], np.n
 
 
 def load_checkpoint(backend: Backend, saved: Saved) -> None:
-    """Puts a checkpoint's weights and optimizer slots into the backend.
+    """Loads a checkpoint's weights and optimizer slots.
 
     Raises:
-      CheckpointError: it holds other arrays than the model and optimizer have, or cannot be read.
+      CheckpointError: it cannot be read, or does not fit the model and optimizer.
     """
     try:
         arrays = load_file(saved.path / ARRAYS)
@@ -176,12 +167,12 @@ def load_checkpoint(backend: Backend, saved: Saved) -> None:
 
 
 def _check_ragged(task: Task, order: Order) -> None:
-    """Padding has no weight in the loss, but a layer that mixes the samples of a batch would see it."""
+    """Refuses layers that mix the samples of a batch, since they would see its padding."""
     if order.size % order.batch == 0:
         return
     for layer in task.model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization) or layer.activity_regularizer is not None:
             raise ValueError(
                 f"the layer {layer.name!r} would see the padding of the last batch: {order.size} samples are "
-                f"no multiple of the batch of {order.batch}; give Order(..., drop_last=True)"
+                f"not a multiple of the batch size {order.batch}; use Order(..., drop_last=True)"
             )

@@ -1,4 +1,4 @@
-"""What the Lightning experiments share: a Trainer that leaves metrics, checkpoints and console to the run."""
+"""Lightning's Trainer for experiments in which the run handles metrics, checkpoints and the console."""
 
 import logging
 import warnings
@@ -12,11 +12,11 @@ import torch
 def make_trainer(device: str, directory: Path, **options: Any) -> L.Trainer:
     """Lightning's Trainer on one device, without its own logger, checkpoints, summary and progress bar.
 
-    Turns off Lightning's hints for this process: data loader workers and a logger make no sense for data that
-    is on the device already and metrics that the run writes.
+    Silences Lightning's hints for this process: it recommends data loader workers and a logger, but the data
+    is on the device already and the run writes the metrics.
 
     Args:
-      device: a torch device by name, ``cpu`` or ``cuda:1`` for example.
+      device: a torch device by name, such as ``cpu`` or ``cuda:1``.
       directory: where Lightning writes if it has to.
       **options: of `L.Trainer`; they take precedence.
     """

@@ -15,7 +15,7 @@ def cross_entropy(labels: object, logits: object) -> object:
 
 def mse(labels: object, outputs: object) -> object:
     """Mean squared error to the one-hot label: labels int [batch], outputs [batch, classes] -> [batch]."""
-    # Not `ops.one_hot`: on PyTorch it reads the labels' values on the host, which a trace cannot do.
+    # Not `ops.one_hot`, which on PyTorch reads the labels on the host; a trace cannot do that.
     classes = ops.arange(outputs.shape[-1], dtype="int32")
     target = ops.cast(ops.equal(ops.cast(labels, "int32")[:, None], classes), outputs.dtype)
     return ops.mean(ops.square(outputs - target), axis=-1)

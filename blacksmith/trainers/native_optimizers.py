@@ -1,4 +1,4 @@
-"""PyTorch's own optimizers from the `Optimizer` section, for training loops without Keras."""
+"""PyTorch's own optimizers from the `Optimizer` section, for training without Keras."""
 
 import inspect
 import math
@@ -10,32 +10,20 @@ from torch import Tensor
 
 from blacksmith.config.settings import TorchOptimizerConfig
 
-_CLASSES = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adamax": torch.optim.Adamax,
-    "nadam": torch.optim.NAdam,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-    "adadelta": torch.optim.Adadelta,
-    "adafactor": torch.optim.Adafactor,
-}
+_CLASSES = {name.lower(): kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
 
 
 def make_optimizer(
     config: TorchOptimizerConfig, parameters: Iterable[Tensor] | Iterable[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, fused if PyTorch can on this device.
+    """The configured optimizer, fused if PyTorch supports that on this device.
 
-    Args:
-      config: name, peak learning rate and settings.
-      parameters: tensors, or PyTorch's parameter groups, which may have learning rates of their own.
+    `parameters` are tensors, or PyTorch's parameter groups, which may have their own learning rates.
     """
     kind, parameters = _CLASSES[config.name], list(parameters)
     taken = inspect.signature(kind).parameters
     options = config.own_settings()
-    # PyTorch's names: RMSprop calls the decay of squared gradients alpha.
+    # PyTorch's names; its RMSprop calls rho alpha.
     renamed = {"epsilon": "eps", "rho": "alpha" if config.name == "rmsprop" else "rho"}
     betas = (options.pop("beta_1", None), options.pop("beta_2", None))
     options = {renamed.get(name, name): value for name, value in options.items()}
@@ -48,7 +36,7 @@ def make_optimizer(
 
 
 def clip_gradients(config: TorchOptimizerConfig, parameters: Iterable[Tensor]) -> Tensor:
-    """Clips the gradients as configured; returns the norm of all of them before, float32 []."""
+    """Clips the gradients as configured; returns their global norm before clipping, float32 []."""
     parameters = list(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.global_clip_norm or math.inf)
     if config.clip_norm is not None:

@@ -8,30 +8,11 @@ from keras import ops
 from blacksmith.config.settings import OptimizerConfig, ScheduleConfig, check_warmup
 from blacksmith.run.schedule import decay, decay_length, decay_start
 
-_CLASSES = {
-    "sgd": keras.optimizers.SGD,
-    "adam": keras.optimizers.Adam,
-    "adamw": keras.optimizers.AdamW,
-    "adamax": keras.optimizers.Adamax,
-    "nadam": keras.optimizers.Nadam,
-    "rmsprop": keras.optimizers.RMSprop,
-    "adagrad": keras.optimizers.Adagrad,
-    "adadelta": keras.optimizers.Adadelta,
-    "lion": keras.optimizers.Lion,
-    "adafactor": keras.optimizers.Adafactor,
-    "lamb": keras.optimizers.Lamb,
-    "muon": keras.optimizers.Muon,
-}
+_CLASSES = {name.lower(): kind for name, kind in vars(keras.optimizers).items() if isinstance(kind, type)}
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """`blacksmith.run.schedule.learning_rate` in float32, for one step or an array of steps.
-
-    Args:
-      schedule: the shape, its warm-up, its length and what is left at its end.
-      peak: the rate after the warm-up.
-      end: optimizer steps of the whole run.
-    """
+    """`blacksmith.run.schedule.learning_rate` in float32, for one step or an array of steps."""
 
     def __init__(self, schedule: ScheduleConfig, peak: float, end: int) -> None:
         super().__init__()
@@ -48,20 +29,11 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             rate = ops.where(step < warmup, peak * (step + 1.0) / warmup, rate)
         return rate
 
-    def get_config(self) -> dict:
-        """What `from_config` needs."""
-        return {"schedule": self.schedule, "peak": self.peak, "end": self.end}
-
 
 def make_optimizer(
     config: OptimizerConfig, schedule: ScheduleConfig, total_steps: int
 ) -> keras.optimizers.Optimizer:
-    """The optimizer that the configuration names, not yet built.
-
-    Args:
-      config: name and settings.
-      schedule: the learning rate over time.
-      total_steps: optimizer steps of the whole run, for a decay "to the end".
+    """The configured optimizer, not yet built; a decay without a length ends after `total_steps`.
 
     Raises:
       ConfigError: the warm-up is longer than the run.
@@ -75,23 +47,20 @@ def make_optimizer(
         "global_clipnorm": config.global_clip_norm,
         "clipvalue": config.clip_value,
     }
-    return _CLASSES[config.name](
-        learning_rate=rate, name="optimizer", **config.own_settings(), **{k: v for k, v in clips.items() if v}
-    )
+    return _CLASSES[config.name](learning_rate=rate, name="optimizer", **config.own_settings(), **clips)
 
 
 def named_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> dict[str, keras.Variable]:
     """The optimizer's variables by backend-neutral names such as ``hidden_1_kernel_momentum``.
 
-    The optimizer's and the model's own names are left out. If Keras gives two variables the same name, the
-    second becomes ``name.2``. A variable that Keras only numbers (``variable_7``) loses the number, which
-    depends on what the process created before.
+    Names leave out the optimizer and the model. If Keras gives two variables the same name, the second
+    becomes ``name.2``. A numbered variable (``variable_7``) loses its number, which depends on what the
+    process created before.
     """
     named: dict[str, keras.Variable] = {}
     for variable in optimizer.variables:
-        name = base = variable.path.removeprefix(f"{optimizer.name}/").removeprefix(f"{model.name}_")
-        if re.fullmatch(r"variable_\d+", name):
-            name = base = "variable"
+        name = variable.path.removeprefix(f"{optimizer.name}/").removeprefix(f"{model.name}_")
+        name = base = re.sub(r"^variable_\d+$", "variable", name)
         number = 1
         while name in named:
             number += 1

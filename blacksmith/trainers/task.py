@@ -1,7 +1,7 @@
 """What the Keras trainer trains (`Task`) and what it needs from a framework (`Backend`).
 
-A backend keeps the training data on the device and runs a block of steps per call. Its state goes in and out
-as NumPy arrays that have the same names on every backend, so that a checkpoint fits all of them.
+A backend keeps the training data on the device and runs a block of steps per call. Its state is read and
+loaded as NumPy arrays with the same names on every backend, so that a checkpoint fits all of them.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from blacksmith.trainers.losses import PerSample
 
 
 class Augmentation(Protocol):
-    """A random change of the training inputs: NumPy draws its parameters, the compiled step applies them."""
+    """A random change of the training inputs: NumPy draws the parameters, the compiled step applies them."""
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Random parameters, float32 [count, parameters]."""
@@ -31,15 +31,15 @@ class Task:
 
     Attributes:
       model: any Keras 3 model with named layers, from inputs [batch, ...] to outputs [batch, ...].
-      optimizer: a Keras optimizer; built here if it is not.
+      optimizer: a Keras optimizer; built here if necessary.
       loss: from (labels, outputs) to one value per sample.
       metrics: more per-sample values by name.
-      augmentation: changes the training inputs, or None.
-      accumulate: equal parts that a batch is computed in, one after the other.
-      seed: of everything random in a step.
+      augmentation: changes the training inputs.
+      accumulate: how many equal parts a batch is computed in.
+      seed: determines everything random in a step.
 
     Raises:
-      ValueError: the optimizer has a setting that the trainer replaces or does not support.
+      ValueError: the optimizer has a setting that the trainer does not support.
     """
 
     model: keras.Model
@@ -51,19 +51,16 @@ class Task:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        optimizer = self.optimizer
-        if optimizer.gradient_accumulation_steps:
-            raise ValueError(
-                "gradient_accumulation_steps of a Keras optimizer is not supported; use Task.accumulate"
-            )
-        if optimizer.use_ema:
-            raise ValueError("use_ema of a Keras optimizer (averaged weights) is not supported")
-        if optimizer.loss_scale_factor is not None:
-            raise ValueError(
-                "loss_scale_factor of a Keras optimizer is not supported; mixed_bfloat16 does not need it"
-            )
-        if not optimizer.built:
-            optimizer.build(self.model.trainable_variables)
+        unsupported = {
+            "gradient_accumulation_steps": "use Task.accumulate",
+            "use_ema": "weights are not averaged",
+            "loss_scale_factor": "mixed_bfloat16 does not need it",
+        }
+        for name, remedy in unsupported.items():
+            if getattr(self.optimizer, name):
+                raise ValueError(f"{name} of a Keras optimizer is not supported; {remedy}")
+        if not self.optimizer.built:
+            self.optimizer.build(self.model.trainable_variables)
 
     @property
     def value_names(self) -> tuple[str, ...]:
@@ -71,7 +68,7 @@ class Task:
         return ("loss", *self.metrics)
 
     def per_sample(self, labels: object, outputs: object) -> dict[str, object]:
-        """The loss and each metric by name, one value per sample."""
+        """Loss and metrics by name, one value per sample."""
         return {"loss": self.loss(labels, outputs)} | {
             name: metric(labels, outputs) for name, metric in self.metrics.items()
         }
@@ -81,28 +78,28 @@ class Backend(Protocol):
     """One framework's way of running a `Task`."""
 
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """Runs the steps of `block`, of which the first is step number `step`.
+        """Runs the steps of `block`, the first of which has the number `step`.
 
         Returns:
           ``loss`` and each metric, float32 [steps]: weighted means over the batch. The host waits for the
-          device once per block, not once per step.
+          device once per block.
         """
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Per-sample loss and metrics [samples] by name, and the outputs [samples, ...]."""
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """Weights, and gradients of the block's first batch, by name; changes nothing."""
+        """Weights and gradients of the block's first batch, by name; changes nothing."""
 
     def state(self) -> dict[str, np.ndarray]:
         """Model weights (``model/...``) and optimizer slots (``optimizer/...``)."""
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Replaces the state by one that `state` returned, here or on another backend.
+        """Replaces the state by one that `state` returned, on any backend.
 
         Raises:
           ValueError: names or shapes differ.
         """
 
     def sync(self) -> None:
-        """Puts the current weights into the Keras model and optimizer."""
+        """Copies the current state into the Keras model and optimizer."""

@@ -1,8 +1,8 @@
 """The Keras trainer on PyTorch: forward and backward are traced once into a flat graph.
 
-Keras's own call takes longer than the arithmetic of a small model. The model is therefore traced into the
-bare tensor operations, which run without Keras or autograd. Computing gradients and applying them are
-separate steps, so that gradients can be summed over processes in between. Lightning's loop calls both too.
+A call of a small Keras model takes longer than its arithmetic. The model is therefore traced into bare tensor
+operations, which run without Keras and autograd. Computing and applying gradients are separate steps, so that
+gradients can be summed over processes in between. Lightning's loop calls both as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import torch
 from keras import ops
+from torch import Tensor
 
 from blacksmith.run.order import Block
 from blacksmith.trainers.backend_state import (
@@ -24,33 +25,23 @@ from blacksmith.trainers.backend_state import (
     seed_states,
     step_seeds,
 )
-from blacksmith.trainers.task import Task
-from blacksmith.trainers.torch_graph import simplify, trace
+from blacksmith.trainers.task import Backend, Task
+from blacksmith.trainers.torch_graph import Tensors, simplify, trace
 from blacksmith.trainers.torch_optimizer import make_optimizer_step, write_back
 
 
-class TorchBackend:
-    """Runs a `Task` on PyTorch.
+class TorchBackend(Backend):
+    """Runs a `Task` on PyTorch; `notify` takes lines for the user.
 
-    Weights and slots are the tensors of the Keras variables themselves where the optimizer updates in place;
-    `sync` copies back those that it replaces.
-
-    Args:
-      task: the model and how it is trained.
-      inputs: training inputs [samples, ...].
-      labels: training labels [samples].
-      notify: takes lines for the user.
+    Training inputs are [samples, ...] and labels [samples]. Weights and slots that the optimizer updates in
+    place are the tensors of the Keras variables themselves; `sync` copies back those that it replaces.
 
     Raises:
       ValueError: the model has a random layer that cannot be traced.
     """
 
     def __init__(
-        self,
-        task: Task,
-        inputs: np.ndarray,
-        labels: np.ndarray,
-        notify: Callable[[str], None] = print,
+        self, task: Task, inputs: np.ndarray, labels: np.ndarray, notify: Callable[[str], None] = print
     ) -> None:
         self.task = task
         self._device = task.model.trainable_variables[0].value.device
@@ -62,7 +53,6 @@ class TorchBackend:
         self._optimizer = make_optimizer_step(task, notify)
 
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """See `Backend.train_block`."""
         rows = self.rows(block, step)
         plan = self._optimizer.plan(step, len(block.indices))
         losses, outputs, labels = [], [], []
@@ -76,7 +66,7 @@ class TorchBackend:
             return self.values(losses, outputs, labels, block.weights)
 
     def rows(self, block: Block, step: int) -> list[tuple[Any, ...]]:
-        """What `gradients` needs for each step: indices, weights, augmentation (or None), seed."""
+        """What `gradients` needs for each step: indices, weights, augmentation or None, seed."""
         count, batch = block.indices.shape
         indices = torch.from_numpy(block.indices.astype(np.int64)).to(self._device).unbind(0)
         weights = torch.from_numpy(block.weights).to(self._device).unbind(0)
@@ -84,17 +74,15 @@ class TorchBackend:
         augmentation: Sequence[Any] = [None] * count
         if drawn is not None:
             augmentation = torch.from_numpy(drawn).to(self._device).unbind(0)
-        # 63 bits: PyTorch's generators take signed or unsigned 64-bit numbers, and this fits both.
+        # Some of PyTorch's generators take signed and some unsigned 64-bit seeds; 63 bits fit both.
         seeds = (step_seeds(self.task.seed, step, count) >> np.uint64(1)).tolist()
         return list(zip(indices, weights, augmentation, seeds))
 
-    def gradients(
-        self, row: tuple[Any, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Forward and backward of one batch, without changing a trainable weight.
+    def gradients(self, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+        """Forward and backward of one batch; changes no trainable weight.
 
         Returns:
-          The loss [], the outputs [batch, ...], the labels [batch] and the gradients, in the order of the
+          The loss [], the outputs [batch, ...], the labels [batch], and the gradients in the order of the
           model's trainable variables.
         """
         indices, weights, augmentation, seed = row
@@ -103,11 +91,12 @@ class TorchBackend:
         drawn = [] if augmentation is None else [augmentation]
         parts = self._parts([x, y, weights, *drawn])
         if self._graph is None:
-            # One graph serves every step: the last batch of an epoch has the shape of the others, padded
-            # with samples of weight 0.
-            self._graph = simplify(trace(self._forward_backward, self._arguments(parts[0])))
+            # One graph serves every step: a ragged last batch is padded to the shape of the others with
+            # samples of weight 0.
+            self._graph = simplify(trace(self._forward_backward, (self._trainable, self._fixed, parts[0])))
         if self._random:
-            # After tracing, which draws too: a resumed run must get the masks of the uninterrupted one.
+            # After tracing, which draws random numbers too: a resumed run traces at a different step, but
+            # must get the same masks.
             self._reseed(seed)
         if len(parts) == 1:
             return self._part(parts[0])
@@ -119,21 +108,17 @@ class TorchBackend:
         return loss, torch.cat([d[1] for d in done]), y, total
 
     def plan(self, step: int, count: int) -> list[Any]:
-        """What `apply` needs for each of `count` steps from `step` on."""
+        """What `apply` needs for each of `count` steps starting at `step`."""
         return self._optimizer.plan(step, count)
 
-    def apply(self, gradients: list[torch.Tensor], planned: Any) -> None:
+    def apply(self, gradients: Tensors, planned: Any) -> None:
         """One optimizer step with `gradients`."""
         self._optimizer.apply(self._trainable, gradients, planned)
 
     def values(
-        self,
-        losses: list[torch.Tensor],
-        outputs: list[torch.Tensor],
-        labels: list[torch.Tensor],
-        weights: np.ndarray,
+        self, losses: Tensors, outputs: Tensors, labels: Tensors, weights: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Loss and metrics of some steps as NumPy arrays: float32 [steps]; one transfer for all of them."""
+        """Loss and metrics of several steps, float32 [steps]; one transfer per name."""
         steps, batch = weights.shape
         found = {"loss": torch.stack(losses).cpu().numpy()}
         if self.task.metrics:
@@ -144,7 +129,6 @@ class TorchBackend:
         return found
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """See `Backend.evaluate`."""
 
         def forward(inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
             x = torch.from_numpy(np.ascontiguousarray(inputs)).to(self._device)
@@ -158,7 +142,6 @@ class TorchBackend:
             return evaluate_in_batches(forward, inputs, labels)
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """See `Backend.distributions`."""
         first = Block(block.indices[:1], block.weights[:1], block.epoch, block.cursor)
         fixed = [t.clone() for t in self._fixed]
         with torch.no_grad():
@@ -166,25 +149,23 @@ class TorchBackend:
         self._fixed = fixed
         found = {}
         for v, w, g in zip(self.task.model.trainable_variables, self._trainable, gradients):
-            # A copy: on the CPU the array would be the weights themselves, and change with the next step.
+            # A copy, because on the CPU the array would share the weights' memory and change with the next
+            # step.
             found[f"weights/{v.path}"] = np.array(w.detach().cpu())
             found[f"gradients/{v.path}"] = g.cpu().numpy()
         return found
 
     def state(self) -> dict[str, np.ndarray]:
-        """See `Backend.state`."""
         self.sync()
         return read_state(self.task)
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """See `Backend.load_state`."""
         with torch.no_grad():
             assign_state(self.task, state)
         self._pull()
         self._optimizer.pull()
 
     def sync(self) -> None:
-        """See `Backend.sync`."""
         with torch.no_grad():
             write_back(self.task.model.trainable_variables, self._trainable)
             write_back(self.task.model.non_trainable_variables, self._fixed)
@@ -195,40 +176,28 @@ class TorchBackend:
         self._trainable = [v.value.detach() for v in model.trainable_variables]
         self._fixed = [v.value.detach() for v in model.non_trainable_variables]
 
-    def _parts(self, columns: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """The columns of a batch, split into the parts that it is computed in."""
+    def _parts(self, columns: Tensors) -> list[Tensors]:
+        """The columns of a batch, split into its `accumulate` parts."""
         parts = self.task.accumulate
         if parts == 1:
             return [columns]
         check_parts(parts, len(columns[0]))
         return [list(part) for part in zip(*(column.chunk(parts) for column in columns))]
 
-    def _arguments(self, part: list[torch.Tensor]) -> tuple[Any, ...]:
-        x, y, weights, *drawn = part
-        return self._trainable, self._fixed, x, y, weights, drawn
-
-    def _part(
-        self, part: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        trainable, fixed, x, y, weights, drawn = self._arguments(part)
-        loss, outputs, *rest = self._graph(*trainable, *fixed, x, y, weights, *drawn)
-        if fixed:
-            self._fixed = rest[len(trainable) :]
-        return loss, outputs, y, rest[: len(trainable)]
+    def _part(self, part: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+        loss, outputs, *rest = self._graph(*self._trainable, *self._fixed, *part)
+        count = len(self._trainable)
+        self._fixed = rest[count:]
+        return loss, outputs, part[1], rest[:count]
 
     def _forward_backward(
-        self,
-        trainable: list[torch.Tensor],
-        fixed: list[torch.Tensor],
-        x: torch.Tensor,
-        y: torch.Tensor,
-        weights: torch.Tensor,
-        augmentation: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """What is traced: from all tensors of a step to loss, outputs, gradients and other new weights."""
+        self, trainable: Tensors, fixed: Tensors, part: Tensors
+    ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
+        """The function that is traced; returns loss, outputs, gradients and new non-trainable values."""
         task = self.task
+        x, y, weights, *augmentation = part
         with torch.enable_grad():
-            # Leaves of their own, so that autograd reaches the weights and nothing before them.
+            # New leaves, so that autograd stops at the weights.
             trainable = [t.detach().requires_grad_(True) for t in trainable]
             if augmentation:
                 x = task.augmentation.apply(x, augmentation[0])
@@ -236,19 +205,20 @@ class TorchBackend:
                 trainable, fixed, x, training=True, return_losses=True
             )
             outputs = ops.cast(outputs, "float32")
-            # The loss is a weighted sum: its backward pass starts with the weights themselves.
+            # The loss is a weighted sum, so its backward pass starts with the weights themselves.
             terms, factors = [task.loss(y, outputs)], [weights]
             loss = (terms[0].detach() * weights).sum()
             if added:
-                # In the proportion of this part, so that the parts of a batch add it once.
+                # In proportion to this part, so that the parts of a batch add it once in total.
                 terms.append(added_loss(added))
                 factors.append(weights.sum())
                 loss = loss + terms[1].detach() * factors[1]
             gradients = torch.autograd.grad(terms, trainable, factors)
-        # The fused kernel goes through memory in one order: a transposed gradient would be scrambled.
+        # The fused kernel ignores strides, so a transposed gradient would be scrambled.
         gradients = [g.contiguous() for g in gradients]
         seeds = {id(v) for v in seed_states(task.model)}
-        # Layers without a seed of their own draw from PyTorch's generator; their Keras seed states stay.
+        # Layers without their own seed draw from PyTorch's generator, so their Keras seed states must not
+        # change.
         new_fixed = [
             old if id(v) in seeds else new.detach()
             for v, old, new in zip(task.model.non_trainable_variables, fixed, new_fixed)
@@ -256,13 +226,14 @@ class TorchBackend:
         return loss, outputs.detach(), gradients, new_fixed
 
     def _has_random_layers(self) -> bool:
-        """Whether the model draws random numbers in training, which must be from PyTorch's generator.
+        """Whether the model draws random numbers in training; only PyTorch's own generator is allowed.
 
-        A graph holds the state of any other generator as a constant: every step would draw the same numbers.
+        The state of any other generator would be a constant in the graph: every step would draw the same
+        numbers.
         """
         found = False
         for layer in self.task.model._flatten_layers():
-            # Keras gives every recurrent cell a generator, which only its dropout uses.
+            # Keras gives every recurrent cell a generator that only its dropout uses.
             idle = getattr(layer, "recurrent_dropout", None) == 0 and layer.dropout == 0
             if not layer._seed_generators or idle:
                 continue
@@ -276,7 +247,7 @@ class TorchBackend:
         return found
 
     def _reseed(self, seed: int) -> None:
-        # Only the generator that is used: `torch.manual_seed` sets all of them and takes 90 times as long.
+        # Only the generator in use: `torch.manual_seed` seeds all of them and takes 90 times as long.
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)

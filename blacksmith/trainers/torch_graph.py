@@ -1,12 +1,15 @@
-"""Tracing of PyTorch functions into flat graphs of tensor operations, which run without Keras or autograd."""
+"""Traces PyTorch functions into flat graphs of tensor operations, which run without Keras and autograd."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 _ATEN = torch.ops.aten
+
+Tensors = list[Tensor]
 
 
 def copies(tensors: Any) -> Any:
@@ -15,12 +18,12 @@ def copies(tensors: Any) -> Any:
 
 
 def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
-    """The graph of `function` for these shapes; takes the arguments as one tuple.
+    """The graph of `function` for arguments of these shapes, which it takes as one tuple.
 
-    The function runs once, on copies: tracing does not protect tensors that it updates in place.
+    The function runs once, on copies, because it may update tensors in place.
     """
 
-    # One argument, since `make_fx` miscounts those of bound methods.
+    # One argument, because `make_fx` miscounts the arguments of bound methods.
     def call(packed: tuple[Any, ...]) -> Any:
         return function(*packed)
 
@@ -28,13 +31,13 @@ def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.
 
 
 def simplify(graph: torch.fx.GraphModule) -> Callable[..., Any]:
-    """The graph without detaches and with joined matrix products and biases; takes the tensors flat."""
-    # The graph runs without autograd, where a detach does nothing but cost a call.
+    """The graph without detaches, and with biases fused into matrix products; takes the tensors flat."""
+    # Without autograd a detach does nothing, but costs a call.
     for node in list(graph.graph.nodes):
         if node.target is _ATEN.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    # Keras computes x @ w + b in two operations; addmm does both in one pass over the memory.
+    # Keras computes x @ w + b in two operations; addmm needs only one pass over the memory.
     for node in list(graph.graph.nodes):
         if node.target is not _ATEN.add.Tensor or node.kwargs:
             continue
@@ -53,7 +56,7 @@ def simplify(graph: torch.fx.GraphModule) -> Callable[..., Any]:
             graph.graph.erase_node(node)
             graph.graph.erase_node(product)
     graph.graph.eliminate_dead_code()
-    # Plain code generation: the default packs and unpacks nested arguments at every call.
+    # The default code generator packs and unpacks nested arguments in every call.
     graph.graph.set_codegen(torch.fx.graph.CodeGen())
     graph.recompile()
     return graph.forward

@@ -1,8 +1,8 @@
-"""Any PyTorch model and optimizer as safetensors files, and back: exact to the bit, and without pickle.
+"""Saves and restores any PyTorch model and optimizer as safetensors, bit for bit and without pickle.
 
-`save_state` and `load_state` are for a whole model in a checkpoint directory. An experiment with its own
-files for the weights uses `optimizer_state` and `load_optimizer_state`. Hyperparameters of an optimizer are
-not saved, since they come from the configuration.
+`save_state` and `load_state` are for a whole model in a checkpoint directory. An experiment that stores
+weights in its own files uses `optimizer_state` and `load_optimizer_state`. Hyperparameters of an optimizer
+are not saved, since they come from the configuration.
 """
 
 import json
@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -27,7 +28,7 @@ def save_state(
 ) -> None:
     """Writes `model.safetensors` and, with an optimizer, `optimizer.safetensors` and `optimizer.json`.
 
-    Of weights that a model shares between layers, one copy is written.
+    Weights that are shared between layers are written once.
 
     Raises:
       TypeError: see `optimizer_state`.
@@ -43,16 +44,16 @@ def save_state(
 def load_state(
     directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Puts what `save_state` wrote into a model and an optimizer of the same kinds, on any device.
+    """Loads what `save_state` wrote into a model and an optimizer of the same kinds, on any device.
 
     Raises:
-      CheckpointError: a file cannot be read, or has other names, shapes or another optimizer.
+      CheckpointError: a file cannot be read, or does not fit the model or optimizer.
     """
     path = directory / MODEL
     try:
         load_model(model, path)
     except RuntimeError as error:
-        # PyTorch's message lists every difference, one per line.
+        # PyTorch lists every difference on its own line.
         difference = textwrap.shorten(str(error), 400)
         raise CheckpointError(f"{path} does not fit the model: {difference}") from error
     except (OSError, SafetensorError) as error:
@@ -76,12 +77,9 @@ def optimizer_state(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The state of an optimizer by ``parameter/slot``: its tensors, on the CPU, and its plain numbers.
 
-    Args:
-      optimizer: any with one slot per tensor or number, which is all of `torch.optim` except LBFGS.
-      parameters: what it trains, by name.
-
     Raises:
-      TypeError: the optimizer keeps something else, or trains a parameter that is not in `parameters`.
+      TypeError: the optimizer trains a parameter that is not in `parameters`, or keeps something other than
+        tensors and numbers, as LBFGS does.
     """
     names = {parameter: name for name, parameter in parameters.items()}
     kind = type(optimizer).__name__
@@ -107,14 +105,13 @@ def load_optimizer_state(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, float],
 ) -> None:
-    """Replaces an optimizer's state by that of `optimizer_state`.
-
-    Not by `Optimizer.load_state_dict`: that casts every slot to the dtype of its parameter, which rounds
-    what is kept in float32 for bfloat16 parameters.
+    """Replaces an optimizer's state by what `optimizer_state` returned.
 
     Raises:
       CheckpointError: the state has a parameter that this optimizer does not train.
     """
+    # Not by `Optimizer.load_state_dict`, which casts every slot to the dtype of its parameter and so rounds
+    # float32 slots of bfloat16 parameters.
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     optimizer.state.clear()
     for key, value in {**tensors, **numbers}.items():
@@ -130,17 +127,24 @@ def load_optimizer_state(
 
 
 def _placed(value: Tensor, slot: str, parameter: Tensor, group: Mapping[str, object]) -> Tensor:
-    """A copy of a slot where, and in the memory layout in which, the optimizer would have made it."""
+    """A copy of a slot on the device and in the memory layout that the optimizer itself would use."""
     if value.shape == parameter.shape and value.dim():
-        # Fused kernels go through parameter and slots in the order of memory, whatever the strides are.
+        # Fused kernels walk parameter and slots in memory order and ignore strides.
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    # PyTorch keeps scalar counters on the CPU, where it reads them, unless a kernel on the device does.
+    # PyTorch keeps scalar counters on the CPU, unless a kernel on the device reads them.
     on_host = slot in ("step", "mu_product") and not (group.get("fused") or group.get("capturable"))
     return value.to("cpu" if on_host else parameter.device, copy=True)
 
 
+def weights_and_gradients(parameters: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Returns named parameters and, after the first step, their gradients as float32, for histograms."""
+    arrays = {f"weights/{name}": parameter.detach() for name, parameter in parameters.items()}
+    arrays |= {f"gradients/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+    return {name: array.float().cpu().numpy() for name, array in arrays.items()}
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of all parameters, also where it is a tensor."""
+    """Sets the learning rate of all parameter groups, in place if it is a tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

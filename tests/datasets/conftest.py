@@ -1,4 +1,4 @@
-"""A small MNIST of random images, in the standard files."""
+"""A small MNIST with random images in the standard files."""
 
 import gzip
 import struct
@@ -10,7 +10,7 @@ from blacksmith.datasets.mnist import idx
 
 
 class SmallMnist:
-    """40 train and 12 test images. The first pixel is a running number, so that every image is distinct."""
+    """40 train and 12 test images, whose first pixel numbers them."""
 
     def __init__(self):
         images = np.random.default_rng(0).integers(0, 256, (52, 28, 28), np.uint8)
@@ -33,12 +33,12 @@ class SmallMnist:
         return directory
 
     def numbers(self, split):
-        """The running numbers of a split's images, in its order."""
+        """The numbers of the images in a split, in its order."""
         return split.images[:, 0, 0].tolist()
 
 
 def idx_bytes(array):
-    """An array of bytes in the idx format."""
+    """An array of bytes in idx format."""
     return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
 
 
@@ -49,6 +49,6 @@ def small_mnist():
 
 @pytest.fixture
 def own_directories(tmp_path, monkeypatch):
-    """Gives a test a cache and a TFDS data directory of its own."""
+    """Gives a test its own cache and TFDS data directory."""
     monkeypatch.setenv("BLACKSMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))

@@ -1,4 +1,4 @@
-"""MNIST: the splits are disjoint and reproducible, and a broken file is refused in one line."""
+"""MNIST: disjoint and reproducible splits, and one-line errors for broken files."""
 
 import dataclasses
 import gzip
@@ -49,7 +49,7 @@ def test_splits_have_the_documented_shapes_and_types(directory):
     assert data.info.classes == 10
 
 
-def test_splits_are_disjoint_and_together_everything(small_mnist, directory):
+def test_splits_are_disjoint_and_complete(small_mnist, directory):
     data = mnist.load("idx", directory, validation=8, seed=3)
     held_in = small_mnist.numbers(data.train) + small_mnist.numbers(data.validation)
     assert sorted(held_in) == list(range(40))
@@ -61,7 +61,7 @@ def test_splits_are_disjoint_and_together_everything(small_mnist, directory):
         np.testing.assert_array_equal(split.labels, numbers % 10)
 
 
-def test_the_seed_decides_the_validation_set_only(small_mnist, directory):
+def test_the_seed_changes_only_the_validation_set(small_mnist, directory):
     first, again, other = (mnist.load("idx", directory, validation=8, seed=seed) for seed in (0, 0, 1))
     numbers = small_mnist.numbers
     assert numbers(first.train) == numbers(again.train)
@@ -89,11 +89,11 @@ def test_validation_on_the_test_set_is_declared(small_mnist, directory):
 
 
 @pytest.mark.parametrize("validation", [40, 5000, -1, 1.0, -0.1, float("nan"), "tset", True, None])
-def test_a_validation_that_leaves_no_training_is_refused(directory, validation):
+def test_an_invalid_validation_is_refused(directory, validation):
     _refused(r"validation=.* allowed: ", "idx", directory, validation=validation)
 
 
-def test_info_has_the_fields_that_runs_record(directory):
+def test_info_has_the_recorded_fields(directory):
     info = dataclasses.asdict(mnist.load("idx", directory, validation=8).info)
     assert len(bytes.fromhex(info["sha256"])) == 32
     assert list(info.items()) == [
@@ -121,7 +121,7 @@ def test_either_name_and_compression_gives_the_same_data(small_mnist, tmp_path, 
         np.testing.assert_array_equal(getattr(arrays, field), getattr(small_mnist, field))
 
 
-def test_the_hash_changes_with_one_pixel_or_one_label(directory):
+def test_the_hash_depends_on_every_pixel_and_label(directory):
     arrays = idx.load(directory)
     seen = {arrays.sha256()}
     for field in arrays._fields[:4]:
@@ -136,7 +136,7 @@ def _at(content, position, value):
 
 
 def _counts(content, *counts):
-    """The file with other counts in its header."""
+    """The file with different counts in its header."""
     return _at(content, 4, struct.pack(f">{len(counts)}I", *counts))
 
 
@@ -158,7 +158,7 @@ BROKEN = {
     "fewer images": (TEST_IMAGES, lambda c: _counts(c, 11)[:-784], "11 images, but .* has 12 labels"),
     "label of 10": (TEST_LABELS, lambda c: _at(c, 11, b"\x0a"), "label 10 at position 3, expected 0 to 9"),
     "label of 255": (TRAIN_LABELS, lambda c: c[:-1] + b"\xff", "label 255 at position 39"),
-    "other size": (TRAIN_IMAGES, lambda c: _counts(c, 40, 32, 32), "32x32 pixels, expected 28x28"),
+    "different size": (TRAIN_IMAGES, lambda c: _counts(c, 40, 32, 32), "32x32 pixels, expected 28x28"),
     "swapped size": (TEST_IMAGES, lambda c: _counts(c, 12, 56, 14), "images of 56x14 pixels"),
     "no images": (TRAIN_IMAGES, lambda c: _counts(c, 0)[:16], "empty"),
     "no labels": (TEST_LABELS, lambda c: _counts(c, 0)[:8], "empty"),
@@ -166,7 +166,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_idx_file_is_named_with_its_fault(small_mnist, tmp_path, case):
+def test_a_broken_idx_file_is_refused_by_name(small_mnist, tmp_path, case):
     name, break_it, message = BROKEN[case]
     path = small_mnist.write(tmp_path / "idx", compressed=False) / name
     path.write_bytes(break_it(path.read_bytes()))
@@ -185,7 +185,7 @@ BROKEN_GZIP = {
 
 
 @pytest.mark.parametrize("case", BROKEN_GZIP)
-def test_a_broken_gzip_file_is_named(directory, case):
+def test_a_broken_gzip_file_is_refused_by_name(directory, case):
     path = directory / f"{TRAIN_IMAGES}.gz"
     path.write_bytes(BROKEN_GZIP[case](path.read_bytes()))
     assert str(path) in _refused("broken gzip|truncated, 0 bytes", "idx", directory, validation=8)
@@ -202,7 +202,7 @@ def test_idx_without_a_path_reads_the_cache(small_mnist):
     assert mnist.load("idx", validation=8).info.path == str(files.cache_dir() / "mnist")
 
 
-def test_idx_of_another_set_needs_a_path(directory):
+def test_idx_files_of_a_different_set_need_a_path(directory):
     assert mnist.load("idx", directory, name="kmnist", validation=8).info.name == "kmnist"
     _refused("needs the path of the idx files of 'kmnist'", "idx", name="kmnist")
 
@@ -257,7 +257,7 @@ def test_mnist5k_labels_belong_to_their_images():
     assert (distance.argmin(1) == data.test.labels).mean() > 0.75
 
 
-def test_mnist5k_is_the_file_that_the_documentation_names():
+def test_mnist5k_is_the_documented_file():
     content = Path(mnist.__file__).with_name("mnist5k.npz").read_bytes()
     text = (ROOT / "docs" / "data.md").read_text()
     assert hashlib.sha256(content).hexdigest() in text
@@ -265,15 +265,15 @@ def test_mnist5k_is_the_file_that_the_documentation_names():
 
 
 @pytest.mark.parametrize("options", [{"path": "/somewhere"}, {"name": "kmnist"}])
-def test_mnist5k_takes_no_path_and_no_other_name(options):
+def test_mnist5k_takes_neither_path_nor_name(options):
     _refused("takes neither a path nor a name", "mnist5k", **options)
 
 
-def test_mnist5k_refuses_a_validation_set_of_everything():
+def test_mnist5k_refuses_to_hold_out_everything():
     _refused("validation=4000 with 4,000 train images", "mnist5k", validation=4000)
 
 
-def test_mnist5k_says_how_to_get_the_full_set():
+def test_mnist5k_describes_how_to_get_the_full_set():
     line = mnist.load("mnist5k").info.describe()
     assert "\n" not in line
     for part in ("3,500 train", "500 validation", "1,000 test", "python -m blacksmith.assets mnist"):
@@ -299,7 +299,7 @@ def test_auto_does_not_replace_a_broken_file(small_mnist):
     _refused("broken gzip")
 
 
-def test_auto_never_gives_digits_for_another_name():
+def test_auto_never_returns_digits_for_a_different_name():
     _refused("'fashion_mnist' is not prepared", name="fashion_mnist")
 
 
@@ -307,7 +307,7 @@ def test_an_unknown_source_lists_the_known_ones():
     _refused("unknown MNIST source 'ixd'; allowed: auto, idx, tfds", "ixd")
 
 
-def test_loading_imports_no_framework_and_no_tfds():
+def test_loading_imports_neither_frameworks_nor_tfds():
     program = (
         "import sys; from blacksmith.datasets import mnist; mnist.load(); "
         "print(sorted({'jax', 'torch', 'keras', 'tensorflow_datasets', 'pooch'} & set(sys.modules)))"

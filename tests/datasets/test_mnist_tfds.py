@@ -1,4 +1,4 @@
-"""Sets of TFDS: prepared and read without TensorFlow, cached as arrays, refused when they do not fit."""
+"""TFDS sets: prepared and read without TensorFlow, cached as arrays, refused if they do not fit."""
 
 import gzip
 import importlib.util
@@ -30,7 +30,7 @@ def _refused(message, *arguments, **options):
 
 @pytest.fixture(scope="module")
 def served(small_mnist, serve, tmp_path_factory):
-    """A directory with the small idx files and its URL."""
+    """A directory with the small idx files, and its URL."""
     directory = small_mnist.write(tmp_path_factory.mktemp("served"))
     return directory, serve(directory)
 
@@ -47,7 +47,7 @@ def data_dir(served, tmp_path_factory):
 
 @pytest.fixture
 def prepared(data_dir, tmp_path):
-    """A copy of that directory for one test to change."""
+    """A copy of `data_dir` for a test to modify."""
     return shutil.copytree(data_dir, tmp_path / "prepared")
 
 
@@ -81,7 +81,7 @@ def test_auto_with_a_path_reads_what_is_there(small_mnist, prepared, tmp_path):
 # --- the array cache ---
 
 
-def test_the_second_load_needs_no_tfds(prepared, monkeypatch):
+def test_the_second_load_does_not_need_tfds(prepared, monkeypatch):
     first = mnist.load("tfds", prepared, validation=8)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     second = mnist.load("tfds", prepared, validation=8)
@@ -91,7 +91,7 @@ def test_the_second_load_needs_no_tfds(prepared, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["empty", "not an archive", "inside"])
-def test_a_damaged_array_cache_is_written_again(prepared, damage):
+def test_a_corrupt_array_cache_is_rewritten(prepared, damage):
     first = mnist.load("tfds", prepared, validation=8)
     (cached,) = (files.cache_dir() / "tfds").iterdir()
     content = cached.read_bytes()
@@ -106,7 +106,7 @@ def test_a_damaged_array_cache_is_written_again(prepared, damage):
     assert cached.read_bytes() == content
 
 
-def test_a_changed_set_is_not_read_from_the_old_cache(prepared):
+def test_a_changed_set_ignores_the_old_cache(prepared):
     mnist.load("tfds", prepared, validation=8)
     for path in (prepared / "mnist" / "3.0.1").iterdir():
         os.utime(path, ns=(1, 1))
@@ -114,14 +114,14 @@ def test_a_changed_set_is_not_read_from_the_old_cache(prepared):
     assert len(list((files.cache_dir() / "tfds").iterdir())) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(prepared, caplog):
+def test_an_unwritable_cache_is_a_warning(prepared, caplog):
     files.cache_dir().mkdir(parents=True)
     (files.cache_dir() / "tfds").write_text("in the way")
     assert len(mnist.load("tfds", prepared, validation=8).test) == 12
     assert "the next load is slow" in caplog.text
 
 
-# --- sets that others prepared ---
+# --- sets prepared elsewhere ---
 
 
 def _to_tfrecord(directory):
@@ -193,7 +193,7 @@ def test_the_newest_prepared_version_is_chosen_by_number(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../mnist", "mnist/../x", "/mnist", "MNIST", "a/b/c", ""])
-def test_a_name_that_tfds_cannot_have_is_refused(name):
+def test_an_invalid_tfds_name_is_refused(name):
     _refused("is not of the form", name=name)
 
 
@@ -234,7 +234,7 @@ def test_the_checksums_of_tfds_agree_with_ours_and_the_docs():
 
 
 @pytest.mark.parametrize("name", tfds_source.PREPARABLE)
-def test_without_a_network_tfds_is_not_even_tried(no_name_server, tmp_path, name):
+def test_without_a_network_tfds_is_not_tried(no_name_server, tmp_path, name):
     _refused(r"cannot be downloaded \(.*name resolution", tmp_path / "tfds", name=name)
     assert not (tmp_path / "tfds").exists()
 
@@ -245,7 +245,7 @@ def test_a_failed_download_leaves_no_prepared_set(served, tmp_path, monkeypatch)
     assert tfds_source.find_prepared("mnist", tmp_path / "tfds") is None
 
 
-def test_a_broken_download_is_refused_by_the_idx_reader(small_mnist, served, tmp_path, monkeypatch):
+def test_a_broken_download_is_refused(small_mnist, served, tmp_path, monkeypatch):
     directory = small_mnist.write(served[0] / "broken")
     (directory / f"{idx.NAMES[3]}.gz").write_bytes(gzip.compress(b"junk"))
     monkeypatch.setattr(stock.MNIST, "URL", served[1] + "broken/")

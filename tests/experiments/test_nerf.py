@@ -191,7 +191,7 @@ def test_the_mlp_field_trains_resumes_and_is_evaluated(run_nerf, stream, tmp_pat
     [
         (train, "check_device", 0),  # while the run starts
         (NerfModule, "validate", 20),
-        (train, "score_test_views", 60),
+        (train, "score_views", 60),
         (train, "film", 60),
     ],
     ids=["start", "validation", "test", "video"],
@@ -335,7 +335,7 @@ def test_collapse_is_recognized():
     assert collapse(opaque, truth, truth, matter) is None
     assert collapse(torch.zeros(100), truth, truth, ~matter) is None
     assert "empty" in collapse(opaque * 0.01, truth, truth, matter)
-    assert "everywhere" in collapse(opaque, torch.full_like(truth, 0.5), truth, matter)
+    assert "one color everywhere" in collapse(opaque, torch.full_like(truth, 0.5), truth, matter)
     assert "finite" in collapse(opaque * torch.nan, truth, truth, matter)
 
 

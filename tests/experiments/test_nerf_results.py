@@ -25,7 +25,6 @@ from blacksmith.datasets.blender.cameras import Camera, look_at, orbit
 from blacksmith.errors import DataError, RunError
 from blacksmith.experiments.lightning.nerf import results, scores
 from blacksmith.experiments.lightning.nerf.pictures import (
-    DEPTH_PERCENTILES,
     ERROR_SCALE,
     GAP_PIXELS,
     LABEL_PIXELS,
@@ -108,7 +107,7 @@ def test_bytes_are_clipped_and_rounded_half_up():
     assert to_bytes(given).dtype == np.uint8
 
 
-def test_error_colors_have_a_fixed_scale_from_dark_to_bright():
+def test_error_colors_have_a_fixed_scale():
     truth = np.full((1, 5, 3), 0.5)
     render = truth.copy()
     render[0, 1] += 0.3  # over the scale
@@ -116,7 +115,6 @@ def test_error_colors_have_a_fixed_scale_from_dark_to_bright():
     render[0, 3] -= ERROR_SCALE / 2
     render[0, 4] += ERROR_SCALE / 4
     colors = error_colors(render, truth)[0].astype(int)
-    assert colors.dtype == int
     np.testing.assert_array_equal(colors[0], [0x00, 0x00, 0x04])
     np.testing.assert_array_equal(colors[1], [0xFC, 0xFF, 0xA4])
     np.testing.assert_array_equal(colors[2], colors[3])
@@ -142,17 +140,16 @@ def test_depth_is_blended_with_white_by_opacity():
     np.testing.assert_allclose(colors[0, 2], expected, atol=1)  # both were rounded
 
 
-def test_single_stray_depths_do_not_change_the_range():
-    assert DEPTH_PERCENTILES == (1, 99)
+def test_stray_depths_do_not_change_the_range():
     depth, opacity = np.tile(np.linspace(2, 4, 1000), (2, 1)), np.ones((2, 1000))
     depth[1, 500] = 1000.0
     clean, stray = depth_colors(depth[:1], opacity[:1]), depth_colors(depth[1:], opacity[1:])
-    # Neighbours in the color map are at most 9 levels apart.
+    # Neighbors in the color map are at most 9 levels apart.
     np.testing.assert_allclose(np.delete(stray, 500, axis=1), np.delete(clean, 500, axis=1), atol=9)
 
 
 @pytest.mark.filterwarnings("error")
-def test_depth_of_nothing_is_white_and_of_a_plane_is_near():
+def test_depth_of_nothing_is_white_of_a_plane_near():
     np.testing.assert_array_equal(depth_colors(np.zeros((2, 3)), np.zeros((2, 3))), np.full((2, 3, 3), 255))
     plane = depth_colors(np.full((2, 3), 5.0), np.ones((2, 3)))
     np.testing.assert_array_equal(plane, np.broadcast_to([0xFD, 0xE7, 0x25], (2, 3, 3)))
@@ -174,24 +171,17 @@ def test_a_strip_has_white_gaps_and_labels():
 # Scores
 
 
-@pytest.mark.parametrize(("error", "decibels"), [(1.0, 0.0), (0.1, 20.0), (0.01, 40.0)])
+@pytest.mark.parametrize(("error", "decibels"), [(1.0, 0.0), (0.1, 20.0), (0.01, 40.0), (0.0, 100.0)])
 def test_psnr_of_a_known_error(error, decibels):
     truth = np.zeros((8, 9, 3), np.float32)
     # float32: the mean is off by some 1e-7 of itself, a millionth of a decibel.
     assert psnr(truth + np.float32(error), truth) == pytest.approx(decibels, abs=1e-5)
-    assert psnr(torch.from_numpy(truth), torch.from_numpy(truth + np.float32(error))) == pytest.approx(
-        decibels, abs=1e-5
-    )
 
 
 def test_psnr_averages_over_pixels_and_channels():
     render = np.zeros((2, 2, 3))
     render[0, 0, 0] = 0.6  # 0.36 / 12 = 0.03
     assert psnr(render, np.zeros((2, 2, 3))) == pytest.approx(-10 * math.log10(0.03))
-
-
-def test_psnr_of_identical_pictures_is_finite():
-    assert psnr(np.ones((2, 2, 3)), np.ones((2, 2, 3))) == pytest.approx(100)
 
 
 def _noisy_pair(height, width, seed=0):
@@ -202,7 +192,7 @@ def _noisy_pair(height, width, seed=0):
 
 
 @pytest.mark.parametrize("size", [(11, 11), (17, 40), (64, 48)])
-def test_ssim_equals_scikit_image_with_the_paper_settings(size):
+def test_ssim_equals_scikit_image(size):
     metrics = pytest.importorskip("skimage.metrics")
     render, truth = _noisy_pair(*size)
     expected = metrics.structural_similarity(
@@ -218,7 +208,7 @@ def test_ssim_equals_scikit_image_with_the_paper_settings(size):
     assert ssim(render, truth) == pytest.approx(expected, abs=1e-5)
 
 
-def test_ssim_of_flat_pictures_worked_out_by_hand():
+def test_ssim_of_flat_pictures():
     # No variance: (2ab + C1) / (a^2 + b^2 + C1), C1 = 0.01^2; float32 variances near 0 against C2 = 9e-4.
     dark, light = np.full((16, 16, 3), 0.2, np.float32), np.full((16, 16, 3), 0.4, np.float32)
     assert ssim(dark, light) == pytest.approx(0.1601 / 0.2001, abs=1e-4)
@@ -226,7 +216,7 @@ def test_ssim_of_flat_pictures_worked_out_by_hand():
 
 
 def test_ssim_refuses_pictures_smaller_than_its_window():
-    with pytest.raises(DataError, match="SSIM needs pictures of at least 11x11 pixels, these have 20x10"):
+    with pytest.raises(DataError, match=r"SSIM .* at least 11x11 pixels, these have 20x10"):
         ssim(np.zeros((10, 20, 3)), np.zeros((10, 20, 3)))
 
 
@@ -291,7 +281,7 @@ def test_lpips_grows_with_the_difference(alexnet):
     render, truth = _noisy_pair(40, 40)
     assert lpips(truth, truth) == 0
     assert 0 < lpips((render + 3 * truth) / 4, truth) < lpips(render, truth)
-    with pytest.raises(DataError, match="LPIPS needs pictures of at least 31x31 pixels, these have 40x30"):
+    with pytest.raises(DataError, match=r"LPIPS .* at least 31x31 pixels, these have 40x30"):
         lpips(truth[:30], truth[:30])
 
 
@@ -334,7 +324,7 @@ def test_scores_are_means_over_views_and_valid_json():
         None,
         background=WHITE,
         lpips=lambda render, truth: float((render - truth).abs().mean()),
-        on_image=lambda done, image: calls.append((done, image)),
+        on_image=calls.append,
     )
     assert list(found) == ["psnr", "ssim", "lpips", "images", "seconds_per_frame"]
     first, second = -20 * math.log10(0.2), -20 * math.log10(0.4)
@@ -343,13 +333,13 @@ def test_scores_are_means_over_views_and_valid_json():
     assert found["psnr"] == pytest.approx((first + second) / 2, abs=1e-4)
     assert found["lpips"] == pytest.approx(0.3, abs=1e-6)
     assert [image["name"] for image in found["images"]] == ["r_0", "r_1"]
-    assert calls == list(enumerate(found["images"], start=1))
+    assert calls == [1, 2]
     assert found["seconds_per_frame"] > 0
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert "lpips" not in evaluate(Wall(0.4), views, None, background=WHITE)
 
 
-@pytest.mark.parametrize("background", [WHITE, (0.0, 0.0, 0.0), (0.2, 0.4, 0.6)])
+@pytest.mark.parametrize("background", [WHITE, (0.2, 0.4, 0.6)])
 def test_a_field_scores_best_against_its_own_pictures(background):
     found = evaluate(Sphere(), _sphere_views(), None, background=background)
     # The truth is rounded to 8 bits: off by at most 0.5/255, 54.2 dB.
@@ -357,9 +347,8 @@ def test_a_field_scores_best_against_its_own_pictures(background):
     assert found["ssim"] > 0.999
 
 
-def test_colors_out_of_range_are_clipped_before_scoring():
-    found = evaluate(Wall(1.5), _gray_views(255), None, background=WHITE)
-    assert found["psnr"] == pytest.approx(100)
+def test_colors_are_clipped_before_scoring():
+    assert evaluate(Wall(1.5), _gray_views(255), None, background=WHITE)["psnr"] == pytest.approx(100)
 
 
 def test_evaluation_writes_four_pictures_of_every_view(tmp_path):
@@ -382,17 +371,8 @@ def test_evaluation_writes_four_pictures_of_every_view(tmp_path):
 
 def test_a_stopped_evaluation_returns_none():
     calls = []
-    assert (
-        evaluate(
-            Wall(0.4),
-            _gray_views(0, 0, 0),
-            None,
-            background=WHITE,
-            on_image=lambda done, image: calls.append(done),
-            stop=StopAfter(2),
-        )
-        is None
-    )
+    options = {"background": WHITE, "on_image": calls.append, "stop": StopAfter(2)}
+    assert evaluate(Wall(0.4), _gray_views(0, 0, 0), None, **options) is None
     assert calls == [1, 2]
 
 
@@ -435,39 +415,39 @@ def test_a_small_gallery_shows_no_view_twice(tmp_path, levels, names):
 # The orbit
 
 
-ORBIT = {"center": np.zeros(3), "radius": 3.0, "elevation": 25.0, "background": WHITE}
+def film(directory, width, height, frames, **options):
+    """Renders the sphere into a directory."""
+    cameras = orbit(_camera(width, height), np.zeros(3), 3.0, 25.0, frames)
+    return write_orbit(Sphere(), cameras, directory, background=WHITE, **options)
 
 
-def test_an_orbit_is_a_browser_video_and_a_small_gif(tmp_path):
-    camera, calls = _camera(97, 65), []
-    written = write_orbit(
-        Sphere(), camera, tmp_path, frames=12, fps=24, gif_width=48, on_frame=calls.append, **ORBIT
-    )
-    assert [path.name for path in written] == ["orbit.mp4", "orbit.gif"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["orbit.gif", "orbit.mp4"]
+def test_an_orbit_is_a_browser_video_and_a_small_gif(monkeypatch, tmp_path):
+    calls, video, animation = [], tmp_path / "orbit.mp4", tmp_path / "orbit.gif"
+    monkeypatch.setattr(results, "GIF_PIXELS", 48)
+    assert film(tmp_path, 97, 65, 12, fps=24, on_frame=calls.append)
+    assert sorted(tmp_path.iterdir()) == [animation, video]
     assert calls == list(range(1, 13))
-    content = written[0].read_bytes()
+    content = video.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat"), "the index comes first"
-    with av.open(written[0]) as video:
-        codec = video.streams.video[0].codec_context
+    with av.open(video) as file:
+        codec = file.streams.video[0].codec_context
         assert (codec.name, codec.pix_fmt, codec.width, codec.height) == ("h264", "yuv420p", 96, 64)
         # BT.709, limited range.
         assert (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range) == (1, 1, 1, 1)
-        assert video.streams.video[0].average_rate == 24
-        assert video.duration / av.time_base == pytest.approx(0.5, abs=0.01)
-        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in video.decode(video=0)]
-    views = orbit(camera.resized(96, 64), np.zeros(3), 3.0, 25.0, 12)
+        assert file.streams.video[0].average_rate == 24
+        assert file.duration / av.time_base == pytest.approx(0.5, abs=0.01)
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in file.decode(video=0)]
+    views = orbit(_camera(97, 65).resized(96, 64), np.zeros(3), 3.0, 25.0, 12)
     for shown, view in zip(frames, views, strict=True):
         expected = to_bytes(render_image(Sphere(), view, torch.ones(3)).rgb.numpy())
         # Half the resolution for color smears the rim; in the mean little is left of it.
         assert np.abs(shown - expected).mean() < 4
         np.testing.assert_allclose(shown[32, 48], expected[32, 48], atol=8)
-    with Image.open(written[1]) as animation:
+    with Image.open(animation) as gif:
         # Every second frame: 12 per second.
-        assert (animation.n_frames, animation.size, animation.info["loop"]) == (6, (48, 32), 0)
-        assert animation.info["duration"] == 80
-        animation.seek(3)
-        small = np.asarray(animation.convert("RGB")).astype(int)
+        assert (gif.n_frames, gif.size, gif.info["loop"], gif.info["duration"]) == (6, (48, 32), 0, 80)
+        gif.seek(3)
+        small = np.asarray(gif.convert("RGB")).astype(int)
     expected = to_bytes(render_image(Sphere(), views[6], torch.ones(3)).rgb.numpy())
     # A palette of 256 colors, and the middle of a resized picture.
     np.testing.assert_allclose(small[16, 24], expected[32, 48], atol=16)
@@ -475,10 +455,11 @@ def test_an_orbit_is_a_browser_video_and_a_small_gif(tmp_path):
 
 
 def test_a_gif_is_made_smaller_until_it_fits(monkeypatch, tmp_path):
-    options = {"frames": 4, "fps": 4, "gif_width": 60, **ORBIT}
-    full = write_orbit(Sphere(), _camera(60, 40), tmp_path, **options)[1].read_bytes()
+    film(tmp_path, 60, 40, 4, fps=4)
+    full = (tmp_path / "orbit.gif").read_bytes()
     monkeypatch.setattr(results, "GIF_BYTES", len(full) // 2)
-    small = write_orbit(Sphere(), _camera(60, 40), tmp_path, **options)[1].read_bytes()
+    film(tmp_path, 60, 40, 4, fps=4)
+    small = (tmp_path / "orbit.gif").read_bytes()
     assert len(small) <= len(full) // 2
     with Image.open(io.BytesIO(full)) as first, Image.open(io.BytesIO(small)) as second:
         assert first.size == (60, 40)
@@ -489,16 +470,15 @@ def test_a_gif_is_made_smaller_until_it_fits(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("checks", [0, 2])
 def test_a_stopped_orbit_leaves_nothing(tmp_path, checks):
-    options = {"frames": 4, "fps": 4, "gif_width": 16, "stop": StopAfter(checks)}
-    assert write_orbit(Sphere(), _camera(32, 32), tmp_path, **options, **ORBIT) == []
+    assert not film(tmp_path, 32, 32, 4, fps=4, stop=StopAfter(checks))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", [1, 600, None])
 def test_a_video_that_cannot_be_written_leaves_the_old_one(tmp_path, missing):
     resource = pytest.importorskip("resource")
-    options = {"frames": 3, "fps": 4, "gif_width": 16, **ORBIT}
-    video, _ = write_orbit(Sphere(), _camera(320, 320), tmp_path, **options)
+    film(tmp_path, 320, 320, 3, fps=4)
+    video = tmp_path / "orbit.mp4"
     size = video.stat().st_size
     video.write_bytes(b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -507,7 +487,7 @@ def test_a_video_that_cannot_be_written_leaves_the_old_one(tmp_path, missing):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(RunError, match="cannot write the video: File too large"):
-            write_orbit(Sphere(), _camera(320, 320), tmp_path, **options)
+            film(tmp_path, 320, 320, 3, fps=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["orbit.gif", "orbit.mp4"]

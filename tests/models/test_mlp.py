@@ -77,7 +77,7 @@ def test_the_default_is_784_256_256_10(built):
     }
 
 
-def test_widths_classes_and_the_image_s_shape_are_settings(built):
+def test_widths_classes_and_image_shape_are_settings(built):
     model = built[0]["small"]
     assert (model["input"], model["output"]) == ([4, 6], [7])
     assert model["shapes"] == {
@@ -94,11 +94,11 @@ def test_no_hidden_layer_makes_a_linear_classifier(built):
     assert built[0]["linear"]["shapes"] == {"logits/kernel": [24, 10], "logits/bias": [10]}
 
 
-def test_no_bias_leaves_no_bias_anywhere(built):
+def test_no_layer_has_a_bias_if_it_is_off(built):
     assert built[0]["no bias"]["shapes"] == {"hidden_1/kernel": [24, 5], "logits/kernel": [5, 10]}
 
 
-def test_dropout_follows_every_hidden_layer_and_only_where_it_is_asked_for(built):
+def test_dropout_follows_every_hidden_layer_if_set(built):
     layers = {name: model["layers"][1:] for name, model in built[0].items()}
     assert layers["dropout"] == ["Flatten", "Dense", "Dropout", "Dense", "Dropout", "Dense"]
     assert layers["small"] == ["Flatten", "Dense", "Dense", "Dense"]
@@ -113,7 +113,7 @@ def _silu(x):
     [("small", lambda x: np.maximum(x, 0)), ("linear", None), ("dropout", np.tanh), ("no bias", _silu)],
     ids=["relu", "linear", "tanh", "silu"],
 )
-def test_the_outputs_are_those_of_the_same_network_in_numpy(built, name, activation):
+def test_outputs_equal_numpy(built, name, activation):
     arrays = {k.removeprefix(f"{name}/"): v for k, v in built[1].items() if k.startswith(f"{name}/")}
     x = arrays["inputs"].reshape(5, -1).astype(np.float64)
     layers = [f"hidden_{i}" for i in (1, 2) if f"hidden_{i}/kernel" in arrays] + ["logits"]

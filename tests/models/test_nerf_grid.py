@@ -266,6 +266,15 @@ def test_rendering_agrees_with_plain_loops(compared, background):
     torch.testing.assert_close(found.depth[thin].double(), depth[thin], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("quality", [0.5, 2.0])
+def test_quality_divides_the_step(compared, quality):
+    field, origins, directions, *_ = compared
+    found = field.render(origins, directions, BLACK, quality=quality)
+    with torch.no_grad():
+        expected = field.trace(origins, directions, 0.5 * field.voxel / quality)
+    assert torch.equal(found.rgb, expected.rgb)
+
+
 def test_floors_leave_out_only_what_is_below_them(compared):
     field, origins, directions, *_ = compared
     floored = _field(cells=field.occupancy.cells, level=13, alpha_floor=1e-3, weight_floor=2e-4)
@@ -467,21 +476,6 @@ def _make_matter(field, matter):
 
 def _ball(field, center, radius):
     return ((_vertices(field) - center).norm(dim=1) < radius).view(field.shape.tolist())
-
-
-@pytest.mark.parametrize(("level", "cells"), [(16, 16), (12, 32), (33, 16)])
-def test_refreshing_keeps_the_cells_around_matter_only(level, cells):
-    field = _field(bounds=CUBE, level=level, cells=_all_cells(cells), resolution=level)
-    center, radius = torch.tensor([0.1, -0.2, 0.0]), 0.4
-    _make_matter(field, _ball(field, center, radius))
-    field.refresh_occupancy(5e-3)
-    distance = (field.occupancy.centers() - center).norm(dim=1)
-    marked = field.occupancy.cells.view(-1)
-    assert marked[distance < radius].all()
-    # Interpolation reaches a voxel beyond the ball, marking a cell and its neighbors: their diagonals.
-    far = radius + math.sqrt(3) * (2 / (level - 1) + 2.5 * 2 / cells)
-    assert not marked[distance > far].any()
-    assert (~marked).any()
 
 
 @pytest.mark.parametrize("thing", ["a sheet", "a rod", "a dot"])

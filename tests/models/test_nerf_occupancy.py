@@ -193,16 +193,6 @@ def test_a_ray_along_the_border_of_cells_belongs_to_the_upper_cell(direction):
     assert torch.equal(found, expected)
 
 
-def test_rays_that_start_on_the_box_are_followed():
-    occupancy = _occupancy(_all_cells(8), torch.tensor([[0.0] * 3, [8.0] * 3]))
-    origins = torch.tensor([[0.0, 4.5, 4.5], [0.0, 0.0, 0.0], [8.0, 4.5, 4.5], [8.0, 4.5, 4.5]])
-    directions = torch.tensor([[1.0, 0, 0], [1.0, 1, 1], [-1.0, 0, 0], [1.0, 0, 0]])
-    directions = torch.nn.functional.normalize(directions, dim=1)
-    samples, _ = occupancy.samples(origins, directions, 0.5)
-    # Sides of 8 and a diagonal of 8 sqrt(3) = 13.86, in steps of 0.5; the last ray leaves at once.
-    assert torch.bincount(samples.ray, minlength=4).tolist() == [16, 28, 16, 0]
-
-
 def test_rays_without_marked_cells_have_no_samples():
     origins, directions = _random_rays(50, 4)
     aside = torch.nn.functional.normalize(torch.linalg.cross(directions, origins - BOX.mean(0)), dim=1)
@@ -231,24 +221,6 @@ def test_samples_keep_between_near_and_far(seed):
     # Distances of about 6 are rounded by 5e-7.
     assert near - 1e-6 <= float(found.distance.amin())
     assert float(found.distance.amax()) <= far + 1e-6
-
-
-@pytest.mark.parametrize("unit_of_length", [1e-3, 1e5])
-def test_samples_do_not_depend_on_the_unit_of_length(unit_of_length):
-    # A picture whose middle column and row look almost along an axis.
-    camera = Camera.of_angle(look_at((0.1, -4.0, 0.1), (0.1, 0, 0.1)), 31, 31, angle_x=0.5)
-    origins, directions = camera_rays(camera, torch.arange(961))
-    cells = _random_cells(16, 0.1, seed=5)
-    samples, unit = _occupancy(cells).samples(origins, directions, 0.06)
-    scaled, scaled_unit = _occupancy(cells, BOX * unit_of_length).samples(
-        origins * unit_of_length, directions, 0.06 * unit_of_length
-    )
-    # Rounding may put a place on a border into the other cell: 1 in 1000 at the most.
-    assert len(scaled.ray) == pytest.approx(len(samples.ray), rel=1e-3)
-    counts = [torch.bincount(each.ray, minlength=961) for each in (samples, scaled)]
-    same = counts[0] == counts[1]
-    here, there = unit[:, same[samples.ray]], scaled_unit[:, same[scaled.ray]]
-    torch.testing.assert_close(there, here, rtol=0, atol=1e-4)
 
 
 # --- cells ---
@@ -345,6 +317,27 @@ def test_every_corner_of_a_cell_is_visible_in_a_fine_picture(slope):
     assert tested > 150
 
 
+def test_every_corner_of_a_stretched_cell_is_visible():
+    # 800x100 pixels that reach 2 to either side at a distance of 1; cells are seen at 1.3 to 1.8.
+    random, tested = np.random.default_rng(1), 0
+    cells, side = 40, ((BOX[1] - BOX[0]) / 40).numpy()
+    for _ in range(40):
+        x, y, z = random.integers(0, cells, 3).tolist()
+        center = BOX[0].numpy() + (np.array([x, y, z]) + 0.5) * side
+        turn, slope = random.uniform(0, 2 * np.pi), random.uniform(1.3, 1.8) * random.choice([-1, 1])
+        ahead = np.array([np.cos(turn), np.sin(turn), 0])
+        right = np.array([np.sin(turn), -np.cos(turn), 0])
+        position = center - random.uniform(0.6, 1.0) * (ahead + slope * right)
+        camera = Camera(look_at(position, position + ahead), 800, 100, (200.0, 200.0), (400.0, 50.0))
+        corners = center + np.array(list(itertools.product((-0.495, 0.495), repeat=3))) * side
+        pixels, _ = camera.project(corners)
+        column, row = pixels[((pixels >= 0) & (pixels < (800, 100))).all(1)].astype(int).T
+        tested += len(row)
+        visible = _occupancy(_one_cell(cells, x, y, z)).visible_pixels(camera).view(100, 800)
+        assert visible[row, column].all()
+    assert tested > 250
+
+
 def test_only_pixels_around_a_small_thing_are_visible():
     occupancy = _occupancy(_one_cell(32, 16, 16, 16))
     camera = Camera.of_angle(look_at((4.0, 3.0, 2.0), (0, 0, 0)), 200, 200, angle_x=0.7)
@@ -415,17 +408,19 @@ def test_the_hull_of_a_ball_contains_it_and_is_not_much_larger(distance, angle, 
         assert float(hull.sum() * side.prod()) < 4 / 3 * math.pi * widest**3
 
 
-@pytest.mark.parametrize("beside", [-6.0, 0.0, 1.0, 6.0])
-def test_a_ball_cut_by_the_edge_of_a_picture_stays_whole(beside):
-    # The ball is 32 pixels wide, and the picture begins this many pixels to the right of its right side.
+@pytest.mark.parametrize("beside", [-6.0, 1.0], ids=["cut", "just outside"])
+@pytest.mark.parametrize("side", [(-1, 0), (1, 0), (0, -1), (0, 1)], ids=["left", "right", "top", "bottom"])
+def test_a_ball_at_the_edge_of_a_picture_stays_whole(side, beside):
+    # The ball has a radius of 16 pixels, and the edge of the picture is this many pixels from its rim.
     focal = 16 / math.tan(math.asin(RADIUS / 2.5))
     pose = look_at(CENTER.numpy() + (0.0, -2.5, 0.0), CENTER.numpy())
-    camera = Camera(pose, 40, 40, (focal, focal), (-16.0 - beside, 20.0))
+    camera = Camera(pose, 160, 160, (focal, focal), tuple(80 + (96.0 + beside) * at for at in side))
     mask = _mask(camera)[None]
     assert mask.any() == (beside < 0)
-    hull = visual_hull(mask, [camera], CUBE, 16)
-    assert not (_meets_ball(16, CUBE, RADIUS - 2.5 / focal) & ~hull).any()
-    assert not hull.all()
+    # Cells of 12 or 14 pixels: some that contain a part of the ball have their center in the picture.
+    for resolution in (5, 6):
+        hull = visual_hull(mask, [camera], CUBE, resolution)
+        assert not (_meets_ball(resolution, CUBE, RADIUS - 2.5 / focal) & ~hull).any()
 
 
 def test_a_view_rules_out_exactly_what_it_contains():

@@ -85,15 +85,6 @@ def test_two_half_transparent_slabs_weigh_a_half_and_a_quarter():
     torch.testing.assert_close(expected_depth(weights, samples, opacity), torch.tensor([5 / 3]), **close)
 
 
-def test_an_empty_ray_has_exactly_no_opacity_and_no_depth():
-    nothing = Samples(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0))
-    weights = _weights(torch.zeros(0), nothing.ray, 2)
-    opacity = sum_along_rays(weights, nothing.ray, 2)
-    assert opacity.tolist() == [0.0, 0.0]
-    assert expected_depth(weights, nothing, opacity).tolist() == [0.0, 0.0]
-    assert distortion(weights, nothing, 2, 1.0).tolist() == [0.0, 0.0]
-
-
 def test_distortion_of_two_weights_by_hand():
     samples = Samples(torch.tensor([0, 0, 1]), torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.6, 1.2, 3.0]))
     weights = torch.tensor([0.5, 0.25, 1.0])

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 # Without the extra `nerf` nothing here can be collected, so the imports that need it come after the check.
@@ -16,27 +15,13 @@ from blacksmith.models.pytorch.nerf.vertices import (
     SumRows,
     corners,
     highest_around,
-    interpolate,
     level_shape,
     random_corner,
     reachable_vertices,
+    trilinear,
 )
 
 SHAPE = (4, 5, 3)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_levels_have_cubic_voxels_and_a_limited_number_of_vertices(seed):
-    generator = np.random.default_rng(seed)
-    low = generator.uniform(-3, 3, 3)
-    bounds = torch.tensor(np.stack([low, low + generator.uniform(0.7, 2.5, 3)])).float()
-    resolution = int(generator.integers(16, 160))
-    shape = level_shape(bounds, resolution)
-    # Sides are rounded down to whole vertices: each loses at most one of 10.
-    assert 0.7 * resolution**3 <= math.prod(shape) <= resolution**3
-    size = (bounds[1] - bounds[0]).flip(0)
-    for side, count in zip(size.tolist(), shape):
-        assert count == pytest.approx(side / float(size.prod()) ** (1 / 3) * resolution, abs=1)
 
 
 def test_the_shape_of_a_level_by_hand():
@@ -84,7 +69,7 @@ def test_no_value_in_a_cell_is_above_the_highest_around_it(cells):
     highest = highest_around(values, cells)
     assert highest.shape == (cells,) * 3
     # Interpolation rounds a few times.
-    assert (interpolate(values.view(-1), SHAPE, unit) <= highest[z, y, x] + 1e-5).all()
+    assert (trilinear(values.view(-1), SHAPE, unit) <= highest[z, y, x] + 1e-5).all()
     # Each is the value of some vertex, not just any bound.
     assert torch.isin(highest, values).all()
 
@@ -105,7 +90,7 @@ def test_interpolated_numbers_are_weighted_sums_over_the_corners():
     table, unit = torch.randn(100, generator=generator), torch.rand(500, 3, generator=generator)
     index, weight = corners(unit, SHAPE)
     expected = (table[index] * weight).sum(1)
-    torch.testing.assert_close(interpolate(table, SHAPE, unit), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trilinear(table, SHAPE, unit), expected, rtol=1e-5, atol=1e-5)
 
 
 def _table():
@@ -142,7 +127,7 @@ def test_the_vertex_drawn_for_a_sample_is_right_on_average():
     assert (corner.view(draws, 6)[:, 1] == math.prod(SHAPE) - 1).all()
 
 
-def test_interpolated_features_and_their_gradient_are_weighted_sums():
+def test_interpolated_features_and_gradients_are_weighted_sums():
     table, row, unit, generator = _table()
     index, weight = corners(unit, SHAPE)
     expected = (table[row[index].long()] * weight[..., None]).sum(1)

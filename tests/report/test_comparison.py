@@ -25,7 +25,7 @@ def test_comparison_overlays_runs_and_marks_the_best(tmp_path, make, page):
     assert '<td class="best">98.12%</td>' in shown.source
     assert "<td>97.90%</td>" in shown.source
     assert "run.backend jax torch" in shown.text
-    assert "6 the same in all runs" in shown.text
+    assert "6 settings are identical in all runs" in shown.text
 
 
 def test_comparison_takes_runs_that_stopped_failed_or_are_empty(tmp_path, make, page):
@@ -82,7 +82,7 @@ def test_bad_usage_exits_2(arguments):
     assert exit_info.value.code == 2
 
 
-def test_missing_or_foreign_directory_exits_3(tmp_path, capsys):
+def test_missing_or_unrelated_directory_exits_3(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere")]) == 3
     assert "there is no run directory" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 3

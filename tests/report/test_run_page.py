@@ -58,7 +58,7 @@ def test_parameters_fit_their_card(run, page, counts, text):
     assert ("0 trained" in shown) == ("trained" in text)
 
 
-def test_confusion_matrix_scales_errors_by_themselves(run, page):
+def test_confusion_matrix_scales_errors_separately(run, page):
     hits, errors = page(report.write(run)).figure("Confusion matrix")["data"]
     assert hits["text"][4][4] == "94"
     assert hits["z"][4][9] is None
@@ -98,7 +98,7 @@ def test_any_numeric_metric_and_split_gets_its_curve(tmp_path, make, page):
     ("metric", "text"),
     [("val_loss", "Best val loss 0.2 at step 4"), ("val_accuracy", "Best val accuracy 80.00% at step 2")],
 )
-def test_the_best_validation_is_by_the_metric_that_chose(tmp_path, make, page, metric, text):
+def test_best_validation_is_by_the_checkpoint_metric(tmp_path, make, page, metric, text):
     rows = [
         {"step": 2, "split": "val", "loss": 0.3, "accuracy": 0.8},
         {"step": 4, "split": "val", "loss": 0.2, "accuracy": 0.7},

@@ -27,7 +27,7 @@ def write(make, kind, directory):
 
 
 @pytest.mark.parametrize("kind", ["run", "hostile", "comparison", "hostile comparison", "parity"])
-def test_a_page_holds_no_reference_and_no_foreign_script(tmp_path, make, page, kind):
+def test_a_page_has_no_reference_and_no_injected_script(tmp_path, make, page, kind):
     shown = page(write(make, kind, tmp_path))
     assert [attrs for tag, attrs in shown.elements if tag == "script"] == [
         {},

@@ -1,6 +1,6 @@
 """What the tests of the trainers run on a Keras backend: functions from JSON values to arrays and values.
 
-`run_case.py` calls them in a process of one backend. Nothing here judges a result; the tests do.
+`run_case.py` calls them in a process per backend. The tests check the results.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from backend_setup import (
     make_ones_task,
     make_task,
 )
-from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from keras import layers, ops
 
 from blacksmith.config.settings import OptimizerConfig, ScheduleConfig
 from blacksmith.run.order import Order
 from blacksmith.trainers import losses
+from blacksmith.trainers.augmentation import ShiftAndRotate
 from blacksmith.trainers.backend_state import read_state, step_seeds
 from blacksmith.trainers.initial_weights import initialize, variable_name, weights_sha256
 from blacksmith.trainers.optimizers import make_optimizer
@@ -56,7 +56,7 @@ def train_eagerly(steps, **setup):
 
 
 def first_loss_by_hand(**setup):
-    """The first batch's loss and what the model `vector` adds to it, worked out with NumPy."""
+    """The first batch's loss and what the model `vector` adds to it, computed with NumPy."""
     made = Setup(**setup)
     rows = made.order.block(0, 1).indices[0]
     values, _ = made.backend.evaluate(made.inputs[rows], made.labels[rows])
@@ -94,8 +94,31 @@ def ragged_loss(accumulate=1, **setup):
     }
 
 
+def traces(steps, **setup):
+    """On PyTorch, how many functions have been traced after each step."""
+    from blacksmith.trainers import torch_backend, torch_optimizer
+
+    counted = []
+
+    def counting(*arguments):
+        counted.append(arguments)
+        return trace(*arguments)
+
+    trace = torch_backend.trace
+    torch_backend.trace = torch_optimizer.trace = counting
+    try:
+        made = Setup(**setup)
+        found = []
+        for step in range(steps):
+            made.run([1], step)
+            found.append(len(counted))
+    finally:
+        torch_backend.trace = torch_optimizer.trace = trace
+    return {"traced": found}
+
+
 def oversized_block(block_steps, length):
-    """Asks for a block longer than planned."""
+    """Runs a block that may be longer than the capacity."""
     made = Setup(block_steps=block_steps)
     made.backend.train_block(made.order.block(0, length), 0)
     return {}
@@ -168,7 +191,7 @@ def evaluate(sizes, steps=0, **setup):
 def dropout_masks(steps, seed=0, rate=0.5, repeat=1):
     """Which units two dropout layers keep: bool [repetition, step, layer, unit].
 
-    They are read off the gradients, see `make_ones_task`; each repetition has its own model and backend.
+    They are inferred from the gradients, see `make_ones_task`; each repetition has its own model and backend.
     """
     masks = []
     for _ in range(repeat):
@@ -221,7 +244,7 @@ def same_shape_layers(names, seed=0):
 
 
 def separable_weights():
-    """The weights of layers whose initializers are not called after their variables."""
+    """The weights of layers whose initializers have other names than their variables."""
     inputs = keras.Input((6, 6, 2))
     x = layers.SeparableConv2D(4, 3, name="separable")(inputs)
     x = layers.DepthwiseConv2D(3, name="depthwise")(x)
@@ -243,7 +266,7 @@ def initialize_layer(kind):
 
 
 class _Unknown(layers.Layer):
-    """A random weight of which no attribute says how it is drawn."""
+    """A random weight without an initializer attribute."""
 
     def build(self, shape):
         self.w = self.add_weight(shape=(shape[-1], 4), initializer="glorot_uniform", name="w")
@@ -323,14 +346,14 @@ def seeds_of_steps(seed, first, count):
 
 
 def make_task_with(**settings):
-    """A task whose Keras optimizer has settings of its own."""
+    """A task whose Keras optimizer has these settings."""
     model = make_task("mlp").model
     Task(model, keras.optimizers.Adam(**settings), losses.cross_entropy)
     return {}
 
 
 def train_random_layer(kind):
-    """Two steps with a layer that draws random numbers in its own way."""
+    """One step with a layer that draws random numbers."""
     inputs = keras.Input((12,), name="features")
     layer = {
         "noise": lambda: layers.GaussianNoise(0.1, name="noise"),
@@ -369,7 +392,7 @@ class _HiddenNoise(layers.Layer):
 
 
 def load_broken_state(kind):
-    """Loads a state in which one array is missing, foreign or of another shape."""
+    """Loads a state in which one array is missing, unknown or of the wrong shape."""
     backend = Setup().backend
     state = backend.state()
     name = "optimizer/hidden_1_kernel_momentum"
@@ -384,7 +407,7 @@ def load_broken_state(kind):
 
 
 def optimizer_line(optimizer=None, constraint=False, policy="float32", exclude=()):
-    """The line that the backend prints for an optimizer with weights of some kind."""
+    """The line that the backend prints for an optimizer."""
     inputs = keras.Input((6, 6), name="image")
     x = layers.Flatten(name="flatten")(inputs)
     kernel = keras.constraints.NonNeg() if constraint else None
@@ -401,7 +424,7 @@ def optimizer_line(optimizer=None, constraint=False, policy="float32", exclude=(
 
 
 class _Reading(keras.optimizers.Optimizer):
-    """Reads its step count on the host, where a trace cannot follow: its graph has the first step's rate."""
+    """Reads its step count on the host, which tracing misses: its graph has the first step's rate."""
 
     def update_step(self, gradient, variable, learning_rate):
         step = float(ops.convert_to_numpy(self.iterations))

@@ -5,20 +5,20 @@ A ReLU flips at ties, where rounding differs between backends.
 
 import keras
 import numpy as np
-from blacksmith.experiments.keras.mnist.augmentation import ShiftAndRotate
 from keras import layers, ops
 
 from blacksmith.config.settings import OptimizerConfig, ScheduleConfig
 from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Block, Order
 from blacksmith.trainers import losses
+from blacksmith.trainers.augmentation import ShiftAndRotate
 from blacksmith.trainers.initial_weights import initialize
 from blacksmith.trainers.optimizers import make_optimizer
 from blacksmith.trainers.task import Task
 
 CLASSES = 4
 SAMPLES, BATCH = 52, 8  # seven batches an epoch, the last one of four samples
-WHOLE_SAMPLES = 56  # seven whole batches, for models in which samples see one another and thus padding
+WHOLE_SAMPLES = 56  # seven whole batches, for models that mix the samples of a batch and would see padding
 
 
 # Models
@@ -33,7 +33,7 @@ def _small(dropout):
 
 
 def _cnn(dropout):
-    """Convolution, batch normalisation and pooling over [6, 6, 1]."""
+    """Convolution, batch normalization and pooling over [6, 6, 1]."""
     inputs = keras.Input((6, 6, 1), name="image")
     x = layers.Conv2D(4, 3, padding="same", use_bias=False, name="conv_1")(inputs)
     x = layers.BatchNormalization(momentum=0.9, name="norm_1")(x)
@@ -58,7 +58,7 @@ def _text(dropout):
 
 
 def _vector(dropout):
-    """Twelve features; a regularized kernel and an activity regularizer add losses of their own."""
+    """Twelve features; a kernel regularizer and an activity regularizer add losses."""
     inputs = keras.Input((12,), name="features")
     x = layers.Dense(8, "tanh", kernel_regularizer=keras.regularizers.L2(0.1), name="hidden")(inputs)
     x = layers.ActivityRegularization(l2=0.05, name="activity")(x)
@@ -114,7 +114,7 @@ def make_task(
 
 
 def make_backend(task, inputs, labels, block_steps=16):
-    """This process's backend, and the list of the lines that it prints."""
+    """This process's backend, and the list of lines that it prints."""
     if keras.config.backend() == "jax":
         from blacksmith.trainers.jax_backend import JaxBackend
 
@@ -142,7 +142,7 @@ class Setup:
                 )
 
     def run(self, lengths, start=0):
-        """Steps in blocks of `lengths`, which the ends of epochs cut further; metrics by name, [steps]."""
+        """Trains in blocks of `lengths`, cut further at ends of epochs; metrics by name, [steps]."""
         found, step = [], start
         for length in lengths:
             end = step + length
@@ -160,9 +160,9 @@ ONE = Block(np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32), 0, 0)
 
 
 def make_ones_task(*, dropout=0.0, seed=0, optimizer=None, schedule=None, total_steps=1):
-    """Two branches of sixteen ones, dropped out and weighted; the loss is the sum of it all.
+    """Two branches of sixteen ones with dropout and weights; the loss is the sum of all outputs.
 
-    The gradient of each weight is therefore 1, or with dropout 0 where its unit is dropped.
+    The gradient of a weight is therefore positive, or 0 if its unit is dropped; without dropout it is 1.
     """
     inputs = keras.Input((1,), name="one")
     branches = []

@@ -119,14 +119,14 @@ class Backends:
 
 
 class Backend:
-    """One of the two, for tests that look at each in turn."""
+    """One of the two, for tests that run on each."""
 
     def __init__(self, name, backends):
         self.name = name
         self._backends = backends
 
     def run(self, case, /, **arguments):
-        """The case's result here. The other backend starts on it too: its own test will ask for the same."""
+        """The case's result here. The other backend starts it as well: its own test will ask for the same."""
         if "load" not in arguments:
             for worker in self._backends.workers.values():
                 worker.send(case, arguments)

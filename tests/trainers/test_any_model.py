@@ -41,7 +41,7 @@ def test_moving_statistics_are_part_of_the_state(backend, dropout):
         assert not np.isclose(before, after, atol=1e-3).any()
 
 
-def test_moving_statistics_resume_to_the_bit(backend):
+def test_moving_statistics_resume_bit_for_bit(backend):
     whole = backend.run("train", lengths=[STEPS], model="cnn", dropout=0.3)
     half = backend.run("train", lengths=[13], model="cnn", dropout=0.3)
     rest = backend.run("train", lengths=[STEPS - 13], start=13, model="cnn", dropout=0.3, load=half.path)
@@ -64,6 +64,6 @@ def test_added_losses_are_trained_on(backend):
     assert plain["added"] > 0.1 * plain["loss"]
 
 
-def test_added_losses_count_once_for_a_batch_in_parts(backend):
+def test_added_losses_count_once_with_accumulation(backend):
     whole, parts = (backend.run("train", lengths=[14], model="vector", accumulate=n) for n in (1, 4))
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-6)

@@ -13,25 +13,32 @@ ROUTES = {
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("lengths", [[1] * STEPS, [3, 1, 5, 2, 4, 6], [16, 5]], ids=["single", "odd", "full"])
-def test_lengths_of_blocks_change_no_bit(backend, route, lengths):
+def test_block_lengths_change_no_bit(backend, route, lengths):
     whole = backend.run("train", lengths=[STEPS], dropout=0.3, **ROUTES[route])
     cut = backend.run("train", lengths=lengths, dropout=0.3, **ROUTES[route])
     for name in ("loss", "accuracy", *(n for n in whole if n.startswith("state/"))):
         assert whole[name].tobytes() == cut[name].tobytes(), name
 
 
-def test_the_capacity_of_a_block_changes_no_bit(backend):
+def test_block_capacity_changes_no_bit(backend):
     wide = backend.run("train", lengths=[STEPS], block_steps=16)
     narrow = backend.run("train", lengths=[2] * 10 + [1], block_steps=2)
     for name in ("loss", *(n for n in wide if n.startswith("state/"))):
         assert wide[name].tobytes() == narrow[name].tobytes(), name
 
 
-def test_a_block_longer_than_planned_is_refused(backends):
+def test_a_block_above_capacity_is_refused(backends):
     # By JAX, whose program has a fixed capacity. PyTorch takes any length.
     with pytest.raises(backends.Error, match=r"ValueError: a block of 5 steps .* block_steps = 4"):
         backends.on("jax", "oversized_block", block_steps=4, length=5)
     backends.on("torch", "oversized_block", block_steps=4, length=5)
+
+
+@pytest.mark.parametrize(("optimizer", "traced"), [("adam", 1), ("lion", 2)])
+def test_pytorch_traces_only_in_the_first_step(backends, optimizer, traced):
+    # Rates and the time left exclude the first step. No later one may trace, not even with a ragged batch.
+    found = backends.on("torch", "traces", steps=9, optimizer={"name": optimizer})
+    assert found["traced"] == [traced] * 9
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -45,7 +52,7 @@ def test_a_ragged_batch_has_the_mean_over_its_real_samples(backend, accumulate, 
     assert found["accuracy"][0] == pytest.approx(found["accuracy_by_hand"].mean(), rel=1e-6)
 
 
-def test_a_batch_in_parts_equals_the_whole_batch(backend):
+def test_accumulation_equals_the_whole_batch(backend):
     whole, parts = (
         backend.run("train", lengths=[STEPS], accumulate=n, optimizer={"name": "sgd"}) for n in (1, 4)
     )
@@ -55,6 +62,6 @@ def test_a_batch_in_parts_equals_the_whole_batch(backend):
         np.testing.assert_allclose(parts[f"state/model/{name}"], array, rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_parts_must_divide_the_batch(backends, backend):
+def test_accumulate_must_divide_the_batch(backends, backend):
     with pytest.raises(backends.Error, match=r"ValueError: accumulate = 3 does not divide .* 8"):
         backend.run("train", lengths=[1], accumulate=3)

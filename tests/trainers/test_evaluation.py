@@ -19,14 +19,14 @@ def test_evaluation_returns_one_value_per_sample(backend):
         assert np.array_equal(found[f"{size}/accuracy"], outputs.argmax(axis=1) == labels)
 
 
-def test_evaluation_is_alike_on_both_backends(backends):
+def test_evaluation_agrees_on_both_backends(backends):
     jax, torch = backends.both("evaluate", sizes=SIZES)
     for size in SIZES:
         np.testing.assert_allclose(jax[f"{size}/loss"], torch[f"{size}/loss"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_reading_the_distributions_changes_nothing(backend, model):
+def test_reading_distributions_changes_nothing(backend, model):
     found = backend.run("distributions_between", steps=5, model=model, dropout=0.3)
     assert found["plain"].tobytes() == found["read"].tobytes()
     for name, array in found.under("before/").items():
@@ -38,7 +38,7 @@ def test_reading_the_distributions_changes_nothing(backend, model):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_the_gradients_shown_are_alike_on_both_backends(backends, model):
+def test_gradients_agree_on_both_backends(backends, model):
     jax, torch = backends.both("distributions_between", steps=5, model=model)
     gradients = jax.under("seen/gradients/")
     assert len(gradients) >= 6
@@ -52,7 +52,7 @@ def test_the_gradients_shown_are_alike_on_both_backends(backends, model):
         )
 
 
-def test_the_gradients_shown_are_the_slopes_of_the_loss(backend):
+def test_gradients_are_the_slopes_of_the_loss(backend):
     found = backend.run("directional_derivatives", width=1e-2, directions=5)
     # Central differences over 1e-2 err by 1e-4 from the third derivative and by 1e-5 from rounding.
     np.testing.assert_allclose(found["slopes"], found["differences"], rtol=0.01, atol=3e-4)

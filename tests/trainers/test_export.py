@@ -9,7 +9,7 @@ import pytest
 
 BATCHES = [1, 2, 7]
 
-MODELS = ["cnn", "text"]  # float images with batch normalisation; integer tokens
+MODELS = ["cnn", "text"]  # float images with batch normalization; integer tokens
 
 READERS = {
     "jax": """
@@ -76,7 +76,7 @@ def exports(backends, tmp_path_factory):
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["jax", "torch"])
-def test_exported_models_need_no_blacksmith_and_agree(exports, name, model, batch):
+def test_exported_models_work_without_blacksmith(exports, name, model, batch):
     with np.load(exports / name / model / f"batch_{batch}.npz") as wanted:
         expected = wanted["outputs"]
     assert expected.shape == (batch, 4)

@@ -27,7 +27,7 @@ def test_cross_entropy_is_finite_for_extreme_logits(backend):
     assert found["cross_entropy"].tolist() == [0.0, 2e4]
 
 
-def test_training_on_mse_is_alike_on_both_backends(backends):
+def test_training_on_mse_agrees_on_both_backends(backends):
     jax, torch = backends.both("train", lengths=[14], loss="mse")
     np.testing.assert_allclose(jax["loss"], torch["loss"], rtol=1e-5)
     # An output of zeros has a loss of (1 + 0 + 0 + 0) / 4; training starts near that.

@@ -58,7 +58,7 @@ def test_unset_settings_are_pytorch_s_defaults():
     assert ours.defaults == theirs.defaults | {"fused": True}
 
 
-def test_a_default_that_does_not_fit_the_name_is_left_out():
+def test_a_default_for_a_different_optimizer_is_ignored():
     @section("Optimizer", defaults={"beta_2": 0.99})
     class Adam(TorchOptimizerConfig):
         """Adam, unless set otherwise."""
@@ -67,7 +67,7 @@ def test_a_default_that_does_not_fit_the_name_is_left_out():
     assert make_optimizer(Adam(name="sgd"), [weight()]).param_groups[0]["momentum"] == 0
 
 
-def test_groups_may_have_rates_of_their_own():
+def test_groups_may_have_their_own_rates():
     groups = [{"params": [weight()], "lr": 0.5}, {"params": [weight()]}]
     optimizer = make_optimizer(TorchOptimizerConfig(learning_rate=0.1), groups)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]

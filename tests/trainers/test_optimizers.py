@@ -75,7 +75,7 @@ def distance(a, b, before):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pytorch_takes_the_steps_of_an_eager_keras_optimizer(backends, name):
+def test_pytorch_steps_equal_an_eager_keras_optimizer(backends, name):
     ours = backends.on("torch", "train", lengths=[STEPS], model="small", **CASES[name])
     eager = backends.on("torch", "train_eagerly", steps=STEPS, model="small", **CASES[name])
     if name in EXACT:

@@ -15,7 +15,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("first", "second"), [("jax", "torch"), ("torch", "jax")])
-def test_a_run_can_change_its_backend_halfway(backends, optimizer, first, second):
+def test_a_run_can_switch_backends_halfway(backends, optimizer, first, second):
     setup = OPTIMIZERS[optimizer]
     half = backends.on(first, "train", lengths=[STEPS // 2], **setup)
     rest = backends.on(second, "train", lengths=[STEPS // 2], start=STEPS // 2, load=half.path, **setup)
@@ -27,7 +27,7 @@ def test_a_run_can_change_its_backend_halfway(backends, optimizer, first, second
             np.testing.assert_allclose(rest[f"state/model/{name}"], array, rtol=0, atol=2e-5, err_msg=name)
 
 
-def test_the_batch_norm_statistics_travel_too(backends):
+def test_batch_norm_statistics_are_portable(backends):
     half = backends.on("jax", "train", lengths=[15], model="cnn")
     rest = backends.on("torch", "train", lengths=[15], start=15, model="cnn", load=half.path)
     alone = backends.on("jax", "train", lengths=[30], model="cnn")
@@ -37,7 +37,7 @@ def test_the_batch_norm_statistics_travel_too(backends):
         np.testing.assert_allclose(rest[key], alone[key], rtol=1e-4, atol=1e-5)
 
 
-def test_a_loaded_state_is_written_again_to_the_bit(backends):
+def test_a_loaded_state_is_saved_unchanged(backends):
     for first, second in (("jax", "torch"), ("torch", "jax")):
         half = backends.on(first, "train", lengths=[15], model="cnn")
         loaded = backends.on(second, "train", lengths=[1], start=15, model="cnn", load=half.path)
@@ -45,7 +45,7 @@ def test_a_loaded_state_is_written_again_to_the_bit(backends):
             assert array.tobytes() == loaded[f"before/{name}"].tobytes(), name
 
 
-def test_a_state_holds_no_generator(backends):
+def test_a_state_has_no_generator(backends):
     # Generators are seeded again at each step, so a run with dropout is as portable as one without.
     plain = backends.on("torch", "train", lengths=[15], model="cnn").under("state/")
     for result in backends.both("train", lengths=[13], model="cnn", dropout=0.3):

@@ -26,7 +26,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(backend, optimizer, accumula
         assert array.tobytes() == rest[f"state/{name}"].tobytes(), name
 
 
-def test_masks_are_drawn_from_the_seed_and_the_step(backend):
+def test_masks_are_determined_by_seed_and_step(backend):
     # [repetition, step, layer, unit]; each repetition has its own model and backend.
     masks = backend.run("dropout_masks", steps=6, repeat=2)["masks"]
     other = backend.run("dropout_masks", steps=6, seed=1)["masks"]
@@ -51,7 +51,7 @@ def test_dropout_is_on_in_training_only(backend):
     assert not np.isclose(off["loss"], on["loss"], rtol=1e-4).any()
 
 
-def test_seeds_of_steps_are_the_same_wherever_a_block_starts(backends):
+def test_step_seeds_do_not_depend_on_the_block(backends):
     whole = backends.on("torch", "seeds_of_steps", seed=5, first=0, count=1000)["seeds"]
     part = backends.on("torch", "seeds_of_steps", seed=5, first=700, count=300)["seeds"]
     other = backends.on("torch", "seeds_of_steps", seed=6, first=0, count=1000)["seeds"]
@@ -62,16 +62,16 @@ def test_seeds_of_steps_are_the_same_wherever_a_block_starts(backends):
 
 # A noise layer; dropout with its own seed or noise shape; a generator that is not named as in Keras.
 @pytest.mark.parametrize("kind", ["noise", "seeded", "shaped", "hidden"])
-def test_a_layer_that_a_trace_would_freeze_is_refused(backends, kind):
+def test_a_layer_that_tracing_would_freeze_is_refused(backends, kind):
     with pytest.raises(backends.Error, match=f"ValueError: the layer '{kind}' draws from a Keras seed gen"):
         backends.on("torch", "train_random_layer", kind=kind)
 
 
-def test_jax_takes_any_random_layer(backends):
+def test_jax_allows_any_random_layer(backends):
     assert np.isfinite(backends.on("jax", "train_random_layer", kind="hidden")["loss"]).all()
 
 
-def test_a_recurrent_layer_is_refused_for_its_dropout_only(backends):
+def test_a_recurrent_layer_is_refused_only_with_dropout(backends):
     jax, torch = backends.both("train_random_layer", kind="recurrent_without")
     np.testing.assert_allclose(jax["loss"], torch["loss"], rtol=1e-6)
     with pytest.raises(backends.Error, match="draws from a Keras seed generator"):

@@ -38,7 +38,7 @@ SCHEDULES = [
 ]
 
 
-def test_rates_by_hand():
+def test_by_hand():
     assert by_hand("linear", 5) == pytest.approx(0.75 * PEAK)
     assert by_hand("cosine", 10) == pytest.approx(0.5 * PEAK)
     assert by_hand("cosine", 0, warmup=5) == pytest.approx(0.2 * PEAK)
@@ -46,7 +46,7 @@ def test_rates_by_hand():
 
 
 @pytest.mark.parametrize(("settings", "hand"), SCHEDULES)
-def test_a_schedule_gives_the_values_computed_by_hand(backend, settings, hand):
+def test_schedules_equal_hand_computed_values(backend, settings, hand):
     steps = list(range(TOTAL + 5))
     found = backend.run("rates", schedule=settings, peak=PEAK, total_steps=TOTAL, steps=steps)
     expected = [by_hand(settings["name"], step, **hand) for step in steps]

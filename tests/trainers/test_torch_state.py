@@ -82,7 +82,7 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_resumes_to_the_bit(tmp_path, case):
+def test_training_resumes_bit_for_bit(tmp_path, case):
     name, options = CASES[case]
     model, optimizer = make(0, name, **options)
     train(model, optimizer, range(3))
@@ -97,7 +97,7 @@ def test_training_resumes_to_the_bit(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["Muon", "SparseAdam"])
-def test_optimizers_of_special_gradients_resume_to_the_bit(tmp_path, case):
+def test_optimizers_for_special_gradients_resume_too(tmp_path, case):
     def start(seed):
         torch.manual_seed(seed)
         model = nn.EmbeddingBag(5, 3, sparse=case == "SparseAdam", mode="sum")
@@ -120,7 +120,7 @@ def test_optimizers_of_special_gradients_resume_to_the_bit(tmp_path, case):
     assert_equal(resumed[1].state_dict(), optimizer.state_dict())
 
 
-def test_slots_and_numbers_come_back_as_they_were(tmp_path):
+def test_slots_and_numbers_are_restored_exactly(tmp_path):
     # As an optimizer of one's own may keep them: in another dtype than the weights, or as plain numbers.
     def slots(value):
         tensors = {"master": torch.full((2, 3), value), "rows": torch.full((2, 1), value).double()}
@@ -135,7 +135,7 @@ def test_slots_and_numbers_come_back_as_they_were(tmp_path):
     assert_equal(optimizer.state[model.weight], slots(1.7))
 
 
-def test_tied_weights_are_written_once_and_stay_tied(tmp_path):
+def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
     model, _ = make(0)
     save_state(tmp_path, model)
     names = load_file(tmp_path / MODEL).keys()
@@ -169,7 +169,7 @@ def test_a_loaded_state_does_not_depend_on_its_files(tmp_path):
     assert_equal(resumed[1].state_dict(), optimizer.state_dict())
 
 
-def test_another_model_or_optimizer_is_refused(tmp_path):
+def test_a_different_model_or_optimizer_is_refused(tmp_path):
     model, optimizer = make(0)
     train(model, optimizer, range(1))
     save_state(tmp_path, model, optimizer)

@@ -23,12 +23,9 @@ NAMES = (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS)
 
 
 def find(directory: Path, name: str) -> Path | None:
-    """The file of that standard name, or None.
-
-    `train-images.idx3-ubyte` means the same as `train-images-idx3-ubyte`, and either may end in `.gz`. The
-    plain file is preferred because it loads faster.
-    """
+    """The file of that standard name, also as `train-images.idx3-ubyte` or with `.gz`; None if missing."""
     dotted = name.replace("-idx", ".idx")
+    # Uncompressed files come first because they load faster.
     candidates = (directory / f"{stem}{end}" for end in ("", ".gz") for stem in (name, dotted))
     return next((path for path in candidates if path.is_file()), None)
 
@@ -39,11 +36,7 @@ def present(directory: Path) -> int:
 
 
 def load(directory: Path) -> Arrays:
-    """Reads both sets from a directory.
-
-    Raises:
-      DataError: a file is missing or broken, or images and labels differ in number.
-    """
+    """Reads both sets from a directory; a missing or broken file raises `DataError`."""
     paths = [find(directory, name) for name in NAMES]
     if None in paths:
         missing = NAMES[paths.index(None)]

@@ -40,11 +40,7 @@ def default_data_dir() -> Path:
 
 
 def find_prepared(name: str, data_dir: Path) -> Path | None:
-    """The directory of the newest prepared version, or None. Imports nothing.
-
-    Raises:
-      DataError: the name is not of the form `mnist` or `emnist/balanced`.
-    """
+    """The directory of the newest prepared version of a set, or None. Imports nothing."""
     if not _NAME.fullmatch(name):
         raise DataError(f"TFDS name {name!r} is not of the form `mnist` or `emnist/balanced` (set/config)")
     versions = [
@@ -64,8 +60,7 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
       The arrays, in TFDS's own shuffled order, and the directory of the prepared set.
 
     Raises:
-      DataError: the set cannot be prepared, a package is missing, the files are broken, or they are not a
-        28x28 grayscale classification set with train and test splits.
+      DataError: a missing package, or a set that cannot be prepared or read or is not 28x28 grayscale.
     """
     prepared = find_prepared(name, data_dir) or prepare(name, data_dir)
     cached = _cache_path(prepared)
@@ -167,13 +162,10 @@ def _tfrecords(path: Path) -> Iterator[bytes]:
 
 
 def prepare(name: str, data_dir: Path) -> Path:
-    """Downloads one of `PREPARABLE` with TFDS, which verifies its checksums, and writes it as array_record.
+    """Downloads one of `PREPARABLE` with TFDS, which verifies checksums, and writes it as array_record.
 
     Returns:
       The directory of the prepared set, such as `data_dir/mnist/3.0.1`.
-
-    Raises:
-      DataError: a different name, a missing package, an unreachable host or a broken download.
     """
     if name not in PREPARABLE:
         raise DataError(

@@ -13,17 +13,11 @@ CLASSES = ("negative", "positive")
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Sentences with their sentiment.
+    """Sentences with their sentiment."""
 
-    Attributes:
-      sentences: without surrounding white space.
-      labels: 0 negative, 1 positive: int32 [examples].
-      numbers: row numbers in the file or split, from 1, without header and blank lines: int64 [examples].
-    """
-
-    sentences: tuple[str, ...]
-    labels: np.ndarray
-    numbers: np.ndarray
+    sentences: tuple[str, ...]  # without surrounding white space
+    labels: np.ndarray  # 0 negative, 1 positive: int32 [examples]
+    numbers: np.ndarray  # row numbers in the file or split, from 1, without header and blank lines, int64
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,33 +40,19 @@ def content_sha256(*parts: Examples) -> str:
 
 @dataclass(frozen=True)
 class Info:
-    """What was read and how it was split, as recorded in run directories and checkpoints.
+    """What was read and how it was split, as recorded in run directories and checkpoints."""
 
-    Attributes:
-      source: "sample", "directory", "file" or "hub".
-      name: name of the file or directory, or the dataset id.
-      path: absolute path; None for the sample and the hub.
-      test_from: the file or split that the test examples come from.
-      unused: files or splits that were not used.
-      sha256: hash of the source's training and test examples before they were split.
-      train: number of training examples.
-      validation: number of validation examples.
-      test: number of test examples.
-      class_counts: number of examples of each class, per split.
-      parts_left_out: number of phrases that are in no split because all sentences around them were held out.
-    """
-
-    source: str
-    name: str
-    path: str | None
-    test_from: str
-    unused: list[str]
-    sha256: str
-    train: int
+    source: str  # sample, directory, file or hub
+    name: str  # of the file or directory, or the dataset id
+    path: str | None  # absolute; None for the sample and the hub
+    test_from: str  # the file or split that the test examples come from
+    unused: list[str]  # files or splits
+    sha256: str  # of the source's training and test examples before they were split
+    train: int  # number of examples
     validation: int
     test: int
-    class_counts: dict[str, dict[str, int]]
-    parts_left_out: int
+    class_counts: dict[str, dict[str, int]]  # by split and class
+    parts_left_out: int  # phrases that are in no split because all sentences around them were held out
 
     def describe(self) -> str:
         """Returns one line for the console."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +24,6 @@ from blacksmith import network
 from blacksmith.datasets.sst2.examples import Examples
 from blacksmith.datasets.sst2.splits import Source
 from blacksmith.errors import DataError
-
-if TYPE_CHECKING:
-    import datasets
 
 _SAMPLE = Path(__file__).with_name("sample.tsv")
 
@@ -96,7 +93,7 @@ class _Table:
     columns: dict[str, list[Any]]  # the values of those requested columns that exist
 
     @classmethod
-    def of(cls, dataset: "datasets.Dataset", place: str, name: str, columns: Sequence[str]) -> "_Table":
+    def of(cls, dataset: Any, place: str, name: str, columns: Sequence[str]) -> "_Table":
         values = {column: dataset[column][:] for column in columns if column in dataset.column_names}
         return cls(place, name, dataset.column_names, values)
 
@@ -191,7 +188,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
         if reason.endswith("corresponds to no data!"):
             raise DataError(f"{path}: the file has no rows") from error
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from error
-    # When all rows have more fields than the header, pandas takes the first column as an index.
+    # If all rows have more fields than the header, pandas makes the first column an index.
     if reader == "from_csv" and "__index_level_0__" in table.column_names:
         raise DataError(f"{path}: the rows have more fields than the header")
     return table

@@ -19,26 +19,20 @@ from blacksmith.run import order
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Examples as read, before any are held out; see `Info` for the other attributes.
-
-    Attributes:
-      place: where `train` comes from, for messages.
-      train: the training examples of the source, or all examples of a single file.
-      test: the test examples of the source; None for a single file.
-    """
+    """Examples as read, before any are held out; see also `Info`."""
 
     source: str
     name: str
     path: str | None
     test_from: str
     unused: list[str]
-    place: str
-    train: Examples
-    test: Examples | None
+    place: str  # where `train` comes from, for messages
+    train: Examples  # all examples of a single file
+    test: Examples | None  # None for a single file
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of all examples."""
+        """The hash of all examples."""
         return content_sha256(self.train, *([] if self.test is None else [self.test]))
 
     def split(self, validation: int | float | None = None, seed: int = 0) -> Sst2:
@@ -114,7 +108,7 @@ class Pool:
         Args:
           size: a number of examples, or a fraction of the whole sentences. Fewer may be held out, since equal
             sentences stay together.
-          generator: decides which.
+          generator: decides which ones.
 
         Raises:
           DataError: `size` leaves nothing on one side.

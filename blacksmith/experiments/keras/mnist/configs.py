@@ -1,7 +1,7 @@
 """The configuration of the MNIST experiments on JAX, PyTorch and Lightning. Loads no framework."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from blacksmith.config.conditions import Is
 from blacksmith.config.sections import section, setting
@@ -15,6 +15,9 @@ from blacksmith.config.settings import (
     check_warmup,
 )
 from blacksmith.errors import ConfigError
+
+if TYPE_CHECKING:
+    from blacksmith.datasets import mnist
 
 _VALIDATION = {"mnist.Data.validation": Is("not 0", lambda samples: samples != 0)}
 
@@ -49,6 +52,16 @@ class Data:
     std: float = setting(1.0, "the scaled pixels are divided by this (MNIST's is 0.3081)", gt=0)
     shift: float = setting(0.0, "shift training images randomly by up to this many pixels", ge=0, le=14)
     rotate: float = setting(0.0, "rotate training images randomly by up to this many degrees", ge=0, le=180)
+
+    def load(self, seed: int) -> "mnist.Mnist":
+        """Reads the images and holds out validation images by the seed.
+
+        Raises:
+          DataError: the data is missing or broken.
+        """
+        from blacksmith.datasets import mnist
+
+        return mnist.load(self.source, self.path, name=self.name, validation=self.validation, seed=seed)
 
 
 @section("mnist.Model")
@@ -104,11 +117,7 @@ class Config:
     log: LogConfig
 
     def check(self) -> None:
-        """The rules that span fields.
-
-        Raises:
-          ConfigError: the first that is broken.
-        """
+        """Raises ConfigError if a rule that spans fields is broken."""
         if isinstance(self.data.validation, int) and self.data.validation < 0:
             raise ConfigError(f"mnist.Data.validation = {self.data.validation}: must be 0 or more, or 'test'")
         if any(width < 1 for width in self.model.hidden):
@@ -120,19 +129,11 @@ class Config:
 
         Dropout and augmentation are off, because their random masks differ between backends. An ``auto``
         source is resolved once for all runs.
-
-        Raises:
-          DataError: the data is missing or broken.
         """
-        from blacksmith.datasets import mnist
-
-        data = self.data
-        info = mnist.load(
-            data.source, data.path, name=data.name, validation=data.validation, seed=self.run.seed
-        ).info
+        info = self.data.load(self.run.seed).info
         return {
             "mnist.Data.source": info.source,
-            "mnist.Data.path": info.path if info.source == "idx" else data.path,
+            "mnist.Data.path": info.path if info.source == "idx" else self.data.path,
             "mnist.Data.shift": 0.0,
             "mnist.Data.rotate": 0.0,
             "mnist.Model.dropout": 0.0,

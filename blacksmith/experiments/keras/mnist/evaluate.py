@@ -1,13 +1,13 @@
 """Evaluating and exporting a checkpoint of the MNIST experiments."""
 
-from blacksmith.experiments.keras.mnist.train import load_data, prepare
+from blacksmith.experiments.keras.mnist.train import prepare
 from blacksmith.run.run import Run
 from blacksmith.trainers.classification import evaluate_checkpoint, export_checkpoint
 
 
 def evaluate(run: Run) -> int:
     """``--mode=eval``; returns the exit status."""
-    return evaluate_checkpoint(run, prepare(run.config, load_data(run)))
+    return evaluate_checkpoint(run, prepare(run))
 
 
 def export(run: Run) -> int:
@@ -19,4 +19,4 @@ def export(run: Run) -> int:
         "mean": settings.mean,
         "std": settings.std,
     }
-    return export_checkpoint(run, prepare(run.config, load_data(run)), preparation)
+    return export_checkpoint(run, prepare(run), preparation)

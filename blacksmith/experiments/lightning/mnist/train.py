@@ -1,44 +1,64 @@
 """The MNIST MLP of `keras/mnist`, the same Keras 3 model, inside Lightning's Trainer.
 
-Lightning owns the loop: its Trainer fetches batches and calls `training_step`, where the backend's traced
-forward and backward, and then the optimizer, run under manual optimization. Batches, metrics, checkpoints and
-the final test are those of the other two MNIST experiments, so that the three can be compared step by step.
+Lightning owns the loop: its Trainer fetches batches and calls `training_step`, which runs the backend's
+traced forward and backward, and then the optimizer, under manual optimization. Batches, metrics, checkpoints
+and the final test are the same as in `keras/mnist`, so the runs can be compared step by step.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from blacksmith.experiments.keras.mnist.train import load_data, prepare
+from blacksmith.datasets import mnist
+from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Block
 from blacksmith.run.run import Run
-from blacksmith.trainers.classification import score_classifier
-from blacksmith.trainers.keras_trainer import KerasTrainer
+from blacksmith.trainers.augmentation import ShiftAndRotate
+from blacksmith.trainers.classification import make_setup, score_classifier
+from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, Setup
 from blacksmith.trainers.lightning import make_trainer
 
 
 def train(run: Run) -> int:
     """Trains the model and tests the best checkpoint; returns the exit status."""
-    data = load_data(run)
-    setup = prepare(run.config, data)
+    setup = prepare(run)
     style = run.config.log.progress
     bar = style == "bar" or (style == "auto" and sys.stderr.isatty())
     trainer = KerasTrainer(run, setup, progress="off" if bar else style)
     run.begin()
     if trainer.loop.between():
         fit(trainer, bar=bar)
-    return trainer.finish(
-        lambda: score_classifier(trainer.backend, setup.test, data.test.images, run.directory / "images")
-    )
+    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test, run.directory / "images"))
+
+
+def prepare(run: Run) -> Setup:
+    """Data, model and optimizer."""
+    config, settings = run.config, run.config.data
+    data = settings.load(config.run.seed)
+    run.use_data(data.info)
+    splits = [
+        Samples(*mnist.prepare(split, settings.scale, settings.mean, settings.std), split.images)
+        for split in (data.train, data.validation, data.test)
+    ]
+    augmentation = None
+    if settings.shift or settings.rotate:
+        augmentation = ShiftAndRotate(settings.shift, settings.rotate, -settings.mean / settings.std)
+
+    def build() -> keras.Model:
+        return mlp(**dataclasses.asdict(config.model), num_classes=data.info.classes)
+
+    return make_setup(config, build, splits, augmentation)
 
 
 def fit(trainer: KerasTrainer, *, bar: bool) -> None:
-    """Runs Lightning's Trainer until the loop is done or the run is to stop."""
+    """Runs Lightning's Trainer until training is done or the run is stopped."""
     run, loop, order = trainer.run, trainer.loop, trainer.setup.order
     batches = Batches(trainer)
     module = MnistModule(trainer, batches)
@@ -46,7 +66,7 @@ def fit(trainer: KerasTrainer, *, bar: bool) -> None:
         run.device,
         run.directory,
         max_epochs=math.ceil(loop.end / order.steps_per_epoch) - order.position(loop.step)[0],
-        # Lightning asks for a loader's length once; after a resume the first epoch is a shorter one.
+        # Lightning asks for a loader's length only once, but the first epoch after a resume is shorter.
         reload_dataloaders_every_n_epochs=1,
         enable_progress_bar=bar,
         callbacks=[EpochBar(module)] if bar else [],
@@ -54,10 +74,11 @@ def fit(trainer: KerasTrainer, *, bar: bool) -> None:
 
 
 class Batches:
-    """The training batches, one epoch per iteration, from the loop's position on.
+    """The training batches from the loop's position on, one epoch per iteration.
 
-    Yields what `TorchBackend.gradients` takes for one step. Its length is the rest of the epoch: Lightning
-    does not read a loader of known length ahead, so it requests a block when the previous one is logged.
+    Yields what `TorchBackend.gradients` takes for one step. The length is the rest of the epoch: Lightning
+    does not prefetch from a loader of known length, so it requests a block only after the previous one is
+    logged.
     """
 
     def __init__(self, trainer: KerasTrainer) -> None:
@@ -79,20 +100,14 @@ class Batches:
 
 
 class MnistModule(L.LightningModule):
-    """The Keras model as a Lightning module with manual optimization.
-
-    Args:
-      trainer: logs the steps; has the traced gradients and the optimizer step.
-      batches: the loader, which holds the block that the steps belong to.
-    """
+    """The Keras model as a Lightning module with manual optimization."""
 
     def __init__(self, trainer: KerasTrainer, batches: Batches) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = trainer.setup.task.model
         self.keras_trainer = trainer
-        self._backend = trainer.backend
-        self._batches = batches
+        self._backend, self._batches = trainer.backend, batches
         self._done: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._plan: list[Any] = []
         self.shown: dict[str, float] = {}
@@ -107,8 +122,8 @@ class MnistModule(L.LightningModule):
     def training_step(self, dataloader_iter: Iterator[Any]) -> None:
         """One optimizer step on the next batch.
 
-        Taking the iterator itself is Lightning's way to skip the hooks that move a batch to the device, where
-        this one already is.
+        Lightning passes the iterator itself because of the argument's name, and then skips the hooks that
+        move a batch to the device; ours is already there.
         """
         row, _, _ = next(dataloader_iter)
         if not self._done:
@@ -127,13 +142,13 @@ class MnistModule(L.LightningModule):
         values = self._backend.values(*map(list, zip(*done)), block.weights)
         self.keras_trainer.log(block, values)
         loop = self.keras_trainer.loop
-        # Before the loader is asked for the next batch: after the last one of an epoch it is not asked again.
+        # Here, because Lightning does not ask the loader for a next batch after the last one of an epoch.
         self.trainer.should_stop = not loop.between()
         self.shown = {name: float(v[-1]) for name, v in values.items()} | loop.position.validation
 
 
 class EpochBar(TQDMProgressBar):
-    """Lightning's progress bar with our numbers, refreshed once per block."""
+    """Lightning's progress bar with the loop's metrics, refreshed once per block."""
 
     def __init__(self, module: MnistModule) -> None:
         super().__init__(refresh_rate=module.keras_trainer.run.config.train.block_steps)

@@ -1,6 +1,7 @@
 """The configuration of the NeRF experiment. Loads no framework."""
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -15,8 +16,6 @@ from blacksmith.config.settings import (
     check_warmup,
 )
 from blacksmith.errors import ConfigError
-
-BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 
 _GRID, _MLP = {"nerf.Model.field": "grid"}, {"nerf.Model.field": "mlp"}
 _STEPS = "training is counted in steps"
@@ -38,19 +37,14 @@ class Data:
     )
     hull: bool = setting(
         True,
-        "start from the visual hull of the training images' alpha, which the standard protocol does not read",
+        "start from the visual hull of the images' alpha, which the standard protocol ignores",
         only_with=_GRID,
     )
     bounds: tuple[float, ...] | None = setting(
-        None,
-        "box that contains the scene, (x0, y0, z0, x1, y1, z1) in world units; None: what all cameras see",
+        None, "box around the scene, (x0, y0, z0, x1, y1, z1) in world units; None: what all cameras see"
     )
-    near: float | None = setting(
-        None, "distance at which rays start, in world units; None: in front of the box", ge=0
-    )
-    far: float | None = setting(
-        None, "distance at which rays end, in world units; None: behind the box", gt=0
-    )
+    near: float | None = setting(None, "where rays start, in world units; None: in front of the box", ge=0)
+    far: float | None = setting(None, "where rays end, in world units; None: behind the box", gt=0)
 
 
 @section("nerf.Model")
@@ -58,7 +52,7 @@ class Model:
     """Which field learns the scene."""
 
     field: Literal["grid", "mlp"] = setting(
-        "grid", "grid: density and features on voxels, fast; mlp: the networks of the NeRF paper"
+        "grid", "grid: a voxel grid, fast; mlp: the NeRF paper's networks"
     )
 
 
@@ -67,7 +61,7 @@ class Grid:
     """The grid field and its coarse-to-fine schedule."""
 
     resolutions: tuple[int, ...] = setting(
-        (48, 80, 128), "resolution of each level, as the side of a cube with the same number of vertices"
+        (48, 80, 128), "resolution of each level: the side of a cube with as many vertices"
     )
     upsample_at: tuple[float, ...] = setting(
         (0.12, 0.35), "when each finer level starts, as a fraction of the training"
@@ -134,23 +128,14 @@ class Train(TrainConfig):
     steps: int = setting(1000, "optimizer steps", gt=0)
     rays: int = setting(16384, "rays per step; the maximum if `samples` is set", gt=0)
     samples: int | None = setting(
-        65536,
-        "samples per step, from which the number of rays follows; None: always `rays`",
-        gt=0,
-        only_with=_GRID,
+        65536, "samples per step, which set the number of rays; None: always `rays`", gt=0, only_with=_GRID
     )
-    density_learning_rate: float = setting(
-        0.5, "peak learning rate of the grid's density", gt=0, only_with=_GRID
-    )
-    feature_learning_rate: float = setting(
-        0.1, "peak learning rate of the grid's features", gt=0, only_with=_GRID
-    )
-    distortion: float = setting(
-        0.0, "weight of the distortion loss, which concentrates the weights along a ray", ge=0
-    )
+    density_learning_rate: float = setting(0.5, "peak rate of the grid's density", gt=0, only_with=_GRID)
+    feature_learning_rate: float = setting(0.1, "peak rate of the grid's features", gt=0, only_with=_GRID)
+    distortion: float = setting(0.0, "weight of the distortion loss, which gathers a ray's weights", ge=0)
     total_variation: float = setting(0.0, "weight of the density's total variation", ge=0, only_with=_GRID)
     opacity_entropy: float = setting(
-        0.0, "weight of the entropy of the opacity, which makes rays empty or opaque", ge=0
+        0.0, "weight of the opacity's entropy, which makes rays either empty or opaque", ge=0
     )
     precision: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "precision of the networks; weights, grids and compositing stay float32"
@@ -167,16 +152,14 @@ class Train(TrainConfig):
     unused={"clip_norm": _CLIPPING, "global_clip_norm": _CLIPPING, "clip_value": _CLIPPING},
 )
 class Optimizer(TorchOptimizerConfig):
-    """The optimizer: Adam."""
+    """Adam by default, with different learning rates for networks and grid."""
 
-    learning_rate: float = setting(
-        2e-3, "peak learning rate of the networks; the grid's are in `nerf.Train`", gt=0
-    )
+    learning_rate: float = setting(2e-3, "peak rate of the networks; the grid's are in `nerf.Train`", gt=0)
 
 
 @section("Schedule", defaults={"name": "exponential", "warmup_steps": 20, "final_fraction": 0.1})
 class Schedule(ScheduleConfig):
-    """The learning rates over the optimizer steps."""
+    """The learning rates over the training."""
 
 
 @section(
@@ -198,36 +181,22 @@ class Results:
 
     lpips_weights: str | None = setting(
         None,
-        "AlexNet's ImageNet weights for LPIPS (alexnet-owt-7be5be79.pth); None: those in the cache, if any",
+        "alexnet-owt-7be5be79.pth, for LPIPS; None: the one in the cache, if any",
         resume_may_change=True,
     )
     video_frames: int = setting(60, "frames of the orbit video; 0: no video", ge=0, resume_may_change=True)
     video_fps: int = setting(20, "frames per second of the video", gt=0, resume_may_change=True)
     video_elevation: float = setting(
-        25.0,
-        "elevation of the video's camera above the horizon, in degrees",
-        gt=-90,
-        lt=90,
-        resume_may_change=True,
+        25.0, "degrees of the camera above the horizon", gt=-90, lt=90, resume_may_change=True
     )
     video_width: int | None = setting(
-        None,
-        "width of the video in pixels; None: the width of the images",
-        gt=0,
-        resume_may_change=True,
+        None, "width of the video in pixels; None: that of the images", gt=0, resume_may_change=True
     )
     mesh_resolution: int = setting(
-        192,
-        "cells along the longest side for --mode=export",
-        ge=8,
-        resume_may_change=True,
+        192, "cells along the longest side for --mode=export", ge=8, resume_may_change=True
     )
     mesh_opacity: float = setting(
-        0.1,
-        "the mesh lies where 1/96 of the box would be this opaque",
-        gt=0,
-        lt=1,
-        resume_may_change=True,
+        0.1, "the mesh lies where 1/96 of the box would be this opaque", gt=0, lt=1, resume_may_change=True
     )
 
 
@@ -237,7 +206,7 @@ class View:
 
     host: str = setting(
         "127.0.0.1",
-        "address to listen on; 0.0.0.0 admits other machines, without a password",
+        "address to listen on; 0.0.0.0: any, without a password",
         min_length=1,
         resume_may_change=True,
     )
@@ -264,7 +233,7 @@ class Config:
     @property
     def background(self) -> tuple[float, float, float]:
         """The background in evaluation: red, green and blue from 0 to 1."""
-        return BACKGROUNDS.get(self.data.background, BACKGROUNDS["white"])
+        return (0.0, 0.0, 0.0) if self.data.background == "black" else (1.0, 1.0, 1.0)
 
     @property
     def hull(self) -> bool:
@@ -282,12 +251,8 @@ class Config:
         return self.train.evaluate_every_steps or max(1, math.ceil(self.train.steps / 10))
 
     def check(self) -> None:
-        """The rules that span fields.
-
-        Raises:
-          ConfigError: the first that is broken.
-        """
-        data = self.data
+        """Checks the rules that span fields; raises ConfigError for the first that is broken."""
+        data, grid = self.data, self.grid
         if data.bounds is not None:
             low, high = data.bounds[:3], data.bounds[3:]
             if len(data.bounds) != 6 or any(not a < b for a, b in zip(low, high)):
@@ -297,13 +262,8 @@ class Config:
                 )
         if data.near is not None and data.far is not None and data.near >= data.far:
             raise ConfigError(f"nerf.Data.near = {data.near} is not below nerf.Data.far = {data.far}")
-        if self.model.field == "grid":
-            self._check_grid()
-        check_warmup(self.schedule, self.train.steps)
-
-    def _check_grid(self) -> None:
-        grid = self.grid
-        if not grid.resolutions or any(b <= a for a, b in zip((3, *grid.resolutions), grid.resolutions)):
+        # With the mlp field these are the defaults, which pass.
+        if not grid.resolutions or not _rises(3, *grid.resolutions):
             raise ConfigError(f"nerf.Grid.resolutions = {grid.resolutions}: must rise, starting at 4 or more")
         if len(grid.upsample_at) != len(grid.resolutions) - 1:
             raise ConfigError(
@@ -311,6 +271,10 @@ class Config:
                 f"which is {len(grid.resolutions) - 1}"
             )
         for name in ("upsample_at", "refresh_at"):
-            times = getattr(grid, name)
-            if any(b <= a for a, b in zip((0.0, *times), times)) or any(t >= 1 for t in times):
-                raise ConfigError(f"nerf.Grid.{name} = {times}: must rise, between 0 and 1")
+            if not _rises(0.0, *getattr(grid, name), 1.0):
+                raise ConfigError(f"nerf.Grid.{name} = {getattr(grid, name)}: must rise, between 0 and 1")
+        check_warmup(self.schedule, self.train.steps)
+
+
+def _rises(*values: float) -> bool:
+    return all(a < b for a, b in itertools.pairwise(values))

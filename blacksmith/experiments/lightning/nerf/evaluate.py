@@ -1,13 +1,15 @@
-"""What a trained field is used for: scores on test views, a video, a mesh, the viewer."""
+"""What is made of a trained field: scores, a video, a mesh, the viewer."""
 
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from blacksmith.datasets.blender import Scene
+from blacksmith.datasets.blender.cameras import orbit
 from blacksmith.experiments.lightning.nerf import fields, results, scores
 from blacksmith.experiments.lightning.nerf.data import open_scene_of
 from blacksmith.files import write_json
@@ -17,83 +19,66 @@ from blacksmith.models.pytorch.nerf.rendering import RadianceField
 from blacksmith.run.loop import show
 from blacksmith.run.run import Run
 
-GIF_PIXELS = 240
-
 
 def find_lpips(run: Run) -> scores.Lpips | None:
-    """LPIPS if its weights are present.
-
-    Raises:
-      DataError: the file that the configuration names is missing or a different one.
-    """
+    """LPIPS, if its weights are present; raises DataError if the configuration names a wrong file."""
     path = scores.find_lpips_weights(run.config.results.lpips_weights)
     return None if path is None else scores.Lpips(path).to(run.device)
 
 
-def score_test_views(
-    run: Run, field: RadianceField, scene: Scene, lpips: scores.Lpips | None, directory: str = "test"
+def score_views(
+    run: Run,
+    field: RadianceField,
+    scene: Scene,
+    split: str,
+    lpips: scores.Lpips | None,
+    directory: Path | None,
 ) -> dict[str, Any] | None:
-    """Renders and scores every test view into a directory of the run; None if the run is to stop."""
-    views = scene.views("test")
+    """Renders and scores the views of a split, see `results.evaluate`; None if the run is to stop."""
+    views = scene.views(split)
     return results.evaluate(
         field,
         views,
-        run.directory / directory,
+        directory,
         background=run.config.background,
         lpips=lpips,
-        on_image=progress_printer(run, len(views), "test views"),
+        on_image=progress_printer(run, f"{len(views)} {split} views"),
         stop=run.stop,
     )
 
 
 def film(run: Run, field: RadianceField, scene: Scene) -> bool:
-    """Renders the orbit video; False if the run is to stop."""
+    """Renders the orbit video, if there is to be one; False if the run is to stop."""
     settings = run.config.results
     if not settings.video_frames:
         return True
+    center = field.bounds.cpu().numpy().mean(0)
+    radius = float(np.mean([np.linalg.norm(camera.pose[:, 3] - center) for camera in scene.cameras("train")]))
     camera = scene.cameras("test")[0]
     width = settings.video_width or camera.width
-    bounds = field.bounds.cpu().numpy()
-    center = bounds.mean(0)
-    cameras = scene.cameras("train")
-    radius = float(np.mean([np.linalg.norm(view.pose[:, 3] - center) for view in cameras]))
-    written = results.write_orbit(
+    camera = camera.resized(width, max(1, round(width * camera.height / camera.width)))
+    return results.write_orbit(
         field,
-        camera.resized(width, max(1, round(width * camera.height / camera.width))),
+        orbit(camera, center, radius, settings.video_elevation, settings.video_frames),
         run.directory / "images",
-        center=center,
-        radius=radius,
-        elevation=settings.video_elevation,
-        frames=settings.video_frames,
         fps=settings.video_fps,
         background=run.config.background,
-        gif_width=min(GIF_PIXELS, width),
-        on_frame=progress_printer(run, settings.video_frames, "video frames"),
+        on_frame=progress_printer(run, f"{settings.video_frames} video frames"),
         stop=run.stop,
     )
-    return bool(written)
 
 
 def evaluate(run: Run) -> int:
-    """``--mode=eval``: the checkpoint on the validation and test views, into `eval.json` and `eval/`."""
+    """``--mode=eval``: scores the checkpoint on validation and test views, into `eval.json` and `eval/`."""
     lpips = find_lpips(run)
     scene = open_scene_of(run)
     field = fields.trained(run.config, run.resumed, run.device)
     run.trained_on_this_data()
-    held_out = scene.views("val")
     result: dict[str, Any] = {"checkpoint": str(run.resumed.path), "data": run.data}
-    result["val"] = results.evaluate(
-        field,
-        held_out,
-        None,
-        background=run.config.background,
-        lpips=lpips,
-        on_image=progress_printer(run, len(held_out), "validation views"),
-        stop=run.stop,
-    )
-    result["test"] = None if run.stop else score_test_views(run, field, scene, lpips, "eval")
-    if result["test"] is None:
-        return run.stopped()
+    for split, directory in (("val", None), ("test", run.directory / "eval")):
+        result[split] = score_views(run, field, scene, split, lpips, directory)
+        if result[split] is None:
+            return run.stopped()
     write_json(run.directory / "eval.json", result)
     for split in ("val", "test"):
         print(f"{split}: " + show({k: v for k, v in result[split].items() if isinstance(v, float)}))
@@ -102,12 +87,13 @@ def evaluate(run: Run) -> int:
 
 
 def export(run: Run) -> int:
-    """``--mode=export``: the checkpoint's surface as a colored mesh, `export/mesh.ply`."""
+    """``--mode=export``: writes the checkpoint's surface as a colored mesh, `export/mesh.ply`."""
     settings = run.config.results
     field = fields.trained(run.config, run.resumed, run.device)
-    size = float((field.bounds[1] - field.bounds[0]).mean())
-    unit = field.unit if isinstance(field, GridField) else size / 96
-    threshold = float(-np.log1p(-settings.mesh_opacity)) / unit
+    unit = (
+        field.unit if isinstance(field, GridField) else float((field.bounds[1] - field.bounds[0]).mean()) / 96
+    )
+    threshold = float(-np.log1p(-settings.mesh_opacity)) / unit  # 1 - exp(-density * unit) = opacity
     mesh = extract_mesh(field, resolution=settings.mesh_resolution, threshold=threshold)
     directory = run.directory / "export"
     directory.mkdir(exist_ok=True)
@@ -117,31 +103,25 @@ def export(run: Run) -> int:
 
 
 def view(run: Run) -> int:
-    """``--mode=view``: the checkpoint in the browser, until a signal comes."""
-    from blacksmith.experiments.lightning.nerf.viewer import serve
+    """``--mode=view``: shows the checkpoint in the browser until a signal comes."""
+    from blacksmith.experiments.lightning.nerf.viewer import serve  # viser takes a second to import
 
-    scene = open_scene_of(run)
-    field = fields.trained(run.config, run.resumed, run.device)
-    settings = run.config.view
-    serve(
-        field,
-        scene.cameras("test")[0],
-        background=run.config.background,
-        host=settings.host,
-        port=settings.port,
-        stop=lambda: bool(run.stop),
-    )
+    config = run.config
+    camera = open_scene_of(run).cameras("test")[0]
+    field = fields.trained(config, run.resumed, run.device)
+    options = {"background": config.background, "host": config.view.host, "port": config.view.port}
+    serve(field, camera, **options, stop=lambda: bool(run.stop))
     return 0
 
 
-def progress_printer(run: Run, total: int, what: str, every_seconds: float = 5.0) -> Callable[..., None]:
-    """A callback that prints ``12 of 20 test views`` at most every `every_seconds`."""
+def progress_printer(run: Run, what: str, every_seconds: float = 5.0) -> Callable[[int], None]:
+    """A callback that prints the number done, ``12 of 20 test views``, at most every `every_seconds`."""
     last = time.perf_counter()
 
-    def on_one(done: int, *_: Any) -> None:
+    def on_one(done: int) -> None:
         nonlocal last
         if run.config.log.progress != "off" and time.perf_counter() - last >= every_seconds:
             last = time.perf_counter()
-            print(f"{done} of {total} {what}", file=sys.stderr)
+            print(f"{done} of {what}", file=sys.stderr)
 
     return on_one

@@ -1,7 +1,7 @@
-"""The Lightning module: one step, and what happens between steps.
+"""The Lightning module: one training step, and what happens between steps.
 
-Lightning owns the loop, the optimiser, mixed precision and the checkpoint file. Between steps the module
-brings the grid to its next level, keeps the occupancy up to date, renders validation views and books metrics.
+Lightning owns the steps, the optimizer, mixed precision and the checkpoint file. In its hooks the module
+refines the grid, updates its occupancy and calls the run's loop, which validates, logs and saves.
 """
 
 import math
@@ -16,14 +16,7 @@ from torch import Tensor
 from blacksmith.datasets.blender import Views
 from blacksmith.errors import RunError
 from blacksmith.experiments.lightning.nerf import fields
-from blacksmith.experiments.lightning.nerf.pictures import (
-    depth_colors,
-    error_colors,
-    labels_of,
-    strip,
-    to_bytes,
-    write_png,
-)
+from blacksmith.experiments.lightning.nerf.pictures import panel_labels, panels, strip, write_png
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.experiments.lightning.nerf.scores import psnr
 from blacksmith.models.pytorch.nerf.grid import GridField
@@ -34,11 +27,10 @@ from blacksmith.run.order import generator, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import make_optimizer
+from blacksmith.trainers.torch_state import weights_and_gradients
 
-CHECKED_AT = 0.05
-"""When a field is looked at for having collapsed, as a fraction of the training."""
-
-_SMOOTHING = 0.9  # of the samples per ray that the size of the next batch follows from
+_CHECK_AT = 0.05  # when to check for a collapse, as a fraction of the training
+_SMOOTHING = 0.9  # of the samples per ray, from which the number of rays follows
 _FEWEST_RAYS = 512
 _OCCUPANCY_RAYS = 1 << 18
 
@@ -49,10 +41,16 @@ class NerfModule(L.LightningModule):
     Args:
       run: configuration, metrics and checkpoints.
       field: what is trained.
-      rays: the training pixels, or None where the module only restores a field.
+      rays: the training pixels.
       loader: draws batches of them.
-      validation: views that are looked at as training goes.
+      validation: views to render and score during training.
+
+    Attributes:
+      loop: must be set before training.
+      restarts: step, reason and attempt of each restart after a collapse; at most one.
     """
+
+    loop: Loop
 
     def __init__(
         self, run: Run, field: GridField | MlpField, rays: RayBank, loader: RayLoader, validation: Views
@@ -61,25 +59,22 @@ class NerfModule(L.LightningModule):
         self.field = field
         self._run, self._config = run, run.config
         self._rays, self._loader, self._validation = rays, loader, validation
+        self.register_buffer("background", torch.tensor(run.config.background), persistent=False)
         steps, grid = run.config.train.steps, run.config.grid
-        is_grid = run.config.model.field == "grid"
-        levels = zip(grid.upsample_at, grid.resolutions[1:]) if is_grid else ()
-        self._levels = {math.ceil(when * steps): resolution for when, resolution in levels}
-        self._refreshes = {math.ceil(when * steps) for when in grid.refresh_at} if is_grid else set()
-        self._check_at = math.ceil(CHECKED_AT * steps)
-        background = torch.tensor(run.config.background)
-        self.register_buffer("background", background, persistent=False)
-        self.loop: Loop | None = None
+        self._check_at = math.ceil(_CHECK_AT * steps)
+        self._levels: dict[int, int] = {}
+        self._refreshes: set[int] = set()
+        if isinstance(field, GridField):
+            levels = zip(grid.upsample_at, grid.resolutions[1:])
+            self._levels = {math.ceil(when * steps): resolution for when, resolution in levels}
+            self._refreshes = {math.ceil(when * steps) for when in grid.refresh_at}
         self.restarts: list[dict[str, Any]] = []
         self._per_ray = 0.0
         if run.resumed is not None:
             own = run.resumed.own
             self.restarts, self._per_ray, loader.drawn = list(own["restarts"]), own["per_ray"], own["drawn"]
-        self._values: dict[str, Tensor] = {}
-        self._collapse: str | None = None
-        self._dense = 0
 
-    # --- what Lightning calls ---
+    # --- called by Lightning ---
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer with a learning rate per kind of parameter, all on the same schedule."""
@@ -98,42 +93,53 @@ class NerfModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Takes SIGTERM back, which Lightning handles in the middle of a step, and finds the rays to draw."""
+        """Prepares the first step, now that Lightning has restored the field and can save it."""
+        # Lightning's own handler of SIGTERM would raise in the middle of a step.
         self._run.stop.listen()
         self._use_pool(reshuffle=False)
+        # A resumed run repeats the steps after its checkpoint.
         for old in (self._run.directory / "images").glob("val_*.png"):
             if int(old.stem.removeprefix("val_")) > self.global_step:
                 old.unlink()
-        # Not before: only now has Lightning restored the field, and can save it.
         self.trainer.should_stop = not self.loop.between()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Takes the field to the level and the occupancy that this step is trained with."""
+        """Brings the grid to the level and the occupancy that this step is trained with.
+
+        Here and not after the previous step: a checkpoint between the two, from `on_train_batch_end`, then
+        holds the old grid, and a resumed run repeats the change.
+        """
         del batch, batch_idx
         step = self.global_step
-        if step in self._levels and step not in {restart["step"] for restart in self.restarts}:
-            fits = not self._config.data.hull and self._config.data.bounds is None
-            if fits:
+        # A restart at this very step has started at this level already.
+        upsample = step in self._levels and all(restart["step"] != step for restart in self.restarts)
+        if upsample:
+            # Without hull and bounds the box is a guess from the cameras: fit it to what has been found.
+            shrink = not self._config.data.hull and self._config.data.bounds is None
+            if shrink:
                 self._refresh_occupancy()
-            reached = self.field.upsample(self._levels[step], shrink=fits)
+            reached = self.field.upsample(self._levels[step], shrink=shrink)
             if reached < self._levels[step]:
                 self.loop.say(
                     f"step {step}: the level has resolution {reached} instead of {self._levels[step]}: more "
                     "would need a larger nerf.Grid.rows"
                 )
-            self._forget_moments([self.field.density_table, self.field.feature_table])
+            self._reset_moments([self.field.density_table, self.field.feature_table])
         if step in self._refreshes:
             self._refresh_occupancy()
         if step in self._levels or step in self._refreshes:
             self._use_pool()
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The loss of some rays, int64 [rays]."""
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        """The loss of a batch of ray numbers, int64 [rays], and what `on_train_batch_end` needs."""
         del batch_idx
         config, step = self._config, self.global_step
+        # Seeded at each step, so that a resumed run draws the same numbers without a saved state.
         random = torch.Generator(batch.device)
         random.manual_seed(seed_int(config.run.seed, "step", self._loader.attempt, step) % 2**63)
         origins, directions, rgba = self._rays(batch)
+        # The pixels have straight alpha: truth and render are composited over the same background. If its
+        # color is random, only a field that is transparent where the pixels are can match.
         background = self.background
         if config.data.background == "random":
             background = torch.rand(len(batch), 3, generator=random, device=batch.device)
@@ -141,43 +147,47 @@ class NerfModule(L.LightningModule):
         if isinstance(self.field, GridField):
             step_length = self.field.voxel * self.field.train_step
             interpolate = step >= config.grid.interpolate_at * config.train.steps
-            traced = self.field.trace(origins, directions, step_length, random, interpolate=interpolate)
-            self._dense = traced.num_samples
-            rendered = [traced]
+            rendered = [self.field.trace(origins, directions, step_length, random, interpolate=interpolate)]
+            samples = rendered[0].num_samples
         else:
-            rendered = list(self.field.trace(origins, directions, random))
-            traced = rendered[-1]
+            # The coarse network, whose weights say where the fine one samples, has a loss of its own.
+            rendered, samples = list(self.field.trace(origins, directions, random)), None
         errors = []
         for seen in rendered:
             rgb = seen.rgb + (1 - seen.opacity[:, None]) * background
             errors.append(torch.nn.functional.mse_loss(rgb, truth))
-        loss = sum(errors) + self._regularisation(traced)
+        traced, reason = rendered[-1], None
         if step + 1 == self._next_check:
             matter = (rgba[:, 3] > 0.5) & ((truth - background).abs().amax(1) > 0.1)
-            self._collapse = collapse(traced.opacity.detach(), rgb.detach(), truth, matter)
-        values = {"loss": loss, "mse": errors[-1], "opacity": traced.opacity.mean()}
-        self._values = {name: value.detach() for name, value in values.items()}
-        return loss
+            reason = collapse(traced.opacity.detach(), rgb.detach(), truth, matter)
+        return {
+            "loss": sum(errors) + self._regularization(traced),
+            "mse": errors[-1].detach(),
+            "opacity": traced.opacity.detach().mean(),
+            "samples": samples,
+            "collapse": reason,
+        }
 
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: dict[str, Any], batch: Tensor, batch_idx: int) -> None:
         """Logs the step; the loop validates and saves what is due after it."""
-        del outputs, batch_idx
-        self._choose_size(len(batch))
-        if self.global_step == self._next_check and self._collapse is not None:
-            self._restart(self._collapse)
-            self._values = {}  # of the field that collapsed
-        self.loop.log(self._values, rays=len(batch))
+        del batch_idx
+        if self._config.samples is not None:
+            self._choose_batch_size(outputs["samples"] / len(batch))
+        values = {name: outputs[name] for name in ("loss", "mse", "opacity")}
+        if outputs["collapse"] is not None:
+            self._restart(outputs["collapse"])
+            values = {}  # they are those of the collapsed field
+        self.loop.log(values, rays=len(batch))
         if not self.loop.between():
             self.trainer.should_stop = True
 
-    # --- what the loop calls ---
+    # --- called by the loop ---
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Writes Lightning's checkpoint file; returns what a resumed run has to know apart from it."""
+        """Writes Lightning's checkpoint file; returns what must be known before Lightning restores it."""
         self.trainer.save_checkpoint(directory / fields.WEIGHTS)
-        rows = len(self.field.feature_table) if isinstance(self.field, GridField) else 0
         return {
-            "rows": rows,
+            "rows": self._rows,
             "restarts": self.restarts,
             "per_ray": self._per_ray,
             "drawn": self._loader.drawn,
@@ -185,19 +195,19 @@ class NerfModule(L.LightningModule):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Renders and scores the validation views; the first of them is kept as a picture."""
-        run, step, background = self._run, self.loop.step, self._config.background
+        """Renders and scores the validation views; the first one is kept as a picture."""
+        run, step, views = self._run, self.loop.step, self._validation
         errors, ratios = [], []
-        for index, camera in enumerate(self._validation.cameras):
-            rendered = render_image(self.field, camera, self.background)
-            rgb = rendered.rgb.clamp(0, 1).cpu().numpy()
-            truth = self._validation.picture(index, background)
-            errors.append(float(np.square(rgb - truth).mean(dtype=np.float64)))
+        for index, name in enumerate(views.names):
+            rendered = render_image(self.field, views.cameras[index], self.background)
+            rgb = rendered.rgb.clamp(0, 1).cpu()
+            truth = views.picture(index, self._config.background)
+            errors.append(float(np.square(rgb.numpy() - truth).mean(dtype=np.float64)))
             ratios.append(psnr(rgb, truth))
-            depth = depth_colors(rendered.depth.cpu().numpy(), rendered.opacity.cpu().numpy())
-            pictures = [to_bytes(truth), to_bytes(rgb), error_colors(rgb, truth), depth]
-            name = self._validation.names[index]
-            shown = strip(pictures, list(labels_of(f"val view {name}", ratios[-1]).values()))
+            pictures = panels(rgb, truth, rendered.depth, rendered.opacity)
+            shown = strip(
+                list(pictures.values()), list(panel_labels(f"val view {name}", ratios[-1]).values())
+            )
             run.metrics.image(step, f"val/{name}", shown)
             if index == 0:
                 (run.directory / "images").mkdir(exist_ok=True)
@@ -206,10 +216,7 @@ class NerfModule(L.LightningModule):
 
     def histograms(self) -> dict[str, np.ndarray]:
         """Weights and, after the first step, their gradients."""
-        named = list(self.field.named_parameters())
-        arrays = {f"weights/{name}": value.detach() for name, value in named}
-        arrays |= {f"gradients/{name}": value.grad for name, value in named if value.grad is not None}
-        return {name: array.float().cpu().numpy() for name, array in arrays.items()}
+        return weights_and_gradients(dict(self.field.named_parameters()))
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """The values of a training line from their means."""
@@ -222,30 +229,36 @@ class NerfModule(L.LightningModule):
         }
 
     def release(self) -> None:
-        """Lets go of field, rays and optimizer: testing reads the best checkpoint and needs the memory."""
+        """Frees field, rays and optimizer: the test needs the memory, and reads the best checkpoint."""
         self._loader.use_pool(torch.zeros(1, dtype=torch.int32))  # the pool has up to a number per pixel
         self.field = self._rays = self._validation = self.trainer = None
 
-    # --- what it is made of ---
+    # --- parts of a step ---
+
+    @property
+    def _rows(self) -> int:
+        return len(self.field.feature_table) if isinstance(self.field, GridField) else 0
 
     @property
     def _next_check(self) -> int:
-        """The step after which the field is looked at for having collapsed; a second time after a restart."""
+        """The step after which to check for a collapse: once, and once more after a restart."""
         return self._check_at * (1 + len(self.restarts))
 
     def _rate(self, step: int) -> float:
-        config, begun = self._config, self.restarts[-1]["step"] if self.restarts else 0
-        return learning_rate(config.schedule, 1.0, step, config.train.steps, restarted_at=begun)
+        """The learning rate as a fraction of its peak; a restart repeats the warm-up."""
+        config, restarted_at = self._config, self.restarts[-1]["step"] if self.restarts else 0
+        return learning_rate(config.schedule, 1.0, step, config.train.steps, restarted_at=restarted_at)
 
-    def _regularisation(self, traced: Any) -> Tensor | float:
+    def _regularization(self, traced: Any) -> Tensor | float:
         train, total = self._config.train, 0.0
         if train.distortion:
             size = float((self.field.bounds[1] - self.field.bounds[0]).mean())
-            weights, samples = traced.weights.reshape(-1), traced.samples
+            samples = traced.samples
             if isinstance(samples.length, Tensor):
+                # The last sample of a ray through the mlp field stands for all the rest of the ray.
                 samples = samples._replace(length=samples.length.clamp(max=size))
-            spread = distortion(weights, samples, len(traced.opacity), size)
-            total = total + train.distortion * spread.mean()
+            per_ray = distortion(traced.weights.reshape(-1), samples, len(traced.opacity), size)
+            total = total + train.distortion * per_ray.mean()
         if train.total_variation:
             total = total + train.total_variation * self.field.total_variation()
         if train.opacity_entropy:
@@ -254,17 +267,19 @@ class NerfModule(L.LightningModule):
             total = total + train.opacity_entropy * entropy.mean()
         return total
 
-    def _choose_size(self, rays: int) -> None:
-        """As many rays next as should give the samples that a step is to have."""
-        samples, most = self._config.samples, self._config.train.rays
-        if samples is None:
-            return
-        now = max(self._dense / rays, 1.0)
-        self._per_ray = now if not self._per_ray else _SMOOTHING * self._per_ray + (1 - _SMOOTHING) * now
-        self._loader.size = min(max(_FEWEST_RAYS, int(samples / self._per_ray)), most)
+    def _choose_batch_size(self, per_ray: float) -> None:
+        """Sets the number of rays of the next batch, given the samples per ray of this one.
+
+        A step costs about as much as it has samples. As the field becomes opaque and its empty space is
+        skipped, rays have fewer of them, and a step of the same cost has room for more rays.
+        """
+        per_ray = max(per_ray, 1.0)
+        self._per_ray = _SMOOTHING * self._per_ray + (1 - _SMOOTHING) * per_ray if self._per_ray else per_ray
+        size = max(_FEWEST_RAYS, int(self._config.samples / self._per_ray))
+        self._loader.size = min(size, self._config.train.rays)
 
     def _use_pool(self, *, reshuffle: bool = True) -> None:
-        """Draws from the rays that can meet something; all of them for the mlp field."""
+        """Draws only rays that can meet something; all of them for the mlp field."""
         device = self._rays.pixels.device
         if not isinstance(self.field, GridField):
             pool = torch.arange(len(self._rays), dtype=torch.int32, device=device)
@@ -277,7 +292,7 @@ class NerfModule(L.LightningModule):
         self._loader.use_pool(pool, reshuffle=reshuffle)
 
     def _refresh_occupancy(self) -> None:
-        """Marks what some of the training rays see."""
+        """Keeps occupied only cells with matter that some of the training rays reach."""
         random = generator(self._config.run.seed, "occupancy", self.global_step)
         drawn = random.choice(len(self._rays), min(_OCCUPANCY_RAYS, len(self._rays)), replace=False)
         numbers = torch.from_numpy(drawn).to(self._rays.pixels.device)
@@ -289,30 +304,30 @@ class NerfModule(L.LightningModule):
                 "yet; the occupancy stays as it was"
             )
 
-    def _forget_moments(self, parameters: list[Tensor]) -> None:
-        """Adam's moments of parameters that have got another meaning start anew."""
+    def _reset_moments(self, parameters: list[Tensor]) -> None:
+        """Zeroes the optimizer's state of parameters whose entries now stand for something else."""
         state = self.optimizers().optimizer.state
         for parameter in parameters:
             for value in state.get(parameter, {}).values():
                 value.zero_()
 
     def _restart(self, reason: str) -> None:
-        """Begins once more with another seed, at this step of the schedule."""
+        """Replaces a collapsed field by an empty one from a different seed; the steps keep counting."""
         step = self.global_step
         if self.restarts:
             raise RunError(
                 f"the field has collapsed again ({reason}); lower the learning rates in Optimizer "
-                "and nerf.Train, raise nerf.Grid.alpha, or check that cameras and pictures belong together"
+                "and nerf.Train, raise nerf.Grid.alpha, or check that cameras and images belong together"
             )
         self._loader.attempt += 1
         self.restarts.append({"step": step, "reason": reason, "attempt": self._loader.attempt})
         self.loop.say(
-            f"step {step}: the field has collapsed ({reason}); starting once more with another seed "
+            f"step {step}: the field has collapsed ({reason}); restarting it with a different seed "
             f"(attempt {self._loader.attempt} of seed {self._config.run.seed})"
         )
+        # In place, because the optimizer holds these parameters.
         field = self.field
-        rows = len(field.feature_table) if isinstance(field, GridField) else 0
-        fresh = fields.build(self._config, rows, self._loader.attempt).to(self.background.device)
+        fresh = fields.build(self._config, self._rows, self._loader.attempt).to(self.background.device)
         with torch.no_grad():
             for old, new in zip(field.parameters(), fresh.parameters()):
                 old.copy_(new)
@@ -321,10 +336,9 @@ class NerfModule(L.LightningModule):
             first = max(reached, default=self._config.grid.resolutions[0])
             near_far = tuple(field.occupancy.near_far.tolist())
             field.begin(field.bounds.clone(), field.hull.clone(), first, near_far)
-        self._forget_moments(list(field.parameters()))
+        self._reset_moments(list(field.parameters()))
         self.loop.discard()
-        self._collapse = None
-        # Lightning has set the rates of the next step already, without the new warm-up.
+        # Lightning has already set the rates of the next step, without the new warm-up.
         scheduler = self.lr_schedulers()
         for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs):
             group["lr"] = base * self._rate(step)
@@ -336,9 +350,9 @@ def collapse(opacity: Tensor, rgb: Tensor, truth: Tensor, matter: Tensor) -> str
 
     Args:
       opacity: float32 [rays].
-      rgb: what was rendered, float32 [rays, 3].
-      truth: what should have been.
-      matter: rays that end at something, bool [rays].
+      rgb: the render, float32 [rays, 3].
+      truth: the pixels, float32 [rays, 3].
+      matter: bool [rays], which rays end at matter that differs from the background.
     """
     if not matter.any():
         return None
@@ -347,7 +361,7 @@ def collapse(opacity: Tensor, rgb: Tensor, truth: Tensor, matter: Tensor) -> str
         return "it is not finite"
     if seen < 0.02:
         return f"it is empty: rays that should meet something have an opacity of {seen:.4f}"
-    spread, wanted = float(rgb[matter].std(0).mean()), float(truth[matter].std(0).mean())
-    if wanted > 0.05 and spread < 1e-3:
-        return f"it has one colour everywhere: it varies by {spread:.4f}, the pictures by {wanted:.3f}"
+    varies, wanted = float(rgb[matter].std(0).mean()), float(truth[matter].std(0).mean())
+    if wanted > 0.05 and varies < 1e-3:
+        return f"it has one color everywhere: it varies by {varies:.4f}, the images by {wanted:.3f}"
     return None

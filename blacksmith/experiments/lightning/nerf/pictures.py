@@ -1,6 +1,6 @@
 """Pictures from arrays: error maps, depth maps, strips with labels, PNG files.
 
-Used by validation, evaluation and the viewer. Needs only NumPy and Pillow.
+Used by validation, evaluation and the viewer.
 """
 
 from collections.abc import Sequence
@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from blacksmith.files import atomic_file
 
-# The mean absolute error that is drawn brightest. Fixed, so that error maps can be compared.
-ERROR_SCALE = 0.25
-# Pixels at least this opaque determine the range of depths.
-HIT_OPACITY = 0.5
-# The percentiles of their depths that are drawn brightest and darkest.
-DEPTH_PERCENTILES = (1.0, 99.0)
+ERROR_SCALE = 0.25  # the mean absolute error that is drawn brightest: fixed, so that maps can be compared
+HIT_OPACITY = 0.5  # pixels at least this opaque determine the range of depths
+DEPTH_PERCENTILES = (1.0, 99.0)  # of their depths: drawn brightest and darkest
 
 GAP_PIXELS = 4
 LABEL_PIXELS = 20
@@ -52,12 +50,7 @@ def to_bytes(rgb: np.ndarray) -> np.ndarray:
 def error_colors(render: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Draws the mean absolute error of each pixel, from black (0) to pale yellow (`ERROR_SCALE` or more).
 
-    Args:
-      render: float [height, width, 3] in [0, 1].
-      truth: the same.
-
-    Returns:
-      uint8 [height, width, 3].
+    Takes two pictures, float [height, width, 3] in [0, 1]; returns one, uint8 [height, width, 3].
     """
     error = np.abs(np.asarray(render) - truth).mean(axis=-1)
     return to_bytes(_look_up(_INFERNO, error / ERROR_SCALE))
@@ -68,12 +61,8 @@ def depth_colors(depth: np.ndarray, opacity: np.ndarray) -> np.ndarray:
 
     Each picture has its own range of depths, from the 1st to the 99th percentile of its opaque pixels.
 
-    Args:
-      depth: float [height, width], in world units, along the ray.
-      opacity: float [height, width] in [0, 1].
-
-    Returns:
-      uint8 [height, width, 3]; white where there is nothing.
+    Takes the distance along the ray, float [height, width], and the opacity, of the same shape in [0, 1];
+    returns uint8 [height, width, 3].
     """
     depth, opacity = np.asarray(depth), np.clip(opacity, 0, 1)[..., None]
     hit = depth[opacity[..., 0] >= HIT_OPACITY]
@@ -87,8 +76,8 @@ def strip(pictures: Sequence[np.ndarray], labels: Sequence[str] = ()) -> np.ndar
     """Places pictures side by side with a small white gap between them, and a label above each.
 
     Args:
-      pictures: uint8 [height, width, 3] each, all of the same height.
-      labels: one for each picture, or none.
+      pictures: uint8 [height, width, 3], all of the same height.
+      labels: one per picture, or none.
 
     Returns:
       uint8 [height (plus `LABEL_PIXELS` with labels), total width, 3].
@@ -105,13 +94,26 @@ def strip(pictures: Sequence[np.ndarray], labels: Sequence[str] = ()) -> np.ndar
     return np.asarray(sheet)
 
 
-def labels_of(view: str, psnr: float) -> dict[str, str]:
-    """The labels of truth, render, error and depth of a view, by the suffix of their file names.
+def panels(rgb: Tensor, truth: np.ndarray, depth: Tensor, opacity: Tensor) -> dict[str, np.ndarray]:
+    """Truth, render, error and depth of a view, uint8 [height, width, 3], by suffix of the file name.
 
     Args:
-      view: split and name.
-      psnr: of the render, in dB.
+      rgb: the render, float [height, width, 3] in [0, 1].
+      truth: the same of the true picture.
+      depth: float [height, width].
+      opacity: float [height, width].
     """
+    render = rgb.cpu().numpy()
+    return {
+        "_truth": to_bytes(truth),
+        "": to_bytes(render),
+        "_error": error_colors(render, truth),
+        "_depth": depth_colors(depth.cpu().numpy(), opacity.cpu().numpy()),
+    }
+
+
+def panel_labels(view: str, psnr: float) -> dict[str, str]:
+    """The labels of `panels`: `view` is its split and name, `psnr` that of the render in dB."""
     return {
         "_truth": f"truth, {view}",
         "": f"render, {psnr:.2f} dB",
@@ -121,10 +123,6 @@ def labels_of(view: str, psnr: float) -> dict[str, str]:
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Writes uint8 [height, width, 3 or 4] as PNG, atomically.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
+    """Writes uint8 [height, width, 3 or 4] as PNG, atomically."""
     with atomic_file(path) as stream:
         Image.fromarray(pixels).save(stream, format="PNG")

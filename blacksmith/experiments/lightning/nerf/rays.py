@@ -1,4 +1,4 @@
-"""Training rays: compact arrays on the device, and a loader that draws batches of them, resumably."""
+"""Training rays: compact arrays on the device, and a resumable loader that draws batches of them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +12,10 @@ from blacksmith.run.order import generator
 
 
 class RayBank:
-    """All rays of some views: 4 bytes a pixel, and a pose and the intrinsics for each view.
+    """All rays of some views of one size: 4 bytes per pixel, and the camera of each view.
 
-    A ray is a number, (view * height + row) * width + column; its origin and direction are computed when it
-    is asked for. 100 views of 800x800 take 256 MB.
-
-    Args:
-      views: all of one size.
-      device: where the arrays are kept.
+    A ray is a number, (view * height + row) * width + column; calling the bank computes its origin and
+    direction. 100 views of 800x800 take 256 MB.
     """
 
     def __init__(self, views: Views, device: torch.device | str) -> None:
@@ -42,36 +38,47 @@ class RayBank:
         x = (rays % self.width + 0.5 - cx) / fx
         y = (rays % area // self.width + 0.5 - cy) / fy
         local = torch.stack([x, -y, -torch.ones_like(x)], -1)
-        # Not a matrix product: autocast would take that to half precision, which moves rays by pixels.
-        turned = (pose[:, :, :3] * local[:, None, :]).sum(-1)
-        directions = torch.nn.functional.normalize(turned, dim=-1)
-        return pose[:, :, 3], directions, self.pixels[rays].float() / 255
+        # Not a matrix product: autocast would compute it in half precision, which moves rays by pixels.
+        directions = (pose[:, :, :3] * local[:, None, :]).sum(-1)
+        return (
+            pose[:, :, 3],
+            torch.nn.functional.normalize(directions, dim=-1),
+            self.pixels[rays].float() / 255,
+        )
+
+
+# `drawn` is missing: the run's loop needs it before Lightning restores the loader.
+_STATE = ("step", "size", "attempt", "passes", "cursor")
 
 
 class RayLoader:
-    """Batches of ray numbers, one for each step, int64 [rays] on the device: what Lightning's Trainer takes.
+    """What Lightning's Trainer iterates over: one batch of ray numbers per step, int64 [rays], on the device.
 
-    Each pass over the pool is in an order drawn from (seed, attempt, pass); what is left at its end and does
-    not fill a batch is dropped. How many rays the next batch has is set as training goes (`size`); `drawn`
-    counts them. Its state is what a resumed run needs to go on in the middle of a pass.
+    Each pass over the pool has an order drawn from (seed, attempt, pass), so that a place in it is a few
+    numbers, which Lightning saves and restores (`state_dict`). What does not fill a batch at the end of a
+    pass is dropped. It is also the `loop.Batches` of the run's loop.
 
     Args:
-      steps: how many batches there are in all.
+      steps: number of batches.
       seed: of the order.
       size: rays of the first batch.
-      rays: all there are; an epoch is as many.
+      rays: how many make one epoch.
+
+    Attributes:
+      step: batches drawn so far.
+      size: rays of the next batch; training changes it.
+      attempt: 0, or 1 after a restart.
+      passes: passes over the pool so far.
+      cursor: rays drawn in this pass.
+      drawn: rays drawn so far.
     """
 
     steps_per_epoch = None  # batches have different sizes
 
     def __init__(self, steps: int, seed: int, size: int, *, rays: int) -> None:
-        self.step = 0
         self.size = size
-        self.attempt = 0
-        self.passes = 0
-        self.drawn = 0
+        self.step = self.attempt = self.passes = self.cursor = self.drawn = 0
         self._steps, self._seed, self._rays = steps, seed, rays
-        self._cursor = 0
         self._pool = torch.zeros(0, dtype=torch.int64)
         self._order: Tensor | None = None
 
@@ -84,15 +91,15 @@ class RayLoader:
         if not len(pool):
             raise ValueError("no ray is left to draw from")
         self._pool, self._order = pool, None
-        if reshuffle and self._cursor:
-            self.passes, self._cursor = self.passes + 1, 0
+        if reshuffle and self.cursor:
+            self.passes, self.cursor = self.passes + 1, 0
 
     def epoch(self, step: int) -> float:
-        """Rays drawn so far, in units of all there are; `step` is the present one."""
+        """Rays drawn so far, as a multiple of all rays; known only for the current step."""
         return self.drawn / self._rays
 
     def examples_before(self, step: int) -> int:
-        """Steps: how many rays later ones will see is not known."""
+        """Steps, because how many rays later steps will see is not known."""
         return step
 
     def __len__(self) -> int:
@@ -104,26 +111,23 @@ class RayLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the order, as plain numbers."""
-        names = ("step", "size", "attempt", "passes")
-        return {**{name: getattr(self, name) for name in names}, "cursor": self._cursor}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a place in the order; the pool has to be the one that it was in."""
-        self.step, self.size = state["step"], state["size"]
-        self.attempt, self.passes, self._cursor = state["attempt"], state["passes"], state["cursor"]
+        """Returns to a place in the order; the pool must be the same as then."""
+        vars(self).update({name: state[name] for name in _STATE})
         self._order = None
 
     def _next(self) -> Tensor:
         size = min(self.size, len(self._pool))
-        if self._cursor + size > len(self._pool):
-            self.passes, self._cursor, self._order = self.passes + 1, 0, None
+        if self.cursor + size > len(self._pool):
+            self.passes, self.cursor, self._order = self.passes + 1, 0, None
         if self._order is None:
-            random = generator(self._seed, "order", self.attempt, self.passes)
             rows = np.arange(len(self._pool), dtype=np.int32)
-            random.shuffle(rows)
+            generator(self._seed, "order", self.attempt, self.passes).shuffle(rows)
             self._order = torch.from_numpy(rows).to(self._pool.device)
-        rows = self._order[self._cursor : self._cursor + size]
-        self._cursor += size
+        rows = self._order[self.cursor : self.cursor + size]
+        self.cursor += size
         self.drawn += size
         self.step += 1
         return self._pool[rows].long()

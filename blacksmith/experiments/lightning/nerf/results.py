@@ -1,7 +1,6 @@
 """The results of a trained field: scores on held-out views, picture strips for the report, an orbit video.
 
-Used after training and in evaluation. The stop flag is checked before every picture, and files are written
-atomically.
+The stop flag is checked before every picture, and files are written atomically.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,16 @@ import torch
 from PIL import Image
 
 from blacksmith.datasets.blender import Views
-from blacksmith.datasets.blender.cameras import Camera, orbit
+from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.errors import RunError
-from blacksmith.experiments.lightning.nerf.pictures import (
-    depth_colors,
-    error_colors,
-    labels_of,
-    strip,
-    to_bytes,
-    write_png,
-)
+from blacksmith.experiments.lightning.nerf.pictures import panel_labels, panels, strip, to_bytes, write_png
 from blacksmith.experiments.lightning.nerf.scores import psnr, ssim
 from blacksmith.files import atomic_file
 from blacksmith.models.pytorch.nerf.rendering import RadianceField, render_image
 from blacksmith.run.signals import StopFlag
 
-# The width of each picture in a strip of the report: four fit on a page, and three strips take about 1 MB.
-STRIP_PICTURE_PIXELS = 320
+STRIP_PICTURE_PIXELS = 320  # width: four fit on a page of the report, and three strips take about 1 MB
+GIF_PIXELS = 240  # width
 GIF_BYTES = 2_000_000
 GIF_FPS = 20
 
@@ -50,19 +42,17 @@ def evaluate(
     *,
     background: tuple[float, float, float],
     lpips: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
-    on_image: Callable[[int, dict[str, Any]], None] | None = None,
+    on_image: Callable[[int], None] | None = None,
     stop: StopFlag | None = None,
 ) -> dict[str, Any] | None:
     """Renders every view and scores it against the true picture.
 
     Args:
-      field: the field to render, on its own device.
       views: the true pictures and their cameras.
-      directory: its PNG files are replaced by `NAME.png`, `NAME_truth.png`, `NAME_error.png` and
-        `NAME_depth.png` of every view; None: nothing is written.
-      background: behind both pictures, in [0, 1].
+      directory: its PNG files are replaced by the `panels` of every view; None: nothing is written.
+      background: color behind both pictures, in [0, 1].
       lpips: `scores.Lpips` or similar, on the field's device; None: LPIPS is left out.
-      on_image: called after each view with the number of finished views and the scores of this view.
+      on_image: called after each view with the number of finished views.
       stop: ends the evaluation once it is true.
 
     Returns:
@@ -91,30 +81,25 @@ def evaluate(
             scores["lpips"] = lpips(rgb, truth)
         images.append({"name": name} | scores)
         if directory is not None:
-            render = rgb.cpu().numpy()
-            depth = depth_colors(rendered.depth.cpu().numpy(), rendered.opacity.cpu().numpy())
-            write_png(directory / f"{name}.png", to_bytes(render))
-            write_png(directory / f"{name}_truth.png", to_bytes(picture))
-            write_png(directory / f"{name}_error.png", error_colors(render, picture))
-            write_png(directory / f"{name}_depth.png", depth)
+            for kind, pixels in panels(rgb, picture, rendered.depth, rendered.opacity).items():
+                write_png(directory / f"{name}{kind}.png", pixels)
         if on_image is not None:
-            on_image(len(images), images[-1])
+            on_image(len(images))
     means = {score: statistics.fmean(image[score] for image in images) for score in scores}
     return means | {"images": images, "seconds_per_frame": seconds / len(images)}
 
 
 def write_gallery(results: Path, images: Path, scores: dict[str, Any], split: str = "test") -> list[Path]:
-    """Writes picture strips of the worst, the median and the best view by PSNR, which the report shows.
+    """Writes strips of the `panels` of the worst, the median and the best view, which the report shows.
 
     Args:
       results: the directory that `evaluate` wrote.
       images: the run's `images/`, from which older strips of this split are removed.
-      scores: what `evaluate` returned.
+      scores: what `evaluate` returned; PSNR ranks the views.
       split: the split of the views, the first word of the file names.
 
     Returns:
-      The files, `test_1_worst_r_7.png` and so on, each a strip of truth, render, error and depth; fewer than
-      three if there are fewer views.
+      The files, `test_1_worst_r_7.png` and so on; fewer than three if there are fewer views.
     """
     ranked = sorted(scores["images"], key=lambda image: image["psnr"])
     # A rank that occurs twice keeps its last place: the worst comes first, then the best.
@@ -125,7 +110,7 @@ def write_gallery(results: Path, images: Path, scores: dict[str, Any], split: st
     written = []
     for rank, place in sorted(places.items()):
         image = ranked[rank]
-        labels = labels_of(f"{split} view {image['name']}", image["psnr"])
+        labels = panel_labels(f"{split} view {image['name']}", image["psnr"])
         pictures = [_fitted(results / f"{image['name']}{kind}.png") for kind in labels]
         name = re.sub(r"[^\w.-]+", "_", image["name"])
         written.append(images / f"{split}_{place}_{name}.png")
@@ -135,67 +120,56 @@ def write_gallery(results: Path, images: Path, scores: dict[str, Any], split: st
 
 def write_orbit(
     field: RadianceField,
-    camera: Camera,
+    cameras: Sequence[Camera],
     directory: Path,
     *,
-    center: np.ndarray,
-    radius: float,
-    elevation: float,
-    frames: int,
     fps: int,
     background: tuple[float, float, float],
-    gif_width: int,
     on_frame: Callable[[int], None] | None = None,
     stop: StopFlag | None = None,
-) -> list[Path]:
+) -> bool:
     """Renders one orbit around the scene: `orbit.mp4` at full size and a small, looping `orbit.gif`.
 
     The video is H.264 in 4:2:0, which every browser plays. It needs an even width and height, so both are
-    rounded down. The GIF has at most `GIF_FPS` frames per second and `GIF_BYTES` bytes.
+    rounded down. The GIF has at most `GIF_PIXELS` of width, `GIF_FPS` frames per second and `GIF_BYTES`.
 
     Args:
-      field: the field to render.
-      camera: gives width, height and focal length.
+      cameras: one per frame, all of one size.
       directory: receives the two files, each when it is complete.
-      center: the point that the camera looks at, float [3], in world units.
-      radius: the camera's distance from it, in world units.
-      elevation: of the camera above the horizon, in degrees.
-      frames: number of frames in the video.
-      fps: frames per second.
       background: color behind the field in [0, 1].
-      gif_width: in pixels.
       on_frame: called after each frame with the number of finished frames.
-      stop: checked before each frame; once true, nothing is written.
+      stop: checked before each frame.
 
     Returns:
-      The two paths, or an empty list if stopped.
+      False if stopped; then nothing is written.
 
     Raises:
       RunError: the video could not be written, for example because the disk is full.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    camera = camera.resized(*(max(2, side // 2 * 2) for side in (camera.width, camera.height)))
-    gif_size = (gif_width, max(1, round(gif_width * camera.height / camera.width)))
+    gif_width = min(GIF_PIXELS, cameras[0].width)
+    width, height = (max(2, side // 2 * 2) for side in (cameras[0].width, cameras[0].height))
+    gif_size = (gif_width, max(1, round(gif_width * height / width)))
     every = math.ceil(fps / GIF_FPS)
     behind = torch.tensor(background, dtype=torch.float32)
     small = []
-    video, animation = directory / "orbit.mp4", directory / "orbit.gif"
     with tempfile.TemporaryDirectory(prefix=".orbit-", dir=directory) as folder:
-        temporary = Path(folder) / video.name
-        with _encoder(temporary, camera.width, camera.height, fps) as encode:
-            for index, view in enumerate(orbit(camera, center, radius, elevation, frames)):
+        temporary = Path(folder) / "orbit.mp4"
+        with _encoder(temporary, width, height, fps) as encode:
+            for index, camera in enumerate(cameras):
                 if stop:
-                    return []
-                pixels = to_bytes(render_image(field, view, behind).rgb.cpu().numpy())
+                    return False
+                rendered = render_image(field, camera.resized(width, height), behind)
+                pixels = to_bytes(rendered.rgb.cpu().numpy())
                 encode(pixels)
                 if index % every == 0:
                     small.append(Image.fromarray(pixels).resize(gif_size, Image.Resampling.LANCZOS))
                 if on_frame is not None:
                     on_frame(index + 1)
-        os.replace(temporary, video)
-    with atomic_file(animation) as stream:
+        os.replace(temporary, directory / "orbit.mp4")
+    with atomic_file(directory / "orbit.gif") as stream:
         stream.write(_gif(small, every / fps))
-    return [video, animation]
+    return True
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """How close a rendered picture is to the true one: PSNR, SSIM and LPIPS.
 
-`results.evaluate` and the validation during training call these on single pictures, [height, width, 3] in
-[0, 1]. LPIPS needs ImageNet weights, which are never downloaded; without them it is left out.
+Each score compares two pictures, float [height, width, 3] in [0, 1]. LPIPS needs ImageNet weights,
+which are never downloaded; without them it is left out.
 """
 
 import math
@@ -16,8 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from blacksmith.errors import DataError
 from blacksmith.files import cache_dir, file_sha256
 
-# Of identical pictures, instead of infinity.
-PSNR_CAP = 100.0
+PSNR_CAP = 100.0  # of identical pictures, instead of infinity
 SSIM_WINDOW_PIXELS = 11
 LPIPS_SMALLEST_PIXELS = 31
 
@@ -27,15 +26,7 @@ ALEXNET_SHA256 = "7be5be79"
 
 
 def psnr(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB for a peak of 1: -10 log10 of the mean squared error.
-
-    Args:
-      render: float [height, width, 3] in [0, 1].
-      truth: the same, on the same device.
-
-    Returns:
-      At most `PSNR_CAP`, the value for identical pictures.
-    """
+    """Peak signal-to-noise ratio in dB: -10 log10 of the mean squared error, at most `PSNR_CAP`."""
     error = torch.as_tensor(render) - torch.as_tensor(truth)
     mean_squared = float(error.square().mean())
     return -10 * math.log10(max(mean_squared, 10 ** (-PSNR_CAP / 10)))
@@ -47,10 +38,6 @@ def ssim(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
     The paper's settings on each channel: a Gaussian window of 11x11 pixels with sigma 1.5, K1 = 0.01 and
     K2 = 0.03. The mean is over the pixels whose window lies inside the picture, as in scikit-image and
     TensorFlow.
-
-    Args:
-      render: float [height, width, 3] in [0, 1].
-      truth: the same, on the same device.
 
     Raises:
       DataError: the pictures are smaller than the window.

@@ -1,20 +1,20 @@
-"""NeRF in native Lightning: a radiance field of a Blender scene, from its pictures to new views.
+"""NeRF in native Lightning: a radiance field of a Blender scene, from its images to new views.
 
-Scene, field, Lightning's Trainer, then the test views, a video and the report. The test pictures are not
-decoded before training is done.
+Scene, rays, field, Lightning's Trainer; then scores on the test views, a video and the report.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 
 from blacksmith.datasets.blender import Scene
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.lightning.nerf import fields, results
-from blacksmith.experiments.lightning.nerf.data import evenly_spaced, open_scene_of
-from blacksmith.experiments.lightning.nerf.evaluate import film, find_lpips, score_test_views
+from blacksmith.experiments.lightning.nerf.data import open_scene_of
+from blacksmith.experiments.lightning.nerf.evaluate import film, find_lpips, score_views
 from blacksmith.experiments.lightning.nerf.module import NerfModule
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.run.checkpoint import Saved
@@ -27,21 +27,23 @@ _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mi
 
 def train(run: Run) -> int:
     """Trains a field of the scene, then renders and scores its test views; returns the exit status."""
-    config = run.config
+    # What can be wrong is checked before training.
     check_device(run)
     lpips = find_lpips(run)
     scene = open_scene_of(run)
+
     module, loader, loop = prepare(run, scene)
     parameters = sum(p.numel() for p in module.field.parameters())
     run.begin()
     if not (loop.done and run.resumes_in_place):
         fit(run, module, loader)
-        loop.between()  # a new directory needs a checkpoint also where no step was left to take
+        loop.between()  # a new directory gets a checkpoint even if no step was left to take
     module.release()
 
     def test(saved: Saved) -> dict[str, Any] | None:
-        field = fields.trained(config, saved, run.device)
-        scored = score_test_views(run, field, scene, lpips)
+        # Only here are the test images decoded.
+        field = fields.trained(run.config, saved, run.device)
+        scored = score_views(run, field, scene, "test", lpips, run.directory / "test")
         if scored is None:
             return None
         results.write_gallery(run.directory / "test", run.directory / "images", scored)
@@ -50,18 +52,36 @@ def train(run: Run) -> int:
     return loop.finish(test, {"parameters": parameters, "restarts": module.restarts})
 
 
+def check_device(run: Run) -> None:
+    """Raises a ConfigError if the device cannot do what the configuration asks for."""
+    device = torch.device(run.device).type
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"--device={run.device}: this experiment needs float64, which only cpu and cuda have"
+        )
+    if run.config.train.precision == "float16" and device == "cpu":
+        raise ConfigError('nerf.Train.precision = "float16" needs a GPU; set it to "float32" or "bfloat16"')
+
+
 def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
-    """Rays, field, and the loop over them, where the run stands."""
+    """The field with its rays, and the loop over them from where the run stands."""
     config, settings = run.config, run.config.train
-    pictures = scene.views("train")
-    held_out = scene.views("val", evenly_spaced(len(scene.cameras("val")), settings.validation_views))
-    rays = RayBank(pictures, run.device)
+
+    # Rays of all training pixels stay on the device; a few validation views are rendered now and then.
+    images = scene.views("train")
+    rays = RayBank(images, run.device)
     first = settings.rays if config.samples is None else min(1024, settings.rays)
     loader = RayLoader(settings.steps, config.run.seed, first, rays=len(rays))
+    count = len(scene.cameras("val"))
+    wanted = min(settings.validation_views, count)
+    held_out = scene.views("val", np.linspace(0, count - 1, wanted).round().astype(int))
+
+    # A resumed field gets its box and its weights from the checkpoint, which Lightning loads.
     if run.resumed is None:
-        field = fields.for_scene(config, pictures, run.device)
+        field = fields.for_scene(config, images, run.device)
     else:
         field = fields.build(config, run.resumed.own["rows"])
+
     module = NerfModule(run, field, rays, loader, held_out)
     module.loop = Loop(
         run,
@@ -75,17 +95,6 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
         unit="steps",
     )
     return module, loader, module.loop
-
-
-def check_device(run: Run) -> None:
-    """Raises a ConfigError if the device cannot do what the configuration asks for."""
-    device = torch.device(run.device).type
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"--device={run.device}: this experiment needs float64, which only cpu and cuda have"
-        )
-    if run.config.train.precision == "float16" and device == "cpu":
-        raise ConfigError('nerf.Train.precision = "float16" needs a GPU; set it to "float32" or "bfloat16"')
 
 
 def fit(run: Run, module: NerfModule, loader: RayLoader, callbacks: Sequence[L.Callback] = ()) -> None:

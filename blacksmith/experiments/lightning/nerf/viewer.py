@@ -56,18 +56,16 @@ def serve(
     default, everyone who can reach the port can connect.
 
     Args:
-      field: the field to show.
       camera: the first view, without its roll; the horizontal field of view follows the browser's window.
-      background: color behind the field in [0, 1] until a browser chooses another.
-      host: address to listen on.
-      port: TCP port; 0 takes a free one.
+      background: color behind the field in [0, 1], until a browser chooses a different one.
+      port: 0 takes a free one.
       stop: checked between chunks of rays.
 
     Raises:
       ConfigError: the port is in use, or this machine does not have the address.
     """
     try:
-        # viser would silently take the next port, or hang.
+        # Given such a port or host, viser would silently take the next port, or hang.
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address, family=family).close()
     except OSError as error:
@@ -208,8 +206,7 @@ class Browser:
 def camera_of(seen: viser.CameraHandle) -> Camera | None:
     """Converts viser's camera, whose axes are OpenCV's: x right, y down, z forward.
 
-    Returns:
-      None if it cannot be rendered: a closing window may have no pixels, and a browser can send anything.
+    None if it cannot be rendered: a closing window may have no pixels, and a browser can send anything.
     """
     width, height = int(seen.image_width), int(seen.image_height)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -225,8 +222,8 @@ def camera_of(seen: viser.CameraHandle) -> Camera | None:
 def pivot(camera: Camera, bounds: np.ndarray) -> np.ndarray:
     """The point that a browser's camera turns around at first, float [3].
 
-    It is the point of the optical axis nearest to the middle of `bounds`, float [2, 3], and in front of the
-    camera, so that the first view is exactly that of `camera`.
+    It lies on the optical axis in front of the camera, so that the first view is exactly that of `camera`,
+    as near as possible to the middle of `bounds`, float [2, 3].
     """
     position, forward = camera.pose[:, 3], -camera.pose[:, 2]
     distance = float(forward @ (bounds.mean(axis=0) - position))

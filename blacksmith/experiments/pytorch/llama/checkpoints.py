@@ -1,8 +1,8 @@
 """The model of a run, and its checkpoints: an adapter in PEFT's layout or all weights, and the optimizer."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ UNAVERAGED = "unaveraged.safetensors"
 
 
 def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Returns the model and its tokenizer, with a new adapter or that of `run.external_weights`.
+    """Returns the model, with a new adapter or that of `run.external_weights`, and its tokenizer.
 
     Raises:
       ConfigError: the model or the device cannot do what the configuration demands.
@@ -69,15 +69,8 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
         )
         model = adapters.load_adapter(model, run.external_weights)
     elif lora.rank is not None:
-        model = adapters.add_lora(
-            model,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            bias=lora.bias,
-            target_modules=lora.target_modules,
-            seed=seed_int(config.run.seed, "adapter"),
-        )
+        seed = seed_int(config.run.seed, "adapter")
+        model = adapters.add_lora(model, **dataclasses.asdict(lora), seed=seed)
     if settings.compile:
         # Not whole layers: each has keys and values of its own, so each would be compiled separately.
         for layer in causal_model(model).model.layers:
@@ -88,12 +81,7 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
 
 
 def load_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Returns the trained model, from the run's checkpoint or external weights, and its tokenizer.
-
-    Raises:
-      ConfigError, DataError: see `build_model`.
-      CheckpointError: the checkpoint belongs to another base model.
-    """
+    """Returns the trained model, from the run's checkpoint or external weights, and its tokenizer."""
     model, tokenizer = build_model(run)
     if run.resumed is not None:
         check_base(run.resumed, loading.fingerprint(model, tokenizer))
@@ -102,11 +90,7 @@ def load_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
 
 
 def check_base(saved: Saved, found: Mapping[str, str]) -> None:
-    """Checks that the base model's fingerprint is that of the model that a checkpoint was trained on.
-
-    Raises:
-      CheckpointError: it is a different model, or its files have changed.
-    """
+    """Raises CheckpointError if a checkpoint was trained on a base model with another fingerprint."""
     for what, value in saved.own["base"].items():
         if found[what] != value:
             raise CheckpointError(
@@ -116,11 +100,7 @@ def check_base(saved: Saved, found: Mapping[str, str]) -> None:
 
 
 def load_weights(model: torch.nn.Module, saved: Saved) -> None:
-    """Loads a checkpoint's weights (or averages) into a model of the same kind.
-
-    Raises:
-      DataError: they cannot be read or do not fit.
-    """
+    """Loads a checkpoint's weights (or averages) into a model; raises DataError if they do not fit."""
     if hasattr(model, "get_base_model"):
         adapters.load_weights(model, saved.path)
         return
@@ -134,23 +114,15 @@ def load_weights(model: torch.nn.Module, saved: Saved) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainState:
-    """What a checkpoint holds, except what the loop itself saves.
-
-    Attributes:
-      model: with its adapter, if it has one.
-      base: the base model's fingerprint.
-      weights: the trained weights by name.
-      optimizer: what trains them.
-      averages: of the weights; a checkpoint's model files hold these instead, if there are any.
-    """
+    """What a checkpoint holds, except what the loop itself saves."""
 
     model: torch.nn.Module
-    base: Mapping[str, str]
-    weights: Mapping[str, Tensor]
+    base: Mapping[str, str]  # the base model's fingerprint
+    weights: Mapping[str, Tensor]  # the trained ones
     optimizer: torch.optim.Optimizer
-    averages: Averages
+    averages: Averages  # saved in place of the weights, if there are any
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Writes the files of a checkpoint; returns its JSON values."""
@@ -167,12 +139,7 @@ class TrainState:
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
-        """Restores all that `save` wrote.
-
-        Raises:
-          CheckpointError: the base model or the optimizer's state does not fit.
-          DataError: a file cannot be read, or the weights in it do not fit.
-        """
+        """Restores all that `save` wrote; raises CheckpointError or DataError if it does not fit."""
         check_base(saved, self.base)
         load_weights(self.model, saved)
         if self.averages.values:

@@ -146,7 +146,7 @@ class Train(TrainConfig):
 
 @section("Optimizer", defaults={"name": "adamw", "weight_decay": 0.0, "global_clip_norm": 1.0})
 class Optimizer(TorchOptimizerConfig):
-    """The optimizer: AdamW."""
+    """AdamW by default, without weight decay."""
 
 
 @section("Checkpoint")

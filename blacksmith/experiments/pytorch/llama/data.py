@@ -13,23 +13,13 @@ from blacksmith.run.run import Run
 
 
 def read_data(run: Run) -> sst2.Source:
-    """Reads what `llama.Data` names.
-
-    Raises:
-      DataError: it is missing or broken.
-    """
-    settings = run.config.data
-    return sst2.read(
-        settings.source, sentence_column=settings.sentence_column, label_column=settings.label_column
-    )
+    """Reads what `llama.Data` names; raises DataError if it is missing or broken."""
+    data = run.config.data
+    return sst2.read(data.source, sentence_column=data.sentence_column, label_column=data.label_column)
 
 
 def drop_short(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
-    """Returns the examples of at least `llama.Data.min_words` words; prints how many are left out.
-
-    Raises:
-      ConfigError: none is long enough.
-    """
+    """Returns the examples of at least `llama.Data.min_words` words; raises ConfigError if there are none."""
     fewest = run.config.data.min_words
     rows = np.flatnonzero([len(sentence.split()) >= fewest for sentence in examples.sentences])
     if not len(rows):
@@ -41,11 +31,7 @@ def drop_short(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
 def encode_training(
     run: Run, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, examples: sst2.Examples
 ) -> Encoded:
-    """Returns the training examples as tokens; prints how many were too long.
-
-    Raises:
-      ConfigError: all of them are too long.
-    """
+    """Returns the training examples as tokens; raises ConfigError if all are too long."""
     length, too_long = run.config.data.max_length, run.config.data.too_long
     labels = examples.labels.tolist()
     encoded = encode(tokenizer, prompt, examples.sentences, labels, max_length=length, too_long=too_long)
@@ -59,7 +45,7 @@ def encode_training(
 def encode_eval(
     run: Run, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, examples: sst2.Examples, what: str
 ) -> EvalPairs:
-    """Returns examples with both answers as tokens; prints how many were too long."""
+    """Returns examples with both answers as tokens."""
     length = run.config.data.max_length
     pairs = EvalPairs.encode(tokenizer, prompt, examples.sentences, examples.labels, length)
     report(pairs.correct.truncated, len(examples), what, f"more than {length} tokens: truncated")

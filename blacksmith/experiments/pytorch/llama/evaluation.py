@@ -19,9 +19,9 @@ from blacksmith.run.signals import StopFlag
 
 @dataclass(frozen=True, eq=False)
 class EvalPairs:
-    """Sentences in the prompt, with the correct and with the incorrect answer; labels: int64 [pairs]."""
+    """Sentences in the prompt, with the correct and with the incorrect answer."""
 
-    labels: np.ndarray
+    labels: np.ndarray  # the correct ones, int64 [pairs]
     correct: Encoded
     incorrect: Encoded
 
@@ -70,17 +70,11 @@ class EvalPairs:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Likelihoods of the labels.
+    """Likelihoods of the labels."""
 
-    Attributes:
-      loss: mean cross-entropy of the tokens of the correct answers, end tokens included, in nats.
-      probabilities: of the labels 0 and 1, summing to 1, float64 [pairs, 2].
-      labels: the true labels, int64 [pairs].
-    """
-
-    loss: float
-    probabilities: np.ndarray
-    labels: np.ndarray
+    loss: float  # mean cross-entropy of the tokens of the correct answers, end tokens included, in nats
+    probabilities: np.ndarray  # of the labels 0 and 1, summing to 1, float64 [pairs, 2]
+    labels: np.ndarray  # the correct ones, int64 [pairs]
 
     @property
     def predictions(self) -> np.ndarray:
@@ -89,7 +83,7 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the predictions that are correct."""
+        """The fraction of correct predictions."""
         return float((self.predictions == self.labels).mean())
 
     @property
@@ -112,11 +106,9 @@ def score(
 
     Args:
       model: a `LlamaForCausalLM`, or a PEFT model around one.
-      pairs: the sentences with both answers.
-      batch_size: sentences per batch.
       pad: token that fills up shorter rows.
       shared_prefix: whether the common prefix of all prompts is computed once per batch.
-      stop: checked before each batch; once true, None is returned.
+      stop: ends the computation early, with None as the result.
     """
     device = next(model.parameters()).device
     correct, incorrect, single_token = pairs.correct, pairs.incorrect, pairs.single_token
@@ -131,22 +123,19 @@ def score(
             if stop:
                 return None
             rows = order[begin : begin + batch_size]
-            batch = collate(correct, rows, shared, pad).to(device)
-            place, found = _log_probabilities(model, batch)
-            true = _of_targets(found, batch)
+            place, found, true = _log_probabilities(model, collate(correct, rows, shared, pad).to(device))
             loss -= float(true.cpu().double().sum())
             count += len(true)
             if single_token:
-                # The position that predicts the correct answer also predicts the incorrect one.
+                # The position that predicts the correct answer also predicts the incorrect one. Every second
+                # target is an end token.
                 other = [incorrect.tokens[row][incorrect.answers[row]] for row in rows]
-                starts = torch.cat([place.new_ones(1, dtype=torch.bool), place[1:] != place[:-1]])
-                of_correct = true[starts]
-                of_incorrect = found[starts].gather(1, torch.tensor(other, device=device)[:, None])[:, 0]
+                of_correct = true[::2]
+                of_incorrect = found[::2].gather(1, torch.tensor(other, device=device)[:, None])[:, 0]
             else:
                 of_correct = _per_row(true, place, len(rows))
-                batch = collate(incorrect, rows, shared, pad).to(device)
-                place, found = _log_probabilities(model, batch)
-                of_incorrect = _per_row(_of_targets(found, batch), place, len(rows))
+                place, _, true = _log_probabilities(model, collate(incorrect, rows, shared, pad).to(device))
+                of_incorrect = _per_row(true, place, len(rows))
             both = torch.stack([of_correct, of_incorrect], 1).cpu().double().numpy()
             logs[rows] = np.where(pairs.labels[rows, None] == 0, both, both[:, ::-1])
     probabilities = np.exp(logs - np.logaddexp(logs[:, 0], logs[:, 1])[:, None])
@@ -163,14 +152,11 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _log_probabilities(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Each target's row, int64 [targets], and the log-probabilities there, float32 [targets, vocabulary]."""
-    return (batch.targets != IGNORED).nonzero()[:, 0], F.log_softmax(target_logits(model, batch), 1)
-
-
-def _of_targets(found: Tensor, batch: Batch) -> Tensor:
-    """Log-probabilities of the target tokens, float32 [targets]."""
-    return found.gather(1, batch.targets[batch.targets != IGNORED][:, None])[:, 0]
+def _log_probabilities(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the targets, log-probabilities of all tokens there [targets, vocabulary] and of the targets."""
+    is_target = batch.targets != IGNORED
+    found = F.log_softmax(target_logits(model, batch), 1)
+    return is_target.nonzero()[:, 0], found, found.gather(1, batch.targets[is_target][:, None])[:, 0]
 
 
 def _per_row(values: Tensor, place: Tensor, rows: int) -> Tensor:
@@ -189,15 +175,10 @@ def generate(
     max_new_tokens: int,
     stop: StopFlag | None = None,
 ) -> list[str] | None:
-    """Returns an answer to each prompt by greedy decoding, with dropout off.
+    """Answers each prompt by greedy decoding, with dropout off; the encoded answers are ignored.
 
-    Args:
-      model: a `LlamaForCausalLM`, or a PEFT model around one.
-      encoded: the prompts; their answers are ignored.
-      tokenizer: decodes the answers.
-      batch_size: prompts per batch.
-      max_new_tokens: maximum length of an answer.
-      stop: checked before each batch; once true, None is returned.
+    Returns:
+      The text of each answer; None if `stop` became true.
     """
     device = next(model.parameters()).device
     pad = padding(tokenizer)

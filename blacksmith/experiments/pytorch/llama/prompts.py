@@ -3,7 +3,7 @@
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,16 +14,10 @@ from blacksmith.models.pytorch.llama.prefix import common_prefix
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text around a sentence.
-
-    Attributes:
-      before: text before the sentence.
-      after: text between the sentence and the answer.
-      labels: the answers for the labels 0 and 1.
-    """
+    """The text around a sentence, and the answers for the labels 0 and 1."""
 
     before: str
-    after: str
+    after: str  # between the sentence and the answer
     labels: tuple[str, ...]
 
     @classmethod
@@ -39,21 +33,13 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Examples as tokens.
+    """Examples as tokens."""
 
-    Attributes:
-      rows: index of each example among the sentences that were encoded, int64 [examples].
-      tokens: prompt, answer and end token of each example.
-      answers: index of each example's first answer token; the loss covers the tokens from there to the end.
-      truncated: how many sentences were truncated.
-      dropped: how many sentences were left out.
-    """
-
-    rows: np.ndarray
-    tokens: list[list[int]]
-    answers: list[int]
-    truncated: int
-    dropped: int
+    rows: np.ndarray  # index of each example among the sentences that were encoded, int64 [examples]
+    tokens: list[list[int]]  # prompt, answer and end token of each example
+    answers: list[int]  # index of each first answer token; the loss covers the tokens from there to the end
+    truncated: int  # how many sentences were truncated
+    dropped: int  # how many were left out
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,9 +76,6 @@ def encode(
 
     Args:
       tokenizer: a fast one, which knows the characters of each token.
-      prompt: the text around each sentence.
-      sentences: one per example.
-      labels: 0 or 1 for each sentence.
       max_length: maximum number of tokens, counted with the longer answer whatever the label.
       too_long: whether a longer example is left out, or its sentence truncated.
 
@@ -107,24 +90,20 @@ def encode(
                 continue
             versions = _truncate(tokenizer, prompt, sentence, label, max_length)
             truncated += 1
-        version = versions[label]
-        if version.answer == 0:
+        if versions[label][1] == 0:
             raise ConfigError("llama.Data.template needs something before {label} that predicts it")
         rows.append(row)
-        tokens.append(version.tokens)
-        starts.append(version.answer)
+        tokens.append(versions[label][0])
+        starts.append(versions[label][1])
     return Encoded(np.array(rows, np.int64), tokens, starts, truncated, len(sentences) - len(tokens))
 
 
-class _Version(NamedTuple):
-    """A sentence with one of the answers."""
-
-    tokens: list[int]  # with the end token
-    answer: int  # index of the first answer token
+# A sentence with one of the answers: its tokens with the end token, and the index of the first answer token.
+_Version = tuple[list[int], int]
 
 
 def _longest(versions: Sequence[_Version]) -> int:
-    return max(len(version.tokens) for version in versions)
+    return max(len(tokens) for tokens, _ in versions)
 
 
 def _encode(
@@ -140,7 +119,7 @@ def _encode(
     for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
         first = next(i for i, (_, end) in enumerate(spans) if end > len(question))
         ended = ids[-1] == tokenizer.eos_token_id  # some tokenizers add it themselves
-        versions.append(_Version(ids if ended else [*ids, tokenizer.eos_token_id], first))
+        versions.append((ids if ended else [*ids, tokenizer.eos_token_id], first))
     return versions
 
 

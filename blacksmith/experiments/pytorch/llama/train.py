@@ -29,7 +29,7 @@ from blacksmith.run.order import LengthOrder, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import clip_gradients, make_optimizer
-from blacksmith.trainers.torch_state import set_learning_rate
+from blacksmith.trainers.torch_state import set_learning_rate, weights_and_gradients
 
 
 def train(run: Run) -> int:
@@ -84,7 +84,7 @@ def train(run: Run) -> int:
         validate_every=settings.evaluate_every_steps or math.ceil(end / 10),
         validate_first=True,
         learning_rate=rate_of,
-        histograms=lambda: histograms(weights),
+        histograms=lambda: weights_and_gradients(weights),
         examples_of=examples_of,
     )
 
@@ -146,13 +146,6 @@ def describe(
         f"(mean {lengths.mean():.0f} tokens, {lengths.min()}-{lengths.max()}); {shared}",
         file=sys.stderr,
     )
-
-
-def histograms(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Returns the trained weights and, after the first step, their gradients."""
-    arrays = {f"weights/{name}": weight.detach() for name, weight in weights.items()}
-    arrays |= {f"gradients/{name}": w.grad for name, w in weights.items() if w.grad is not None}
-    return {name: array.float().cpu().numpy() for name, array in arrays.items()}
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ def mlp(
     num_classes: int = 10,
     image_shape: tuple[int, int] = (28, 28),
 ) -> keras.Model:
-    """Builds an MLP over flattened images.
+    """An MLP from images, float [batch, height, width], to logits [batch, num_classes].
 
-    Every layer and the model are named, so that variables have the same names in every process.
+    Model and layers are named, so that variables have the same names in every process.
 
     Args:
       hidden: widths of the hidden layers; empty makes a linear classifier.
@@ -25,16 +25,13 @@ def mlp(
       bias: whether the layers have a bias.
       num_classes: width of the output.
       image_shape: height and width of an image.
-
-    Returns:
-      A model from images float [batch, height, width] to logits [batch, num_classes].
     """
     inputs = keras.Input(image_shape, name="image")
     x = keras.layers.Flatten(name="flatten")(inputs)
     for number, width in enumerate(hidden, start=1):
         x = keras.layers.Dense(width, activation=activation, use_bias=bias, name=f"hidden_{number}")(x)
         if dropout:
-            # Without a seed of its own: the trainer reseeds at every step.
+            # Without its own seed, because the trainer reseeds at every step.
             x = keras.layers.Dropout(dropout, name=f"dropout_{number}")(x)
     logits = keras.layers.Dense(num_classes, use_bias=bias, name="logits")(x)
     return keras.Model(inputs, logits, name="mlp")

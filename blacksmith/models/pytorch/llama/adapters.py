@@ -32,7 +32,7 @@ def add_lora(
 ) -> PeftModel:
     """Freezes a model and adds updates ``alpha / rank * B A`` to its linear layers (Hu et al., LoRA, 2021).
 
-    B starts as zeros, A is random; the global random state is left unchanged.
+    B starts as zeros and A random, from `seed`; the global random state is left unchanged.
 
     Args:
       model: the base model, changed in place.
@@ -41,7 +41,6 @@ def add_lora(
       dropout: probability of dropping an input of an update.
       bias: which biases are trained.
       target_modules: names of the layers, such as ``("q_proj", "v_proj")``, or all except the head.
-      seed: decides A.
 
     Raises:
       ConfigError: the model has no linear layer with such a name, or no biases to train.
@@ -57,14 +56,8 @@ def add_lora(
             raise ConfigError(f"llama.Lora.target_modules: no linear layers {unknown}; the model has {known}")
     if bias != "none" and not any(name.endswith(".bias") for name, _ in model.named_parameters()):
         raise ConfigError(f'llama.Lora.bias = {bias!r}: the model has no biases; set it to "none"')
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias=bias,
-        target_modules=names,
-        task_type="CAUSAL_LM",
-    )
+    kind = {"bias": bias, "target_modules": names, "task_type": "CAUSAL_LM"}
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **kind)
     # peft draws A on the CPU wherever the model is, so this generator is the only one to restore.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
@@ -80,11 +73,7 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 
 
 def read_config(directory: Path) -> LoraConfig:
-    """Returns the settings of a saved LoRA adapter, including the base model that it was trained on.
-
-    Raises:
-      DataError: they are missing, broken or not those of a LoRA adapter.
-    """
+    """Returns the settings of a saved LoRA adapter; raises DataError if it is missing, broken or not LoRA."""
     path = Path(directory) / CONFIG
     if not path.is_file():  # peft would look for it on the hub
         raise DataError(f"{path} is missing: {directory} does not contain an adapter")
@@ -102,11 +91,7 @@ def read_config(directory: Path) -> LoraConfig:
 
 
 def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
-    """Adds a saved LoRA adapter to a model of the same sizes, in place, for evaluation.
-
-    Raises:
-      DataError: the adapter is missing, broken, not LoRA, or does not fit the model.
-    """
+    """Adds a saved LoRA adapter to a model, in place, for evaluation; raises DataError if it does not fit."""
     settings = read_config(directory)
     try:
         with warnings.catch_warnings():
@@ -121,11 +106,7 @@ def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
 
 
 def load_weights(model: PeftModel, directory: Path) -> None:
-    """Loads the weights of a saved adapter into an adapter with the same settings.
-
-    Raises:
-      DataError: they are missing or broken, or belong to other layers or another rank.
-    """
+    """Loads the weights of a saved adapter into a similar one; raises DataError if they do not fit."""
     path = Path(directory) / WEIGHTS
     found = read_safetensors(path)
     # peft itself ignores weights it has no place for, and keeps random numbers for those that are missing.
@@ -134,14 +115,11 @@ def load_weights(model: PeftModel, directory: Path) -> None:
 
 
 def merge(model: PeftModel) -> LlamaForCausalLM:
-    """Adds the updates to the layers' own weights, in place, and removes the adapter.
-
-    If the head or the embedding has an update of its own, the two stop sharing their weights.
-    """
+    """Adds the updates to the layers' own weights, in place, and removes the adapter."""
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     updated = isinstance(head, BaseTunerLayer) or isinstance(embedding, BaseTunerLayer)
-    # Merging writes into the weight itself: while it is shared, the other layer would get the update too.
+    # Merging writes into the weight itself. A weight that head and embedding share would change in both.
     if updated and head.weight is embedding.weight:
         getattr(head, "base_layer", head).weight = nn.Parameter(head.weight.detach().clone())
     if head.weight is not embedding.weight:
@@ -150,11 +128,7 @@ def merge(model: PeftModel) -> LlamaForCausalLM:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file by name.
-
-    Raises:
-      DataError: the file is missing or broken.
-    """
+    """Returns the tensors of a file by name; raises DataError if it is missing or broken."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -162,11 +136,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Checks that the tensors read from `path` have the names and shapes of those in the model.
-
-    Raises:
-      DataError: they differ; names the first difference.
-    """
+    """Raises DataError if the tensors read from `path` have other names or shapes than the model's."""
     for name in [*sorted(wanted.keys() - found.keys()), *sorted(found.keys() - wanted.keys())]:
         verb = "lacks" if name in wanted else "has"
         raise DataError(f"{path} does not fit the model: it {verb} {name}")

@@ -33,7 +33,6 @@ Dtype = Literal["float32", "bfloat16"]
 _TINY = "gin/llama_sst2_tiny.gin needs no download"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _GGUF_HEADER_BYTES = 32 << 20
-_GGUF_CONVERTER = f"transformers-{transformers.__version__}"
 _SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
 # Settings that change what a model computes but neither the names nor the shapes of its weights.
 _ARCHITECTURE = ("head_dim", "hidden_act", "rms_norm_eps", "rope_parameters")
@@ -55,7 +54,7 @@ def make_model(
     """Returns a model with random weights and tied embeddings; the global random state is left unchanged.
 
     Raises:
-      ConfigError: the attention implementation is not installed.
+      ConfigError: the implementation of attention is not installed.
     """
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -69,8 +68,8 @@ def make_model(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        attn_implementation=attention,
     )
-    config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed % 2**63)
         try:
@@ -90,8 +89,6 @@ def load_model(
     Args:
       name_or_path: an asset, a directory, a ``.gguf`` file, or a Hugging Face id; a model that is not in the
         hub's own cache is downloaded.
-      dtype: data type of the weights.
-      attention: implementation of attention.
 
     Raises:
       DataError: the model is missing, unreachable, gated, broken, quantized or not a Llama.
@@ -205,7 +202,8 @@ def _convert_gguf(name: str, path: Path) -> Path:
     convert differently, so it is part of the directory's name.
     """
     with _one_line_errors(name):
-        copy = files.cache_dir() / "gguf" / f"{files.file_sha256(path)[:32]}-{_GGUF_CONVERTER}"
+        version = f"transformers-{transformers.__version__}"
+        copy = files.cache_dir() / "gguf" / f"{files.file_sha256(path)[:32]}-{version}"
     if copy.is_dir():
         return copy
     with open(path, "rb") as file:

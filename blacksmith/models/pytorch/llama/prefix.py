@@ -24,17 +24,11 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """Sequences with a common prefix.
+    """Sequences with a common prefix."""
 
-    Attributes:
-      prefix: the tokens that all sequences start with, int64 [prefix]; may be empty.
-      tokens: the rest of each sequence, padded on the right, int64 [batch, length].
-      targets: the token to predict after each of `tokens`, or `IGNORED`: int64 [batch, length].
-    """
-
-    prefix: Tensor
-    tokens: Tensor
-    targets: Tensor
+    prefix: Tensor  # the tokens that all sequences start with, int64 [prefix]; may be empty
+    tokens: Tensor  # the rest of each sequence, padded on the right, int64 [batch, length]
+    targets: Tensor  # the token to predict after each of `tokens`, or `IGNORED`, int64 [batch, length]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Returns the batch on a device."""

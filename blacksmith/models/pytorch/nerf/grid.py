@@ -36,11 +36,11 @@ from blacksmith.models.pytorch.nerf.vertices import (
     SumRows,
     corners,
     highest_around,
-    interpolate,
     level_shape,
     random_corner,
     reachable_vertices,
     sum_rows,
+    trilinear,
 )
 
 DIRECTION_FREQUENCIES = 4
@@ -181,7 +181,7 @@ class GridField(nn.Module):
             place = torch.arange(first, min(first + _POINTS, vertices), device=bounds.device)
             points = grid_points(self.bounds, self._shape, place)
             unit = ((points - bounds[0]) / (bounds[1] - bounds[0])).clamp_(0, 1)
-            self.density_table[place] = interpolate(density, shape, unit)
+            self.density_table[place] = trilinear(density, shape, unit)
             target = self.row[place]
             stored = target > 0
             index, weight = corners(unit[stored], shape)
@@ -307,7 +307,7 @@ class GridField(nn.Module):
         return step / (self.voxel * self.train_step)
 
     def _extinction(self, unit: Tensor) -> Tensor:
-        raw = interpolate(self.density_table, self._shape, unit)
+        raw = trilinear(self.density_table, self._shape, unit)
         return F.softplus(raw + self._shift) / self.unit
 
     def _rows(self, unit: Tensor) -> tuple[Tensor, Tensor]:

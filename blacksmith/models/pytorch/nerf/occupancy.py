@@ -86,6 +86,7 @@ class Occupancy(nn.Module):
         low, size = self.bounds[0], self.bounds[1] - self.bounds[0]
         # Transposed to [3, rays]: the values of an axis are contiguous, which CPU vector instructions need.
         start = ((origins - low) / size).T.contiguous()
+        # A direction along an axis is tilted a little, so that nothing below divides by zero.
         slanted = torch.where(directions.abs() < 1e-6, torch.full_like(directions, 1e-6), directions)
         slope = (slanted / size).T.contiguous()
         # In the unit box a ray is start + distance * slope, and it crosses the two planes of an axis at

@@ -56,7 +56,7 @@ def _vertices_around(cells: int, vertices: int, device: torch.device) -> tuple[T
     return first, (edges[1:] + 1e-3).ceil().clamp(max=vertices - 1).long()
 
 
-def interpolate(table: Tensor, shape: tuple[int, int, int], unit: Tensor) -> Tensor:
+def trilinear(table: Tensor, shape: tuple[int, int, int], unit: Tensor) -> Tensor:
     """Trilinear values, [points], of the numbers at the vertices: the leading rows of a flat table."""
     grid = table[: math.prod(shape)].view(1, 1, *shape)
     places = (unit * 2 - 1).view(1, 1, 1, -1, 3)

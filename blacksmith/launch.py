@@ -243,12 +243,12 @@ def starting_point(
       CheckpointError: a checkpoint is needed and there is no intact one.
     """
     from blacksmith.run import run as runs
-    from blacksmith.run.checkpoint import find, place
+    from blacksmith.run.checkpoint import checkpoints_dir, find
 
     own = runs.checkpoints_of(workdir / "checkpoints", resolved.config)
     training = mode == "train"
     if resume == "auto":
-        saved = own.newest() if training else own.chosen()
+        saved = own.newest() if training else own.best_or_newest()
         if saved is None and not training:
             raise CheckpointError(
                 f"--mode={mode} needs a checkpoint: {workdir} has none; give --workdir=RUN or --resume=PATH"
@@ -271,7 +271,7 @@ def starting_point(
                 "or --mode=export"
             )
         return None, path
-    best = None if training else runs.checkpoints_of(place(path), resolved.config).chosen()
+    best = None if training else runs.checkpoints_of(checkpoints_dir(path), resolved.config).best_or_newest()
     return best or find(path), None
 
 

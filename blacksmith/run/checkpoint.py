@@ -142,7 +142,7 @@ class Checkpoints:
         """
         return self._first_intact(list(reversed(self.steps())))
 
-    def chosen(self) -> Saved | None:
+    def best_or_newest(self) -> Saved | None:
         """What is tested, evaluated and exported: the best checkpoint if the best are kept, else the newest.
 
         Broken ones are named in a warning and passed over.
@@ -235,7 +235,7 @@ def direction(metric: str, mode: str) -> str:
     return "min" if metric.endswith("loss") else "max"
 
 
-def place(path: Path) -> Path:
+def checkpoints_dir(path: Path) -> Path:
     """Where a path has its ``step_*``: itself, or in its ``checkpoints/``, if it is a run directory."""
     within = Path(path) / "checkpoints"
     return within if within.is_dir() and not Checkpoints(path).steps() else Path(path)
@@ -252,7 +252,7 @@ def find(path: Path) -> Saved:
         raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
     if (path / "state.json").is_file():
         return load(path)
-    saved = Checkpoints(place(path)).newest()
+    saved = Checkpoints(checkpoints_dir(path)).newest()
     if saved is not None:
         return saved
     raise CheckpointError(

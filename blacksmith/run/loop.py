@@ -281,7 +281,7 @@ class Loop:
         }
         if not self.done:
             return run.stopped(result)
-        saved = run.checkpoints.chosen()
+        saved = run.checkpoints.best_or_newest()
         tested = test(saved)
         if tested is None:
             return run.stopped(result)

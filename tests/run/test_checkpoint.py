@@ -66,7 +66,7 @@ def test_a_saved_checkpoint_loads_with_its_state_and_files(checkpoints):
 
 
 def test_before_the_first_save_there_is_nothing(checkpoints):
-    assert checkpoints.newest() is checkpoints.chosen() is None
+    assert checkpoints.newest() is checkpoints.best_or_newest() is None
     assert checkpoints.describe_newest() == "there is no checkpoint yet"
     checkpoints.clean()
     assert not checkpoints.directory.exists()
@@ -136,7 +136,7 @@ def test_the_best_are_kept_as_well_as_the_last(tmp_path, metric, mode, best):
     for step, value in enumerate((0.9, 0.2, 0.1, 0.5, 0.7, 0.6), start=1):
         _save(checkpoints, step, metrics={metric: value})
     assert _names(checkpoints) == [f"step_{step:08d}" for step in sorted({*best, 6})]
-    assert checkpoints.chosen().step == best[0]
+    assert checkpoints.best_or_newest().step == best[0]
 
 
 @pytest.mark.parametrize(("keep_best", "step"), [(1, 2), (0, 3)])
@@ -144,7 +144,7 @@ def test_chosen_is_the_best_if_the_best_are_kept(tmp_path, keep_best, step):
     checkpoints = Checkpoints(tmp_path, keep_last=3, keep_best=keep_best)
     for number, value in ((1, 0.2), (2, 0.1), (3, 0.3)):
         _save(checkpoints, number, metrics={"val_loss": value})
-    assert checkpoints.chosen().step == step
+    assert checkpoints.best_or_newest().step == step
 
 
 def test_of_equally_good_ones_the_earlier_is_the_best(tmp_path):
@@ -153,7 +153,7 @@ def test_of_equally_good_ones_the_earlier_is_the_best(tmp_path):
         for step in (1, 2, 3, 4):
             _save(checkpoints, step, metrics={"score": 0.5})
         assert _names(checkpoints) == ["step_00000001", "step_00000002", "step_00000004"]
-        assert checkpoints.chosen().step == 1
+        assert checkpoints.best_or_newest().step == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), None])
@@ -161,11 +161,11 @@ def test_one_without_a_finite_metric_is_never_the_best(tmp_path, value):
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1, metric="val_loss")
     without = {} if value is None else {"val_loss": value}
     _save(checkpoints, 1, metrics=without)
-    assert checkpoints.chosen().step == 1
+    assert checkpoints.best_or_newest().step == 1
     _save(checkpoints, 2, metrics={"val_loss": 5.0})
     _save(checkpoints, 3, metrics=without)
     assert _names(checkpoints) == ["step_00000002", "step_00000003"]
-    assert checkpoints.chosen().step == 2
+    assert checkpoints.best_or_newest().step == 2
     assert checkpoints.newest().step == 3
 
 
@@ -230,13 +230,13 @@ def test_if_the_best_is_broken_the_next_is_chosen(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path, keep_last=3, keep_best=1)
     _truncate(_save(checkpoints, 1, metrics={"val_loss": 0.1}))
     _save(checkpoints, 2)
-    assert checkpoints.chosen().step == 2
+    assert checkpoints.best_or_newest().step == 2
     _truncate(_save(checkpoints, 3))
-    assert checkpoints.chosen().step == 2
+    assert checkpoints.best_or_newest().step == 2
     assert "step_00000001" in capsys.readouterr().err
     _truncate(tmp_path / "step_00000002")
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
-        checkpoints.chosen()
+        checkpoints.best_or_newest()
 
 
 def test_no_flipped_bit_of_the_state_goes_unnoticed(checkpoints):

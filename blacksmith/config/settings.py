@@ -274,13 +274,13 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KerasConfig(BaseConfig):
-    """The sections that an experiment on the Keras trainer needs besides its `Train`."""
+    """The sections that an experiment on the Keras trainer needs in addition to its `Train`."""
 
     optimizer: OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TorchConfig(BaseConfig):
-    """The sections that a plain PyTorch experiment needs besides its `Train`."""
+    """The sections that a plain PyTorch experiment needs in addition to its `Train`."""
 
     optimizer: TorchOptimizerConfig

@@ -48,7 +48,7 @@ class Checkpoints:
     Args:
       directory: the ``checkpoints/`` directory; made with the first checkpoint.
       keep_last: how many of the newest stay.
-      keep_best: how many of the best by `metric` stay besides.
+      keep_best: how many of the best by `metric` also stay.
       metric: a name in the metrics given to `save`.
       mode: ``min`` or ``max``, or ``auto``: ``min`` for names that end in ``loss``.
     """

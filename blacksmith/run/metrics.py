@@ -28,7 +28,7 @@ def is_timed(name: str) -> bool:
 
 
 class Writer(Protocol):
-    """A place that metrics go to besides `metrics.jsonl`."""
+    """A place that metrics go to in addition to `metrics.jsonl`."""
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes some values of one split at one step."""

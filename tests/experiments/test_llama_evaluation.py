@@ -189,10 +189,10 @@ def test_the_validation_loss_is_the_mean_over_answer_tokens(base):
         tokens = tokenizer(prompt.question(sentence) + prompt.labels[label] + tokenizer.eos_token)[
             "input_ids"
         ]
-        learnt = [-100] * len(question) + tokens[len(question) :]
+        learned = [-100] * len(question) + tokens[len(question) :]
         number = len(tokens) - len(question)
         with torch.no_grad():
-            loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([learnt])).loss
+            loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([learned])).loss
         total, count = total + float(loss) * number, count + number
     assert evaluation.score(model, pairs, batch_size=2, pad=0).loss == pytest.approx(total / count, abs=1e-5)
 

@@ -289,7 +289,7 @@ class Play(Train):
     """Other defaults, and no use for one field."""
 
 
-@section("toy.Paint", moved={"color": "toy.Paint.color"}, only_with={"toy.Data.kind": ("doll", "train")})
+@section("toy.Paint", moved={"hue": "toy.Paint.color"}, only_with={"toy.Data.kind": ("doll", "train")})
 class Paint:
     """How toys are painted."""
 
@@ -339,8 +339,8 @@ def test_an_unused_setting_is_refused_with_the_reason():
 
 
 def test_an_old_name_says_the_new_one():
-    with fails("--gin_param \"toy.Paint.color = 'red'\": toy.Paint.color is now toy.Paint.color"):
-        play("toy.Paint.color = 'red'")
+    with fails("--gin_param \"toy.Paint.hue = 'red'\": toy.Paint.hue is now toy.Paint.color"):
+        play("toy.Paint.hue = 'red'")
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def define_flags() -> flags.FlagValues:
         "resume",
         "auto",
         "auto: resume from the newest checkpoint in --workdir, if any; never: refuse a directory with "
-        "checkpoints; a path: start a new directory from that checkpoint or run. pytorch/llama can also "
-        "evaluate and export a directory that contains an adapter.",
+        "checkpoints; a path: start a new directory from that checkpoint or run. Some experiments "
+        "can also evaluate and export a directory of weights that no run wrote.",
         **mine,
     )
     flags.DEFINE_string("device", "auto", "auto, cpu, gpu, tpu, or a JAX platform or torch device.", **mine)

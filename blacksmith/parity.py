@@ -193,8 +193,9 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
 def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
     """Reads a finished run directory; `weights` is the file that holds the weights in a checkpoint."""
     result = json.loads((directory / "result.json").read_text())
-    for key in ("initial_weights_sha256", "order_sha256"):
-        if key not in result:
+    compared = {**result, "test.accuracy": result["test"].get("accuracy")}
+    for key in ("initial_weights_sha256", "order_sha256", "test.accuracy"):
+        if compared.get(key) is None:
             raise ConfigError(f"{result['experiment']} cannot be compared: its result.json has no {key}")
     lines = metrics.read(directory / "metrics.jsonl")
     arrays = load_file(Checkpoints(directory / "checkpoints").newest().path / weights)

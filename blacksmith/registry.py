@@ -73,16 +73,16 @@ def _experiments() -> dict[str, Experiment]:
             _put(found, importlib.import_module(task.name).EXPERIMENT)
     for entry in importlib.metadata.entry_points(group=BUNDLED):
         try:
-            experiment = entry.load()
+            _put(found, entry.load())
         except Exception as error:
             # One broken package must not disable everyone else's experiments.
             print(f"warning: entry point {entry.name} = {entry.value}: {first_line(error)}", file=sys.stderr)
-            continue
-        _put(found, experiment)
     return found
 
 
 def _put(experiments: dict[str, Experiment], experiment: Experiment) -> None:
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"{experiment!r} is not a blacksmith.registry.Experiment")
     present = experiments.setdefault(experiment.name, experiment)
     if present != experiment:
         raise ConfigError(

@@ -114,7 +114,8 @@ def _render(output: Path, curves: Sequence[figures.Figure], tests: Sequence = ()
 
 def _run_page(run: Run) -> dict[str, Any]:
     environment, result = run.environment, run.result
-    commit = str(environment.git.get("commit") or "")[:10]
+    git = environment.git or {}
+    commit = str(git.get("commit") or "")[:10]
     galleries: dict[str, list] = {}
     for picture in run.pictures:
         galleries.setdefault(picture.title, []).append(picture)
@@ -131,7 +132,7 @@ def _run_page(run: Run) -> dict[str, Any]:
             ("device", environment.device),
             ("data", environment.data.get("source")),
             ("seed", run.config.run.get("seed")),
-            ("commit", commit + " (modified)" if environment.git.get("dirty") else commit),
+            ("commit", commit + " (modified)" if git.get("dirty") else commit),
         ],
         "failures": [("The run failed", result.error)] if result.error else [],
         "notices": _remarks(run),

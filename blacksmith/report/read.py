@@ -42,7 +42,7 @@ class Environment(pydantic.BaseModel):
     command: list[Any] = []
     device: str | None = None
     data: dict[str, Any] = {}
-    git: dict[str, Any] = {}
+    git: dict[str, Any] | None = None  # None for an installed package
 
 
 class Test(pydantic.BaseModel, extra="allow"):

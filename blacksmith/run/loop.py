@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from blacksmith.config.settings import check_warmup
 from blacksmith.errors import ConfigError, RunError
 from blacksmith.run.checkpoint import Saved, direction
 from blacksmith.run.metrics import is_timed
@@ -91,7 +92,8 @@ class Loop:
       position: where the run stands.
 
     Raises:
-      ConfigError: a resumed run's learning rate would follow another schedule.
+      ConfigError: the warm-up is longer than the run, a resumed run's learning rate would follow a different
+        schedule, or there is no validation set for `stop_at` or `early_stopping`.
     """
 
     def __init__(
@@ -119,6 +121,13 @@ class Loop:
         self._examples_of, self._unit = examples_of, unit
         self.position = Position()
         self._saved_at = -1
+        for name in ("stop_at", "early_stopping"):
+            if validate is None and getattr(run.config.train, name, None) is not None:
+                raise ConfigError(
+                    f"{run.config.train.gin_name}.{name} needs a validation set, and there is none"
+                )
+        if hasattr(run.config, "schedule"):
+            check_warmup(run.config.schedule, end)
         if run.resumed is not None:
             if hasattr(run.config, "schedule"):
                 before = run.resumed.state["config"]
@@ -196,6 +205,8 @@ class Loop:
         """
         first, shape = self.step, getattr(next(iter(values.values()), 0), "shape", ())
         steps = shape[0] if shape else 1
+        # Without the graph that a loss carries, which would keep every step's activations.
+        values = {n: v.detach() if hasattr(v, "detach") else v for n, v in values.items()}
         self._pending.append((first, steps, values))
         self.position.step += steps
         seen = self.order.examples_before(self.step) - self.order.examples_before(first)
@@ -342,7 +353,7 @@ class Loop:
         position.validated_at = self.step
         if metric not in position.validation:
             allowed = ", ".join(position.validation)
-            raise ConfigError(f"Checkpoint.metric = {metric!r}: this experiment's validation has {allowed}")
+            raise RunError(f"Checkpoint.metric = {metric!r}: this experiment's validation has {allowed}")
         if self.step:  # the weights before the first step are no candidate for the best checkpoint
             value = position.validation[metric]
             if math.isfinite(value) and (position.best is None or self._better(value, position.best)):
@@ -362,6 +373,10 @@ class Loop:
             if not values:
                 continue
             self._check_finite(first, values)
+            if position.sums and position.sums.keys() != values.keys():
+                raise RuntimeError(
+                    "log the same values at every step: they are averaged over the steps of a line"
+                )
             lists = {name: array.tolist() for name, array in values.items()}
             for i in range(steps):
                 for name, numbers in lists.items():
@@ -397,7 +412,7 @@ class Loop:
 def _on_host(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Values of a step or block as float64 [steps], whichever framework and device they are from."""
     # On the host before float64, which not every device has, nor NumPy bfloat16.
-    arrays = {n: v.detach().cpu().double() if hasattr(v, "detach") else v for n, v in values.items()}
+    arrays = {n: v.cpu().double() if hasattr(v, "cpu") else v for n, v in values.items()}
     return {name: np.atleast_1d(np.asarray(array, np.float64)) for name, array in arrays.items()}
 
 

@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -38,15 +37,9 @@ def describe(directory: Path, **facts: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of blacksmith and of those packages it can use that are installed."""
-    found = {}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        requirements = importlib.metadata.requires("blacksmith") or []
-        names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
-        for name in sorted(names | {"blacksmith"}):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[name] = importlib.metadata.version(name)
-    return found
+    """The version of every installed package, by name."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {name: found[name] for name in sorted(filter(None, found), key=str.lower)}
 
 
 def git_state() -> dict[str, Any] | None:

@@ -77,6 +77,7 @@ class Run:
         self._bindings, self._command, self._write_report = bindings, list(command), write_report
         self._environment: dict[str, Any] = {}
         self._metrics: metric_writers.Metrics | None = None
+        self._changed = False  # whether the directory is no longer as it was found
         self._opened_at = 0.0
 
     @property
@@ -131,7 +132,7 @@ class Run:
                         with contextlib.suppress(OSError):  # another run may be in one by now
                             for parent in made[1:]:
                                 parent.rmdir()
-                    elif self._metrics is not None:
+                    elif self._changed:
                         self._record_failure(error)
                     raise
                 finally:
@@ -169,6 +170,7 @@ class Run:
         if not self.resumes_in_place and self.checkpoints.steps():
             # An interrupted save had moved it aside, where the launcher did not see it.
             raise ConfigError(f"{self.directory} has a checkpoint; start again to resume from it")
+        self._changed = True
         for stale in ("result.json", "report.html"):
             (self.directory / stale).unlink(missing_ok=True)
         for picture in (self.directory / "images").glob("test_*"):
@@ -212,8 +214,8 @@ class Run:
         self.data = {**dataclasses.asdict(info), **more}
         if self.resumed is not None and self.mode == "train":
             before = self.resumed.state["data"]
-            if before["sha256"] != info.sha256:
-                was, now = (f"{d['source']} {d['sha256'][:12]}" for d in (before, self.data))
+            if before.get("sha256") != info.sha256:
+                was, now = (f"{d.get('source')} {str(d.get('sha256'))[:12]}" for d in (before, self.data))
                 raise DataError(
                     f"the data has changed since {self.resumed.path.name}: it was {was}, now it is {now}; "
                     "give the same source"
@@ -322,7 +324,8 @@ class Run:
             aborted = isinstance(error, KeyboardInterrupt)
             by = self.stop.signal or "SIGINT"
             message = f"aborted by {by}" if aborted else f"{type(error).__name__}: {error}"
-            result = {"error": message, "step": self.metrics.last_step, "data": self.data}
+            step = self._metrics.last_step if self._metrics else 0
+            result = {"error": message, "step": step, "data": self.data}
             self._write_result("failed", result, report=_full_disk(error) is None)
 
     def _write_result(self, status: str, result: Mapping[str, Any], *, report: bool = True) -> None:

@@ -79,7 +79,7 @@ def check_same_decay(
     if schedule.name == "constant":
         return
     old_end = before["train"]["steps"] or before["train"]["epochs"] * steps_per_epoch
-    old = before["schedule"]["decay_steps"] or old_end - decay_start(schedule)
+    old = before["schedule"]["decay_steps"] or max(1, old_end - decay_start(schedule))
     new = decay_length(schedule, end)
     if new != old:
         raise ConfigError(

@@ -150,6 +150,11 @@ def test_stopped_run_shows_what_there_is(run, page):
     assert "Loss" in shown.titles
 
 
+def test_a_run_of_an_installed_package_has_no_commit(run, page):
+    (run / "environment.json").write_text('{"git": null, "device": "cpu"}')
+    assert "keras/mnist" in page(report.write(run)).text
+
+
 def test_empty_directory_still_gives_a_page(tmp_path, page):
     shown = page(report.write(tmp_path))
     assert "unfinished" in shown.text

@@ -93,6 +93,16 @@ def test_a_failed_run_records_why(make):
     assert reports == [run.directory]
 
 
+def test_a_failure_to_begin_is_recorded(make):
+    run = make("Log.tensorboard = True")
+    run.directory.mkdir()
+    (run.directory / "tensorboard").write_text("in the way")
+    (run.directory / "result.json").write_text("{}")
+    with pytest.raises(OSError), run.opened():
+        pass
+    assert result_of(run.directory)["status"] == "failed"
+
+
 def test_a_failure_before_begin_is_not_recorded_in_a_resumed_run(make, tree):
     with make().opened() as run:
         take_steps(run, 1)

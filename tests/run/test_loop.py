@@ -149,8 +149,29 @@ def test_a_validation_that_is_not_finite_is_no_best_and_no_target(tmp_path, valu
 
 
 def test_a_metric_that_validation_does_not_have_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"Checkpoint.metric = 'val_f1': .* has val_loss"):
+    with pytest.raises(RunError, match=r"Checkpoint.metric = 'val_f1': .* has val_loss"):
         train(tmp_path / "run", "Checkpoint.metric = 'val_f1'")
+    assert lines(tmp_path / "run", "val")  # what was trained so far is not removed
+
+
+@pytest.mark.parametrize("setting", ["stop_at = 0.5", "early_stopping = 2"])
+def test_a_target_needs_a_validation_set(tmp_path, setting):
+    with pytest.raises(ConfigError, match=r"toy\.Train\.\w+ needs a validation set"):
+        train(tmp_path / "run", f"toy.Train.{setting}", validate=None)
+
+
+def test_a_warm_up_leaves_a_step(tmp_path):
+    with pytest.raises(ConfigError, match="warmup_steps = 14 leaves no step"):
+        train(tmp_path / "run", STEPS, "Schedule.warmup_steps = 14")
+
+
+def test_the_same_values_are_logged_at_every_step(tmp_path):
+    with make_run(tmp_path).opened() as run:
+        loop = Toy(run).loop
+        loop.log({"loss": 1.0})
+        loop.log({"loss": 1.0, "norm": 2.0})
+        with pytest.raises(RuntimeError, match="the same values at every step"):
+            loop.save()
 
 
 # The end

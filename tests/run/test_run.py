@@ -91,11 +91,10 @@ def test_the_environment_describes_machine_command_and_data(make, monkeypatch):
         assert environment["git"]["dirty"] in (True, False)
 
 
-def test_versions_are_those_of_what_the_distribution_requires(monkeypatch):
-    requires = ["numpy >= 1.26", "blacksmith[torch]", "no-such-package", 'pytest>=8; extra == "test"']
-    monkeypatch.setattr(provenance.importlib.metadata, "requires", lambda _: requires)
-    assert {*provenance.versions()} - {"blacksmith"} == {"numpy", "pytest"}
-    assert provenance.versions()["pytest"] == pytest.__version__
+def test_versions_are_those_of_all_installed_packages():
+    found = provenance.versions()
+    assert found["pytest"] == pytest.__version__
+    assert {"jaxlib", "numpy", "tokenizers"} <= found.keys()  # also what others require
 
 
 def test_the_environment_of_a_resumed_run_keeps_earlier_ones(make):

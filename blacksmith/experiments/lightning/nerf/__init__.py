@@ -15,7 +15,7 @@ EXPERIMENT = Experiment(
     backends={
         "torch": Needs(
             "nerf",
-            ("torch", "lightning", "PIL", "torchmetrics", "av", "scipy", "skimage", "viser"),
+            ("torch", "lightning", "PIL", "torchmetrics", "av", "scipy", "skimage", "trimesh", "viser"),
         )
     },
     checkpoint_format="nerf-lightning-2",

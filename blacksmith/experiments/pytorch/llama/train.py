@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blacksmith.config.settings import check_warmup
 from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.batches import collate, collate_whole, padding
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model, load_weights
@@ -49,7 +48,6 @@ def train(run: Run) -> int:
     pad = padding(tokenizer)
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
     end = settings.total_steps(order.steps_per_epoch)
-    check_warmup(config.schedule, end)
 
     # Optimizer, and all that a checkpoint holds.
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -91,6 +89,8 @@ def train(run: Run) -> int:
     # The steps.
     model.train()
     with profiled(run) as profile_step:
+        run.begin()
+        (run.directory / "eval_results.json").unlink(missing_ok=True)  # of an earlier test
         for step in loop:
             set_learning_rate(optimizer, rate_of(step))
             optimizer.zero_grad(set_to_none=True)

@@ -142,7 +142,7 @@ class Loop:
         self._drawn_at = -1 if run.resumed is None else self.step
         # Values since the last fetch: (first step, steps, values), perhaps still being computed on a device.
         self._pending: list[tuple[int, int, Mapping[str, Any]]] = []
-        self._latest: dict[str, float] = {}
+        self._latest: dict[str, float] = {}  # means, for the console
         self._counts: dict[str, int] = {}
         self._clock: float | None = None
         self._progress = Progress(
@@ -392,7 +392,9 @@ class Loop:
                         line |= {f"{n}_per_second": c / max(seconds, 1e-9) for n, c in self._counts.items()}
                     self.run.metrics.write(step, self.order.epoch(step), "train", line)
                     position.sums, position.summed, wrote = {}, 0, True
-            self._latest = {name: numbers[-1] for name, numbers in lists.items()}
+            if position.summed:
+                means = {name: total / position.summed for name, total in position.sums.items()}
+            self._latest = means
         if wrote and self._clock is not None:
             self._clock, self._counts = time.perf_counter(), {}
 

@@ -299,8 +299,11 @@ class Run:
             command.append(f"--workdir={self.directory}")
         if self.checkpoints.steps() and any(part.lstrip("-").startswith("resume") for part in command):
             command.append("--resume=auto")  # the last one counts
-        step = f" at step {result['step']}" if "step" in result else ""
-        print(f"stopped{step}. To resume: {shlex.join(command)}")
+        if self.checkpoints.steps():
+            step = f" at step {result['step']}" if "step" in result else ""
+            print(f"stopped{step}. To resume: {shlex.join(command)}")
+        else:
+            print(f"stopped before anything was saved. To start again: {shlex.join(command)}")
         return STOPPED
 
     def _identity(self) -> dict[str, str]:

@@ -179,7 +179,8 @@ def test_an_aborted_run_records_which_signal_it_was(make, number):
 def test_a_stopped_run_prints_how_to_resume(make, capsys, command, before, after):
     with make(command=command).opened() as run:
         assert run.stopped() == runs.STOPPED
-        assert capsys.readouterr().out == f"stopped. To resume: {before.format(run=run.directory)}\n"
+        again = f"To start again: {before.format(run=run.directory)}"
+        assert capsys.readouterr().out == f"stopped before anything was saved. {again}\n"
         take_steps(run, 1)
         assert run.stopped({"step": 1}) == runs.STOPPED
     expected = (after or before + " --resume=auto").format(run=run.directory)

@@ -26,7 +26,6 @@ OPTIMIZERS = {
 }
 CASES = {name: (name, {}) for name in OPTIMIZERS} | {
     "SGD, momentum": ("SGD", {"momentum": 0.9, "nesterov": True}),
-    "SGD, fused": ("SGD", {"momentum": 0.9, "fused": True}),
     "Adam, fused": ("Adam", {"fused": True}),
     "AdamW, fused, amsgrad": ("AdamW", {"fused": True, "amsgrad": True}),
     "AdamW, foreach": ("AdamW", {"foreach": True}),

@@ -128,10 +128,10 @@ class Loop:
                 )
         if hasattr(run.config, "schedule"):
             check_warmup(run.config.schedule, end)
-        if run.resumed is not None:
-            if hasattr(run.config, "schedule"):
+            if run.resumed is not None:
                 before = run.resumed.state["config"]
                 check_same_decay(run.config.schedule, before, order.steps_per_epoch, end)
+        if run.resumed is not None:
             self.position = Position(**run.resumed.state["position"])
             if run.resumes_in_place:
                 self._saved_at = self.step

@@ -117,8 +117,6 @@ def _save_worst(directory: Path, samples: Samples, logits: np.ndarray) -> None:
     of_truth = probabilities[np.arange(len(labels)), labels]
     wrong = np.flatnonzero(predictions != labels)
     directory.mkdir(exist_ok=True)
-    for old in directory.glob("test_worst_*.png"):  # an earlier test may have had more mistakes
-        old.unlink()
     for rank, index in enumerate(wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST], 1):
         true, chance = labels[index], of_truth[index]
         caption = f"{true} → {predictions[index]}\np({true}) = {chance:{'.0e' if chance < 1e-3 else '.3f'}}"

@@ -1,6 +1,7 @@
 """Fixtures of the NeRF and Llama tests: Gin files with small settings, a scene and a base model."""
 
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,22 @@ def pretrained():
     """The settings that name a model directory in place of sizes."""
     sizes = ["llama.Model.hidden_size = 64", "llama.Model.intermediate_size = 176"]
     return lambda directory: [*sizes, f'llama.Model.name_or_path = "{directory}"']
+
+
+@pytest.fixture
+def stop_during(monkeypatch):
+    """Sends SIGTERM when the function `name` of `owner` is called for the given time; returns its calls."""
+
+    def arrange(owner, name, call=1):
+        function, calls = getattr(owner, name), []
+
+        def stopping(*arguments, **options):
+            calls.append(name)
+            if len(calls) == call:
+                signal.raise_signal(signal.SIGTERM)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, stopping)
+        return calls
+
+    return arrange

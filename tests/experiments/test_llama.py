@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,20 +110,6 @@ def equal_weights(one: Path, other: Path) -> bool:
     return old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
 
-def stop_during(monkeypatch, owner, name, call=1):
-    """Sends SIGTERM when the function `name` of `owner` is called for the given time; returns its calls."""
-    function, calls = getattr(owner, name), []
-
-    def stopping(*arguments, **options):
-        calls.append(name)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGTERM)
-        return function(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, stopping)
-    return calls
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "call", "step"),
     [
@@ -138,8 +123,10 @@ def stop_during(monkeypatch, owner, name, call=1):
     ],
     ids=["start", "first", "step", "validation", "last", "test", "generation"],
 )
-def test_a_stop_loses_nothing(run_llama, whole, stream, tmp_path, monkeypatch, owner, name, call, step):
-    calls = stop_during(monkeypatch, owner, name, call)
+def test_a_stop_loses_nothing(
+    run_llama, whole, stream, tmp_path, monkeypatch, stop_during, owner, name, call, step
+):
+    calls = stop_during(owner, name, call)
     assert run_llama(*PARTS) == 75
     if name == "token_losses":
         assert len(calls) == 4 * 7
@@ -153,14 +140,16 @@ def test_a_stop_loses_nothing(run_llama, whole, stream, tmp_path, monkeypatch, o
         assert result(tmp_path / "run")[part] == result(whole)[part]
 
 
-def test_a_stop_in_the_best_validation_keeps_its_weights(run_llama, stream, tmp_path, monkeypatch):
+def test_a_stop_in_the_best_validation_keeps_its_weights(
+    run_llama, stream, tmp_path, monkeypatch, stop_during
+):
     """The checkpoint that the stop leaves gets its metrics when the validation is repeated."""
     params = ["Optimizer.learning_rate = 0.3", ACCURACY]
     run_llama(*params, directory=tmp_path / "whole")
     best = result(tmp_path / "whole")["best"]["step"]
     validated = [line["step"] for line in stream(tmp_path / "whole") if line["split"] == "val"]
     assert best < validated[-1]
-    stop_during(monkeypatch, evaluation, "score", 1 + validated.index(best))
+    stop_during(evaluation, "score", 1 + validated.index(best))
     assert run_llama(*params) == 75
     assert result(tmp_path / "run")["step"] == best
     monkeypatch.undo()

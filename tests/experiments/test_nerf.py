@@ -75,19 +75,6 @@ def scores(monkeypatch):
     return give
 
 
-def stop_during(monkeypatch, owner, name, call=1):
-    """Sends SIGTERM when the function `name` of `owner` is called for the given time."""
-    function, calls = getattr(owner, name), []
-
-    def stopping(*arguments, **options):
-        calls.append(name)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGTERM)
-        return function(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, stopping)
-
-
 @pytest.mark.parametrize("hull", [True, False])
 def test_pictures_need_not_be_square(run_nerf, nerf_scene, tmp_path, hull):
     wide = nerf_scene.write(tmp_path / "wide", width=40, height=30)
@@ -196,8 +183,8 @@ def test_the_mlp_field_trains_resumes_and_is_evaluated(run_nerf, stream, tmp_pat
     ],
     ids=["start", "validation", "test", "video"],
 )
-def test_a_stop_loses_nothing(run_nerf, whole, stream, tmp_path, monkeypatch, owner, name, step):
-    stop_during(monkeypatch, owner, name)
+def test_a_stop_loses_nothing(run_nerf, whole, stream, tmp_path, monkeypatch, stop_during, owner, name, step):
+    stop_during(owner, name)
     assert run_nerf(*VIDEO) == 75
     stopped = result(tmp_path / "run")
     assert (stopped["status"], stopped["step"]) == ("stopped", step)

@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INPUTS := setup.cfg constraints.txt pyproject.toml
+# One process per core, at most four, since each may take 2 GB; tests of a file share what its fixtures made.
+PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses=4 --dist=loadfile
 
 .PHONY: mnist test test-all lint format bench bench-nerf bench-llama bench-llama-quality clean
 
@@ -11,10 +13,10 @@ mnist: $(VENV)/.jax
 	$(VENV)/bin/python -m blacksmith.launch --gin_file=gin/mnist_jax.gin $(ARGS)
 
 test: $(VENV)/.all
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.all
-	$(VENV)/bin/python -m pytest -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff format --check .

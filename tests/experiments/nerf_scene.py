@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pinhole import camera_of
 
 from blacksmith.datasets.blender import Camera
 from blacksmith.datasets.blender.cameras import look_at
@@ -49,7 +50,7 @@ def write(
             position = DISTANCE * np.array([flat * np.cos(angle), flat * np.sin(angle), up])
             pose = look_at(position, np.zeros(3))
             name = f"{split}/r_{index}"
-            camera = Camera.of_angle(pose, width, height, ANGLE)
+            camera = camera_of(pose, width, height, ANGLE)
             Image.fromarray(picture(camera)).save(directory / f"{name}.png")
             matrix = [*pose.tolist(), [0.0, 0.0, 0.0, 1.0]]
             frames.append({"file_path": f"./{name}", "transform_matrix": matrix})

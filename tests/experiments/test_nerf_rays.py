@@ -9,6 +9,7 @@ import pytest
 # ruff: noqa: E402
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
+from pinhole import camera_of, project
 
 from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.cameras import Camera, look_at
@@ -67,7 +68,7 @@ def test_rays_turn_and_move_with_the_camera():
 
 
 def test_outermost_rays_are_half_a_pixel_inside_the_angle():
-    camera = Camera.of_angle(STRAIGHT, 100, 1, angle_x=1.2)
+    camera = camera_of(STRAIGHT, 100, 1, angle_x=1.2)
     _, directions = camera_rays(camera, torch.tensor([0, 99]))
     slope = np.tan(0.6) * 99 / 100
     found = (directions[:, 0] / -directions[:, 2]).tolist()
@@ -80,7 +81,7 @@ def test_points_on_a_ray_project_to_its_pixel(camera):
     origins, directions = camera_rays(camera, pixels)
     for distance in (0.5, 3.0, 40.0):
         points = (origins + distance * directions).double().numpy()
-        xy, depth = camera.project(points)
+        xy, depth = project(camera, points)
         expected = np.stack([pixels.numpy() % 7 + 0.5, pixels.numpy() // 7 + 0.5], 1)
         # Points at 40 are rounded by 2e-6, pixels of up to 11 by focal length and depth: 1e-5.
         np.testing.assert_allclose(xy, expected, rtol=0, atol=1e-4)

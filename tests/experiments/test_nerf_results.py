@@ -19,9 +19,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchmetrics")
 Image = pytest.importorskip("PIL.Image")
 av = pytest.importorskip("av")
+from pinhole import camera_of
 
 from blacksmith.datasets.blender import Views
-from blacksmith.datasets.blender.cameras import Camera, look_at, orbit
+from blacksmith.datasets.blender.cameras import look_at, orbit
 from blacksmith.errors import DataError, RunError
 from blacksmith.experiments.lightning.nerf import results, scores
 from blacksmith.experiments.lightning.nerf.pictures import (
@@ -68,7 +69,7 @@ class Sphere:
 
 
 def _camera(width=48, height=40):
-    return Camera.of_angle(look_at(np.array([3.0, 0, 1]), np.zeros(3)), width, height, math.radians(50))
+    return camera_of(look_at(np.array([3.0, 0, 1]), np.zeros(3)), width, height, math.radians(50))
 
 
 def _gray_views(*levels):

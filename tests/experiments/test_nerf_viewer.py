@@ -20,9 +20,10 @@ import pytest
 import torch
 import viser
 from PIL import Image
+from pinhole import camera_of, project
 from websockets.sync.client import connect
 
-from blacksmith.datasets.blender.cameras import Camera, look_at
+from blacksmith.datasets.blender.cameras import look_at
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.lightning.nerf import viewer
 from blacksmith.experiments.lightning.nerf.pictures import depth_colors, to_bytes
@@ -56,7 +57,7 @@ class Ball:
         return Rendered(rgb, opacity, depth * opacity)
 
 
-CAMERA = Camera.of_angle(look_at(np.array([2.5, -2.0, 1.5]), np.zeros(3)), 400, 300, 0.8)
+CAMERA = camera_of(look_at(np.array([2.5, -2.0, 1.5]), np.zeros(3)), 400, 300, 0.8)
 
 
 def expected(camera, background=WHITE, quality=1.0):
@@ -77,7 +78,7 @@ def test_viser_cameras_keep_axes_and_field_of_view():
     camera = viewer.camera_of(viser_camera(position=(1, 2, 3), fov=np.pi / 2))
     np.testing.assert_allclose(camera.pose, [[1, 0, 0, 1], [0, -1, 0, 2], [0, 0, -1, 3]], atol=1e-7)
     assert camera.focal == pytest.approx((10, 10)), "90 degrees over 20 pixels"
-    seen, depth = camera.project(np.array([[1.0, 2.0, 5.0], [2.0, 2.0, 5.0], [1.0, 3.0, 5.0]]))
+    seen, depth = project(camera, np.array([[1.0, 2.0, 5.0], [2.0, 2.0, 5.0], [1.0, 3.0, 5.0]]))
     np.testing.assert_allclose(depth, 2)
     np.testing.assert_allclose(seen, [[20, 10], [25, 10], [20, 15]], err_msg="x is right, y is down")
     # A quarter turn about x takes what was down to where it looks: viser's z axis becomes -y, its y axis z.
@@ -101,9 +102,9 @@ def test_unusable_cameras_are_ignored(wrong):
 
 def test_the_pivot_is_on_the_axis_and_in_front():
     bounds = Ball.bounds.numpy()
-    aside = Camera.of_angle(look_at(np.array([3.0, 0.5, 0.0]), np.array([0.0, 0.5, 0.0])), 4, 4, 1.0)
+    aside = camera_of(look_at(np.array([3.0, 0.5, 0.0]), np.array([0.0, 0.5, 0.0])), 4, 4, 1.0)
     np.testing.assert_allclose(viewer.pivot(aside, bounds), [0, 0.5, 0], atol=1e-6)
-    away = Camera.of_angle(look_at(np.array([3.0, 0.0, 0.0]), np.array([9.0, 0.0, 0.0])), 4, 4, 1.0)
+    away = camera_of(look_at(np.array([3.0, 0.0, 0.0]), np.array([9.0, 0.0, 0.0])), 4, 4, 1.0)
     assert viewer.pivot(away, bounds)[0] > 3
 
 

@@ -9,8 +9,9 @@ import pytest
 # ruff: noqa: E402
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
+from pinhole import camera_of
 
-from blacksmith.datasets.blender.cameras import Camera, look_at
+from blacksmith.datasets.blender.cameras import look_at
 from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.occupancy import flat_cell, grid_points
 from blacksmith.models.pytorch.nerf.rendering import camera_rays
@@ -539,7 +540,7 @@ def _orbit(count, distance, size=32, angle=0.7, offset=0.0):
     height = 1 - 2 * number / count
     turn, out = np.pi * (1 + 5**0.5) * number + offset, np.sqrt(1 - height**2)
     places = np.stack([out * np.cos(turn), out * np.sin(turn), height], 1) * distance
-    return [Camera.of_angle(look_at(place, np.zeros(3)), size, size, angle) for place in places]
+    return [camera_of(look_at(place, np.zeros(3)), size, size, angle) for place in places]
 
 
 def _all_rays(cameras):

@@ -15,6 +15,7 @@ import pytest
 # ruff: noqa: E402
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
+from pinhole import camera_of, project
 
 from blacksmith.datasets.blender.cameras import Camera, look_at
 from blacksmith.models.pytorch.nerf.occupancy import Occupancy, box_of, grid_points, visual_hull
@@ -239,7 +240,7 @@ def test_grid_points_by_hand():
 def test_loading_restores_samples_and_visible_pixels():
     occupancy = _occupancy(_random_cells(13, 0.01, seed=4))
     assert set(occupancy.state_dict()) == {"bounds", "near_far", "cells"}
-    camera = Camera.of_angle(look_at((3.0, 2.0, 1.0), (0, 0, 0)), 20, 16, angle_x=0.8)
+    camera = camera_of(look_at((3.0, 2.0, 1.0), (0, 0, 0)), 20, 16, angle_x=0.8)
     restored = Occupancy(13)
     # What is cached of the old cells must not survive.
     assert restored.visible_pixels(camera).any()
@@ -308,7 +309,7 @@ def test_every_corner_of_a_cell_is_visible_in_a_fine_picture(slope):
         camera = Camera(look_at(position, target), size, size, (size / 2 / slope,) * 2, (size / 2, size / 2))
         # A hundredth inside of the cell.
         corners = center + np.array(list(itertools.product((-0.495, 0.495), repeat=3))) * side
-        pixels, depth = camera.project(corners)
+        pixels, depth = project(camera, corners)
         inside = (depth > 0) & ((pixels >= 0) & (pixels < size)).all(1)
         column, row = pixels[inside].astype(int).T
         tested += len(row)
@@ -330,7 +331,7 @@ def test_every_corner_of_a_stretched_cell_is_visible():
         position = center - random.uniform(0.6, 1.0) * (ahead + slope * right)
         camera = Camera(look_at(position, position + ahead), 800, 100, (200.0, 200.0), (400.0, 50.0))
         corners = center + np.array(list(itertools.product((-0.495, 0.495), repeat=3))) * side
-        pixels, _ = camera.project(corners)
+        pixels, _ = project(camera, corners)
         column, row = pixels[((pixels >= 0) & (pixels < (800, 100))).all(1)].astype(int).T
         tested += len(row)
         visible = _occupancy(_one_cell(cells, x, y, z)).visible_pixels(camera).view(100, 800)
@@ -340,12 +341,12 @@ def test_every_corner_of_a_stretched_cell_is_visible():
 
 def test_only_pixels_around_a_small_thing_are_visible():
     occupancy = _occupancy(_one_cell(32, 16, 16, 16))
-    camera = Camera.of_angle(look_at((4.0, 3.0, 2.0), (0, 0, 0)), 200, 200, angle_x=0.7)
+    camera = camera_of(look_at((4.0, 3.0, 2.0), (0, 0, 0)), 200, 200, angle_x=0.7)
     visible = occupancy.visible_pixels(camera).view(200, 200)
     # The cell is 0.07 wide, 5.4 away: 3.5 pixels. Pairs of cells, their diagonal and whole pixels widen it.
     assert 4 <= int(visible.sum()) <= 20**2
     rows, columns = visible.nonzero().float().mean(0).tolist()
-    xy, _ = camera.project(occupancy.centers().view(32, 32, 32, 3)[16, 16, 16][None].numpy())
+    xy, _ = project(camera, occupancy.centers().view(32, 32, 32, 3)[16, 16, 16][None].numpy())
     assert (columns + 0.5, rows + 0.5) == pytest.approx(tuple(xy[0]), abs=3)
     # Nothing is visible in an empty grid, or behind the camera.
     occupancy.set(~_all_cells(32))
@@ -369,7 +370,7 @@ def _sphere_views(count, distance, angle, size=64):
     cameras, masks = [], []
     for direction in around:
         pose = look_at(CENTER.numpy() + distance * direction, CENTER.numpy() + (0.05, 0.1, -0.1))
-        camera = Camera.of_angle(pose, size, size - 8, angle)
+        camera = camera_of(pose, size, size - 8, angle)
         camera = dataclasses.replace(camera, center=(camera.center[0] + 1.7, camera.center[1]))
         masks.append(_mask(camera))
         cameras.append(camera)
@@ -425,7 +426,7 @@ def test_a_ball_at_the_edge_of_a_picture_stays_whole(side, beside):
 
 def test_a_view_rules_out_exactly_what_it_contains():
     # One camera that sees the upper half of a cube only, and nothing there.
-    camera = Camera.of_angle(look_at((0.0, -4.0, 0.0), (0, 0, 0)), 40, 40, angle_x=0.7)
+    camera = camera_of(look_at((0.0, -4.0, 0.0), (0, 0, 0)), 40, 40, angle_x=0.7)
     camera = dataclasses.replace(camera, center=(20.0, 40.0))
     nothing = torch.zeros(1, 40, 40, dtype=torch.bool)
     hull = visual_hull(nothing, [camera], CUBE, 16)
@@ -433,7 +434,7 @@ def test_a_view_rules_out_exactly_what_it_contains():
 
     def corners_seen(reach):
         moves = torch.cartesian_prod(*[torch.tensor([-reach, reach])] * 3)
-        pictures = [camera.project((centers + move).numpy())[0] for move in moves]
+        pictures = [project(camera, (centers + move).numpy())[0] for move in moves]
         return [((xy >= 0) & (xy < 40)).all(1) for xy in pictures]
 
     # In between are cells of 1/8 that the picture's edge cuts, or that lie within a margin of 6 pixels of it.

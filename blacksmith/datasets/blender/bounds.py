@@ -14,18 +14,12 @@ NEAREST = 0.05
 
 
 def estimate_bounds(cameras: Sequence[Camera]) -> np.ndarray:
-    """A cube that all cameras see.
+    """The lower and the upper corner, float32 [2, 3] in world units, of a cube that all cameras see.
 
     Its center is the point nearest to all optical axes, by least squares. If the axes are parallel, or meet
     behind most of the cameras, the center is the point of the mean axis nearest to the world's origin, but
     at least as far in front of the cameras as they are apart. Half its side is the smallest of the cameras'
     distance * tan(angle / 2), for the wider angle of view. Cameras that look away do not count.
-
-    Args:
-      cameras: at least one.
-
-    Returns:
-      The lower and the upper corner, float32 [2, 3], in world units.
     """
     positions, axes = _positions_and_axes(cameras)
     spread = float(np.linalg.norm(positions - positions.mean(0), axis=1).max())
@@ -48,15 +42,10 @@ def estimate_bounds(cameras: Sequence[Camera]) -> np.ndarray:
 
 
 def near_far(cameras: Sequence[Camera], bounds: np.ndarray) -> tuple[float, float]:
-    """The distances between which rays of any of the cameras can meet the box, in world units.
+    """The distances, near and far in world units, between which rays of the cameras can meet a box, [2, 3].
 
-    Args:
-      cameras: at least one.
-      bounds: the lower and the upper corner, float [2, 3].
-
-    Returns:
-      near: the smallest distance of a camera to the box, but at least `NEAREST` times that to its middle.
-      far: the largest distance of a camera to a corner.
+    Near is the smallest distance of a camera to the box, but at least `NEAREST` times that to its middle; far
+    is the largest distance of a camera to a corner.
     """
     positions, _ = _positions_and_axes(cameras)
     low, high = np.asarray(bounds, np.float64)

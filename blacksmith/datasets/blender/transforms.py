@@ -1,7 +1,6 @@
 """Scene files in JSON: for each picture its file, and the pose and intrinsics of its camera.
 
-`read` parses one `transforms_*.json`. A camera that is not a pinhole camera (lens distortion, or a pose that
-is not a rigid motion) is refused here.
+What is not a pinhole camera (lens distortion, or a pose that is not a rigid motion) is refused here.
 """
 
 import json
@@ -20,7 +19,6 @@ from blacksmith.errors import DataError, first_line
 RIGID_TOLERANCE = 1e-3
 """How far R R^T may be from the identity in any entry, and det R from 1."""
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FOCAL = {"fl_x", "fl_y", "camera_angle_x", "camera_angle_y"}
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -29,29 +27,19 @@ Model = TypeVar("Model", bound=BaseModel)
 def _rigid(rows: list[list[float]]) -> list[list[float]]:
     matrix = np.array(rows)
     rotation, last = matrix[:3, :3], matrix[3]
-    determinant = np.linalg.det(rotation)
-    errors = [last - (0, 0, 0, 1), rotation @ rotation.T - np.eye(3), determinant - 1]
+    errors = [last - (0, 0, 0, 1), rotation @ rotation.T - np.eye(3), np.linalg.det(rotation) - 1]
     if max(np.abs(error).max() for error in errors) > RIGID_TOLERANCE:
         raise ValueError(
-            f"not a rigid motion: its axes have lengths {_joined(np.linalg.norm(rotation, axis=0))}, its "
-            f"determinant is {determinant:.4g}, its last row is {_joined(last)}; it must be a rotation "
-            "without scale or reflection, a position, and a last row of 0 0 0 1"
+            "must be a rotation without scale or reflection, a position, and a last row of 0 0 0 1"
         )
     return rows
 
 
-def _whole(value: float) -> float:
-    if not value.is_integer():
-        raise ValueError("must be a whole number of pixels")
-    return value
-
-
-_Entry = Annotated[float, Field(gt=-_FLOAT32_MAX, lt=_FLOAT32_MAX)]
-_Row = Annotated[list[_Entry], Field(min_length=4, max_length=4)]
+_Row = Annotated[list[float], Field(min_length=4, max_length=4)]
 _Matrix = Annotated[list[_Row], Field(min_length=4, max_length=4), AfterValidator(_rigid)]
 _Length = Annotated[float, Field(gt=0, description="focal length in pixels")]
 _Angle = Annotated[float, Field(gt=0, lt=math.pi, description="angle of view in radians")]
-_Pixels = Annotated[float, Field(gt=0, description="size of the picture"), AfterValidator(_whole)]
+_Pixels = Annotated[float, Field(gt=0, multiple_of=1, description="size of the picture in pixels")]
 _Zero = Annotated[Literal[0], Field(description="lens distortion is not supported: undistort the pictures")]
 
 
@@ -60,14 +48,11 @@ class Frame(BaseModel):
 
     Other keys are ignored. `None` means that a number is not given; an explicit null is refused, because
     defaults are not validated.
-
-    Attributes:
-      where: the file and the index of the frame, for error messages.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
 
-    where: str
+    where: str  # the file and the index of the frame, for error messages
     file_path: str = Field(min_length=1, description="a picture in the scene's directory")
     transform_matrix: _Matrix = Field(description="camera to world, 4 rows of 4 numbers")
     # The models of COLMAP and nerfstudio that are a pinhole camera when all distortion is 0.
@@ -98,11 +83,6 @@ class Frame(BaseModel):
             raise ValueError("needs `camera_angle_x` (radians) or `fl_x` (pixels), in the frame or the file")
         return self
 
-    @property
-    def pose(self) -> np.ndarray:
-        """Camera-to-world, float32 [3, 4]."""
-        return np.array(self.transform_matrix[:3], np.float32)
-
     def camera(self, width: int, height: int) -> Camera:
         """The camera, for a picture of `width` by `height` pixels.
 
@@ -114,7 +94,9 @@ class Frame(BaseModel):
           DataError: `w` and `h` are neither the size of the picture nor a whole multiple or fraction of it.
         """
         stated = (int(self.w or width), int(self.h or height))
-        if not _same_shape(stated, (width, height)):
+        small, large = sorted((stated, (width, height)))
+        factor = large[0] // small[0]
+        if large != (factor * small[0], factor * small[1]):
             raise DataError(
                 f"{self.where}: w and h say {stated[0]}x{stated[1]}, but {self.file_path!r} has "
                 f"{width}x{height} pixels; one must be a whole multiple of the other"
@@ -126,7 +108,8 @@ class Frame(BaseModel):
             focal = (x, x if self.camera_angle_y is None else _focal(stated[1], self.camera_angle_y))
         given = (self.cx, self.cy)
         center = tuple(0.5 * size if at is None else at for at, size in zip(given, stated))
-        return Camera(self.pose, *stated, focal, center).resized(width, height)
+        pose = np.array(self.transform_matrix[:3], np.float32)
+        return Camera(pose, *stated, focal, center).resized(width, height)
 
 
 class _File(BaseModel):
@@ -165,10 +148,7 @@ def read(path: Path) -> list[Frame]:
 def find(frame: Frame, directory: Path) -> tuple[Path, str]:
     """The picture of a frame: `file_path`, or if that is not a file, `file_path` with `.png` appended.
 
-    Links are followed, but not out of the directory.
-
-    Returns:
-      The file, and its name relative to the directory after following all links.
+    Returns the file, and its name relative to the directory after following all links.
 
     Raises:
       DataError: there is none, or it is outside of the directory.
@@ -185,10 +165,8 @@ def find(frame: Frame, directory: Path) -> tuple[Path, str]:
                 )
             if file.is_file():
                 return file, target.relative_to(root).as_posix()
-        except OSError as error:
-            raise DataError(f"{frame.where}: {name!r} cannot be read ({error.strerror})") from error
-        except ValueError:  # a name that no file can have
-            continue
+        except (OSError, ValueError) as error:
+            raise DataError(f"{frame.where}: {name!r} cannot be read ({error})") from error
     raise DataError(f"{frame.where}: no picture {frame.file_path!r} in {directory}, with or without .png")
 
 
@@ -198,28 +176,16 @@ def _validated(model: type[Model], content: Any, where: str) -> Model:
         return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = message.replace("a valid dictionary", "an object").partition(" or instance of")[0]
-    message = message.replace("Field required", "is missing")
+    message = first["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
+    message = message.replace("Input should be", "must be").replace("Field required", "is missing")
     if not first["loc"]:
         raise DataError(f"{where}: {message}")
     field, *place = first["loc"]
     name = str(field) + "".join(f"[{index}]" for index in place)
-    if first["type"] not in ("missing", "value_error"):
+    if first["type"] != "missing":
         name += f" = {reprlib.repr(first['input'])}"
     raise DataError(f"{where}: {name}: {message} ({model.model_fields[field].description})")
 
 
 def _focal(pixels: int, angle: float) -> float:
     return 0.5 * pixels / math.tan(0.5 * angle)
-
-
-def _same_shape(first: tuple[int, int], second: tuple[int, int]) -> bool:
-    """Whether the larger size is the smaller one times a whole number."""
-    small, large = sorted((first, second))
-    factor = large[0] // small[0]
-    return large == (factor * small[0], factor * small[1])
-
-
-def _joined(values: np.ndarray) -> str:
-    return " ".join(f"{value:.4g}" for value in values)

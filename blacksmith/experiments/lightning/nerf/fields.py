@@ -5,7 +5,8 @@ import math
 import numpy as np
 import torch
 
-from blacksmith.datasets.blender import Views, estimate_bounds, near_far
+from blacksmith.datasets.blender import Views
+from blacksmith.datasets.blender.bounds import estimate_bounds, near_far
 from blacksmith.errors import CheckpointError, ConfigError, DataError, first_line
 from blacksmith.experiments.lightning.nerf.configs import Config
 from blacksmith.models.pytorch.nerf.grid import GridField

@@ -60,8 +60,8 @@ class Ball:
 CAMERA = camera_of(look_at(np.array([2.5, -2.0, 1.5]), np.zeros(3)), 400, 300, 0.8)
 
 
-def expected(camera, background=WHITE, quality=1.0):
-    seen = render_image(Ball(), camera, torch.tensor(background), quality=quality)
+def expected(camera):
+    seen = render_image(Ball(), camera, torch.tensor(WHITE))
     return to_bytes(seen.rgb.numpy())
 
 

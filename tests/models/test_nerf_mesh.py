@@ -1,4 +1,4 @@
-"""The mesh of a field whose surface is known: its position, orientation, colors and file."""
+"""The mesh of a field whose surface is known: its position, orientation and colors."""
 
 import math
 
@@ -9,11 +9,11 @@ import pytest
 # ruff: noqa: E402
 torch = pytest.importorskip("torch")
 pytest.importorskip("skimage")
-trimesh = pytest.importorskip("trimesh")
+pytest.importorskip("trimesh")
 
 from blacksmith.errors import RunError
 from blacksmith.models.pytorch.nerf import mesh as meshes
-from blacksmith.models.pytorch.nerf.mesh import extract_mesh, write_ply
+from blacksmith.models.pytorch.nerf.mesh import extract_mesh
 
 CENTER = torch.tensor([0.1, -0.2, 0.3])
 
@@ -27,10 +27,8 @@ class Balls:
     def __init__(self, *balls, bounds=((-1.0, -1.2, -0.7), (1.0, 1.0, 1.1))):
         self.balls = balls
         self.bounds = torch.tensor(bounds)
-        self.chunks = []
 
     def density(self, points):
-        self.chunks.append(len(points))
         inside = ((points >= self.bounds[0]) & (points <= self.bounds[1])).all(-1)
         parts = [20 - 10 * (points - center).norm(dim=-1) / radius for center, radius in self.balls]
         return torch.stack(parts).amax(0).clamp(min=0) * inside
@@ -69,23 +67,11 @@ def test_colors_are_those_seen_along_the_inward_normal(ball):
     np.testing.assert_allclose(ball.visual.vertex_colors[:, :3], (inward + 1) / 2 * 255, atol=6)
 
 
-def test_evaluating_in_chunks_gives_the_same_mesh(ball, monkeypatch):
-    monkeypatch.setattr(meshes, "CHUNK_POINTS", 10_000)
-    field = Balls((CENTER, 0.5))
-    mesh = extract_mesh(field, resolution=64, threshold=10.0)
-    assert max(field.chunks) <= 10_000
-    # 2.0, 2.2 and 1.8 wide in cells of 2.2/64: rounded up.
-    assert sum(field.chunks) == 60 * 65 * 54
-    np.testing.assert_array_equal(mesh.vertices, ball.vertices)
-    np.testing.assert_array_equal(mesh.faces, ball.faces)
-    np.testing.assert_array_equal(mesh.visual.vertex_colors, ball.visual.vertex_colors)
-
-
-def test_small_parts_are_removed():
+def test_small_parts_are_removed(monkeypatch):
     field = Balls((CENTER, 0.5), (torch.tensor([-0.8, -0.9, -0.5]), 0.1))
-    large, both = (
-        extract_mesh(field, resolution=48, threshold=10.0, smallest_part=share) for share in (0.1, 0)
-    )
+    both = extract_mesh(field, resolution=48, threshold=10.0)
+    monkeypatch.setattr(meshes, "SMALLEST_PART", 0.1)
+    large = extract_mesh(field, resolution=48, threshold=10.0)
     assert both.volume == pytest.approx(4 / 3 * math.pi * (0.5**3 + 0.1**3), rel=1e-2)
     assert large.volume == pytest.approx(4 / 3 * math.pi * 0.5**3, rel=1e-2)
     assert large.is_watertight
@@ -106,15 +92,3 @@ def test_what_reaches_the_side_of_the_box_is_closed_there():
 def test_a_field_without_anything_dense_is_an_error_of_one_line():
     with pytest.raises(RunError, match=r"threshold of 30 per world unit \(densest: 19\.\d\)"):
         extract_mesh(Balls((CENTER, 0.5)), resolution=32, threshold=30.0)
-
-
-def test_the_ply_file_contains_the_mesh(tmp_path, ball):
-    write_ply(tmp_path / "ball.ply", ball)
-    assert [path.name for path in tmp_path.iterdir()] == ["ball.ply"]
-    read = trimesh.load(tmp_path / "ball.ply", process=False)
-    np.testing.assert_array_equal(read.vertices, ball.vertices)
-    np.testing.assert_array_equal(read.faces, ball.faces)
-    np.testing.assert_array_equal(read.visual.vertex_colors, ball.visual.vertex_colors)
-    # One value read without the library: a little-endian float32 behind the header.
-    body = (tmp_path / "ball.ply").read_bytes().partition(b"end_header\n")[2]
-    np.testing.assert_array_equal(np.frombuffer(body[:12], "<f4"), ball.vertices[0])

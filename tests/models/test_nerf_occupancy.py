@@ -36,6 +36,10 @@ def _occupancy(cells, bounds=BOX, near_far=(0.0, math.inf)):
     return occupancy
 
 
+def _visible(occupancy, camera):
+    return next(occupancy.visible_pixels([camera]))
+
+
 def _all_cells(resolution):
     return torch.ones((resolution,) * 3, dtype=torch.bool)
 
@@ -242,10 +246,9 @@ def test_loading_restores_samples_and_visible_pixels():
     assert set(occupancy.state_dict()) == {"bounds", "near_far", "cells"}
     camera = camera_of(look_at((3.0, 2.0, 1.0), (0, 0, 0)), 20, 16, angle_x=0.8)
     restored = Occupancy(13)
-    # What is cached of the old cells must not survive.
-    assert restored.visible_pixels(camera).any()
+    assert _visible(restored, camera).any()
     restored.load_state_dict(occupancy.state_dict())
-    assert torch.equal(restored.visible_pixels(camera), occupancy.visible_pixels(camera))
+    assert torch.equal(_visible(restored, camera), _visible(occupancy, camera))
     rays = _random_rays(100, 9)
     (expected, places), (found, restored_places) = (
         occupancy.samples(*rays, 0.05),
@@ -289,9 +292,9 @@ def test_all_pixels_whose_rays_have_samples_are_visible(name, resolution):
         cells = _random_cells(resolution, share, seed)
         cells[resolution // 2, resolution // 3, resolution // 2] = True
         occupancy = _occupancy(cells)
-        visible = occupancy.visible_pixels(camera)
-        assert visible.shape == (64 * 48,)
-        assert visible[occupancy.samples(origins, directions, 0.05)[0].ray].all()
+        visible = _visible(occupancy, camera)
+        assert visible.shape == (48, 64)
+        assert visible.flatten()[occupancy.samples(origins, directions, 0.05)[0].ray].all()
 
 
 @pytest.mark.parametrize("slope", [0.36, 2.0])
@@ -313,7 +316,7 @@ def test_every_corner_of_a_cell_is_visible_in_a_fine_picture(slope):
         inside = (depth > 0) & ((pixels >= 0) & (pixels < size)).all(1)
         column, row = pixels[inside].astype(int).T
         tested += len(row)
-        visible = _occupancy(_one_cell(16, x, y, z)).visible_pixels(camera).view(size, size)
+        visible = _visible(_occupancy(_one_cell(16, x, y, z)), camera)
         assert visible[row, column].all()
     assert tested > 150
 
@@ -334,7 +337,7 @@ def test_every_corner_of_a_stretched_cell_is_visible():
         pixels, _ = project(camera, corners)
         column, row = pixels[((pixels >= 0) & (pixels < (800, 100))).all(1)].astype(int).T
         tested += len(row)
-        visible = _occupancy(_one_cell(cells, x, y, z)).visible_pixels(camera).view(100, 800)
+        visible = _visible(_occupancy(_one_cell(cells, x, y, z)), camera)
         assert visible[row, column].all()
     assert tested > 250
 
@@ -342,7 +345,7 @@ def test_every_corner_of_a_stretched_cell_is_visible():
 def test_only_pixels_around_a_small_thing_are_visible():
     occupancy = _occupancy(_one_cell(32, 16, 16, 16))
     camera = camera_of(look_at((4.0, 3.0, 2.0), (0, 0, 0)), 200, 200, angle_x=0.7)
-    visible = occupancy.visible_pixels(camera).view(200, 200)
+    visible = _visible(occupancy, camera)
     # The cell is 0.07 wide, 5.4 away: 3.5 pixels. Pairs of cells, their diagonal and whole pixels widen it.
     assert 4 <= int(visible.sum()) <= 20**2
     rows, columns = visible.nonzero().float().mean(0).tolist()
@@ -350,9 +353,9 @@ def test_only_pixels_around_a_small_thing_are_visible():
     assert (columns + 0.5, rows + 0.5) == pytest.approx(tuple(xy[0]), abs=3)
     # Nothing is visible in an empty grid, or behind the camera.
     occupancy.set(~_all_cells(32))
-    assert not occupancy.visible_pixels(camera).any()
+    assert not _visible(occupancy, camera).any()
     away = dataclasses.replace(camera, pose=look_at((4.0, 3.0, 2.0), (8.0, 6.0, 4.0)))
-    assert not _occupancy(_all_cells(8)).visible_pixels(away).any()
+    assert not _visible(_occupancy(_all_cells(8)), away).any()
 
 
 # --- the visual hull ---

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 
 from blacksmith.datasets.blender.cameras import Camera, look_at
+from blacksmith.models.pytorch.nerf import rendering
 from blacksmith.models.pytorch.nerf.rendering import (
     Rendered,
     Samples,
@@ -267,17 +268,18 @@ class Directions:
         self.calls = []
 
     def render(self, origins, directions, background, *, quality=1.0):
-        self.calls.append((len(origins), background.tolist(), quality))
+        self.calls.append((len(origins), background.tolist()))
         return Rendered(directions, origins[:, 0] + directions[:, 0], directions[:, 1])
 
 
 @pytest.mark.parametrize(("chunk", "sizes"), [(4, [4, 4, 4, 3]), (100, [15])])
-def test_a_picture_has_each_ray_in_its_row_and_column(chunk, sizes):
+def test_a_picture_has_each_ray_in_its_row_and_column(monkeypatch, chunk, sizes):
+    monkeypatch.setattr(rendering, "CHUNK_RAYS", chunk)
     camera = Camera(look_at((1.0, 2.0, 3.0), (0, 0, 0)), 5, 3, (6.0, 7.0), (2.2, 1.7))
     origins, directions = camera_rays(camera, torch.arange(15))
     field, background = Directions(), torch.tensor([0.25, 0.5, 1.0])
-    rendered = render_image(field, camera, background, quality=0.5, chunk=chunk)
-    assert field.calls == [(size, [0.25, 0.5, 1.0], 0.5) for size in sizes]
+    rendered = render_image(field, camera, background)
+    assert field.calls == [(size, [0.25, 0.5, 1.0]) for size in sizes]
     # Row 2, column 1 is pixel 2 * 5 + 1. Chunks of different sizes may round differently.
     torch.testing.assert_close(rendered.rgb[2, 1], directions[11], rtol=0, atol=1e-6)
     torch.testing.assert_close(rendered.rgb, directions.view(3, 5, 3), rtol=0, atol=1e-6)

@@ -12,9 +12,9 @@ from blacksmith.datasets.blender import Scene
 from blacksmith.datasets.blender.cameras import orbit
 from blacksmith.experiments.lightning.nerf import fields, results, scores
 from blacksmith.experiments.lightning.nerf.data import open_scene_of
-from blacksmith.files import write_json
+from blacksmith.files import atomic_file, write_json
 from blacksmith.models.pytorch.nerf.grid import GridField
-from blacksmith.models.pytorch.nerf.mesh import extract_mesh, write_ply
+from blacksmith.models.pytorch.nerf.mesh import extract_mesh
 from blacksmith.models.pytorch.nerf.rendering import RadianceField
 from blacksmith.run.loop import show
 from blacksmith.run.run import Run
@@ -97,7 +97,8 @@ def export(run: Run) -> int:
     mesh = extract_mesh(field, resolution=settings.mesh_resolution, threshold=threshold)
     directory = run.directory / "export"
     directory.mkdir(exist_ok=True)
-    write_ply(directory / "mesh.ply", mesh)
+    with atomic_file(directory / "mesh.ply") as stream:
+        stream.write(mesh.export(file_type="ply", vertex_normal=False))
     print(f"{len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles\n{directory / 'mesh.ply'}")
     return 0
 

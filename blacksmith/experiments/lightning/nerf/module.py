@@ -148,13 +148,12 @@ class NerfModule(L.LightningModule):
             step_length = self.field.voxel * self.field.train_step
             interpolate = step >= config.grid.interpolate_at * config.train.steps
             rendered = [self.field.trace(origins, directions, step_length, random, interpolate=interpolate)]
-            samples = rendered[0].num_samples
         else:
             # The coarse network, whose weights say where the fine one samples, has a loss of its own.
-            rendered, samples = list(self.field.trace(origins, directions, random)), None
+            rendered = self.field.trace(origins, directions, random)
         errors = []
         for seen in rendered:
-            rgb = seen.rgb + (1 - seen.opacity[:, None]) * background
+            rgb = seen.over(background)
             errors.append(torch.nn.functional.mse_loss(rgb, truth))
         traced, reason = rendered[-1], None
         if step + 1 == self._next_check:
@@ -164,7 +163,7 @@ class NerfModule(L.LightningModule):
             "loss": sum(errors) + self._regularization(traced),
             "mse": errors[-1].detach(),
             "opacity": traced.opacity.detach().mean(),
-            "samples": samples,
+            "samples": traced.num_samples,
             "collapse": reason,
         }
 
@@ -257,7 +256,7 @@ class NerfModule(L.LightningModule):
             if isinstance(samples.length, Tensor):
                 # The last sample of a ray through the mlp field stands for all the rest of the ray.
                 samples = samples._replace(length=samples.length.clamp(max=size))
-            per_ray = distortion(traced.weights.reshape(-1), samples, len(traced.opacity), size)
+            per_ray = distortion(traced.weights, samples, len(traced.opacity), size)
             total = total + train.distortion * per_ray.mean()
         if train.total_variation:
             total = total + train.total_variation * self.field.total_variation()
@@ -284,10 +283,10 @@ class NerfModule(L.LightningModule):
         if not isinstance(self.field, GridField):
             pool = torch.arange(len(self._rays), dtype=torch.int32, device=device)
         else:
+            visible = self.field.occupancy.visible_pixels(self._rays.cameras)
             parts, area = [], self._rays.height * self._rays.width
-            for number, camera in enumerate(self._rays.cameras):
-                visible = self.field.occupancy.visible_pixels(camera).nonzero()[:, 0]
-                parts.append((visible + number * area).int())
+            for number, pixels in enumerate(visible):
+                parts.append((pixels.flatten().nonzero()[:, 0] + number * area).int())
             pool = torch.cat(parts)
         self._loader.use_pool(pool, reshuffle=reshuffle)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blacksmith.datasets.blender import Views
+from blacksmith.models.pytorch.nerf.rendering import rays_through
 from blacksmith.run.order import generator
 
 
@@ -37,14 +38,7 @@ class RayBank:
         fx, fy, cx, cy = self._intrinsics[view].T
         x = (rays % self.width + 0.5 - cx) / fx
         y = (rays % area // self.width + 0.5 - cy) / fy
-        local = torch.stack([x, -y, -torch.ones_like(x)], -1)
-        # Not a matrix product: autocast would compute it in half precision, which moves rays by pixels.
-        directions = (pose[:, :, :3] * local[:, None, :]).sum(-1)
-        return (
-            pose[:, :, 3],
-            torch.nn.functional.normalize(directions, dim=-1),
-            self.pixels[rays].float() / 255,
-        )
+        return *rays_through(x, y, pose), self.pixels[rays].float() / 255
 
 
 # `drawn` is missing: the run's loop needs it before Lightning restores the loader.

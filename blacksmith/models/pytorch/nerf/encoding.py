@@ -7,16 +7,9 @@ from torch import Tensor, nn
 
 
 def positional_encoding(values: Tensor, frequencies: int) -> Tensor:
-    """The values, followed by sin and cos of 2^k times the values for k < `frequencies`.
+    """The values, [..., d], then sin and cos of 2^k times them for k < `frequencies`: [..., `encoded_size`].
 
     Equation 4 of Mildenhall et al., NeRF (2020), without its factor of pi, as in the authors' code.
-
-    Args:
-      values: float [..., d].
-      frequencies: number of octaves.
-
-    Returns:
-      Float [..., d * (1 + 2 * frequencies)].
     """
     scale = 2.0 ** torch.arange(frequencies, device=values.device, dtype=values.dtype)
     angles = values[..., None, :] * scale[:, None]

@@ -3,20 +3,13 @@
 Density is one number at each vertex of a dense grid, interpolated and then made positive, as in Sun et al.,
 Direct Voxel Grid Optimization (2022). Features exist only at vertices that samples can use, as rows of one
 table. They are summed along the ray, and one small network turns the sum and the direction into a color,
-after Hedman et al., Baking Neural Radiance Fields (2021).
-
-For most of the training each sample takes the features of one of the eight vertices around it, drawn by its
-trilinear weight: correct on average, for an eighth of the memory traffic (Pharr et al., Filtering After
-Shading With Stochastic Texture Filtering, 2024). But the expected squared error then contains the variance of
-the draw, which blurs the result; interpolating at the end of training removes that.
-
-Both tables have their final size from the start and a coarser level uses their leading rows, so that the
-parameters keep their shapes for the optimizer, checkpoints and DDP.
+after Hedman et al., Baking Neural Radiance Fields (2021). Both tables have their final size from the start
+and a coarser level uses their leading rows, so that the parameters keep their shapes for the optimizer,
+checkpoints and DDP.
 """
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +20,7 @@ from blacksmith.models.pytorch.nerf.occupancy import Occupancy, box_of, flat_cel
 from blacksmith.models.pytorch.nerf.rendering import (
     Rendered,
     Samples,
-    expected_depth,
+    Traced,
     sum_along_rays,
     transmittance,
 )
@@ -49,24 +42,6 @@ _DARK = 1e-3  # samples that less light than this reaches are left out
 _POINTS = 1 << 18  # number of a grid's points that are processed at a time
 
 
-class Traced(NamedTuple):
-    """A bundle of rays followed through the field, with gradients.
-
-    Attributes:
-      rgb: color without background, float32 [rays, 3].
-      opacity: float32 [rays].
-      weights: float32 [samples].
-      samples: the samples with a color, to which the weights belong.
-      num_samples: number of samples whose density has a gradient.
-    """
-
-    rgb: Tensor
-    opacity: Tensor
-    weights: Tensor
-    samples: Samples
-    num_samples: int
-
-
 class GridField(nn.Module):
     """Density and features on grids inside a box; call `begin` or `load_state_dict` before use.
 
@@ -77,11 +52,10 @@ class GridField(nn.Module):
       occupancy_resolution: cells along each side of the occupancy grid.
       features: numbers at each vertex; the first three are its own color, before the sigmoid.
       width: of the color network, which has two hidden layers.
-      alpha: opacity, before training, of a length of one 96th of the box. Below 1e-3 no sample weighs enough
-        to get a gradient, and the field stays empty.
-      alpha_floor: samples less opaque than this are left out. Both floors are for the step length of training
-        and are scaled for other ones.
-      weight_floor: samples that weigh less than this get no color.
+      alpha: opacity of the length `unit` before training. Below 1e-3 no sample weighs enough to get a
+        gradient, and the field stays empty.
+      alpha_floor: samples less opaque than this are left out, at the step length of training.
+      weight_floor: samples that weigh less than this get no color, at the step length of training.
       train_step: distance between samples in training, in voxels.
       render_step: the same in evaluation.
 
@@ -138,16 +112,13 @@ class GridField(nn.Module):
         resolution: int,
         near_far: tuple[float, float] = (0.0, math.inf),
     ) -> int:
-        """Starts an empty field.
+        """Starts an empty field; returns the resolution of its level, see `upsample`.
 
         Args:
           bounds: the box, float32 [2, 3].
           hull: cells that can contain matter, bool [z, y, x].
           resolution: of the first level.
           near_far: the distances at which rays begin and end, in world units.
-
-        Returns:
-          The resolution of the level: lower than requested if the feature table has too few rows.
         """
         self.occupancy.bounds.copy_(bounds)
         self.occupancy.near_far.copy_(torch.tensor(near_far))
@@ -160,14 +131,10 @@ class GridField(nn.Module):
 
     @torch.no_grad()
     def upsample(self, resolution: int, *, shrink: bool = False) -> int:
-        """Resamples the field on a finer grid, in place. The optimizer's moments still belong to the old one.
+        """Resamples the field on a finer grid, in place; `shrink` first fits the box to the occupied cells.
 
-        Args:
-          resolution: of the new level.
-          shrink: first fit the box to the occupied cells.
-
-        Returns:
-          The resolution of the level: lower than requested if the feature table has too few rows.
+        Returns the resolution of the level: lower than requested if the feature table has too few rows. The
+        optimizer's moments still belong to the old grid.
         """
         density, table, row = self.density_table.clone(), self.feature_table.clone(), self.row.clone()
         shape, bounds = self._shape, self.bounds.clone()
@@ -195,13 +162,12 @@ class GridField(nn.Module):
     def refresh_occupancy(
         self, threshold: float, rays: Iterable[tuple[Tensor, Tensor]] | None = None
     ) -> bool:
-        """Marks the cells with visible matter, among those that the level has features for.
+        """Marks the cells with matter, among those that the level has features for.
 
         Args:
           threshold: the opacity over the length `unit` that counts as matter.
           rays: bundles of origins and unit directions, float32 [rays, 3] each. Only cells that light of these
-            rays reaches, and their neighbors, are marked, which leaves out the inside of things. None marks
-            all matter.
+            rays reaches, and their neighbors, are marked, which leaves out the inside of things.
 
         Returns:
           Whether there is any; if not, nothing changes.
@@ -239,7 +205,9 @@ class GridField(nn.Module):
           step: distance between samples, in world units.
           generator: shifts the samples along the ray and draws the vertices that provide features. Without
             one, samples are at half steps and features are interpolated.
-          interpolate: interpolate features also with a generator.
+          interpolate: interpolate features also with a generator. A drawn vertex is correct on average, for
+            an eighth of the memory traffic, but the expected squared error then contains the variance of the
+            draw, which blurs the result.
         """
         rays = len(origins)
         # Most samples are in empty or hidden space. A first pass without gradients finds the others, so that
@@ -279,9 +247,7 @@ class GridField(nn.Module):
         self, origins: Tensor, directions: Tensor, background: Tensor, *, quality: float = 1.0
     ) -> Rendered:
         """Renders rays; see `RadianceField`."""
-        traced = self.trace(origins, directions, self.voxel * self.render_step / quality)
-        rgb = traced.rgb + (1 - traced.opacity[:, None]) * background
-        return Rendered(rgb, traced.opacity, expected_depth(traced.weights, traced.samples, traced.opacity))
+        return self.trace(origins, directions, self.voxel * self.render_step / quality).rendered(background)
 
     def density(self, points: Tensor) -> Tensor:
         """Extinction per world unit, also outside of the occupied cells; see `RadianceField`."""
@@ -333,10 +299,7 @@ class GridField(nn.Module):
             target(grown[index[:, 2], index[:, 1], index[:, 0]].view(cells.shape))
 
     def _allocate(self, resolution: int) -> int:
-        """Makes the finest level over the occupied cells, up to `resolution`, that the tables have room for.
-
-        Returns its resolution; raises ValueError if there is room for none.
-        """
+        """Makes the finest level over the occupied cells, up to `resolution`, that the tables can hold."""
         self.allocated.copy_(self.occupancy.cells)
         resolution = min(resolution, self.resolution)
         while resolution >= 2:

@@ -4,8 +4,6 @@ Mildenhall et al., NeRF: Representing Scenes as Neural Radiance Fields for View 
 layers, encodings and initial weights of the authors' code.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from blacksmith.models.pytorch.nerf.encoding import encoded_size, positional_enc
 from blacksmith.models.pytorch.nerf.rendering import (
     Rendered,
     Samples,
-    expected_depth,
+    Traced,
     sum_along_rays,
     transmittance,
 )
@@ -29,8 +27,8 @@ class Network(nn.Module):
     Args:
       width: of the hidden layers; the last one, which also reads the direction, has half of it.
       depth: hidden layers before the density; the middle one also reads the encoded position.
-      position_frequencies: octaves of the encoded position.
-      direction_frequencies: octaves of the encoded direction.
+      position_frequencies: octaves in the encoding of the position.
+      direction_frequencies: the same of the direction.
     """
 
     def __init__(
@@ -79,46 +77,23 @@ class Network(nn.Module):
         return hidden, F.relu(self.to_density(hidden)[..., 0].float())
 
 
-class Composited(NamedTuple):
-    """A bundle of rays as one network sees it, with gradients.
-
-    Attributes:
-      rgb: color without background, float32 [rays, 3].
-      opacity: float32 [rays].
-      weights: float32 [rays, samples].
-      samples: flat, in the order of the weights.
-    """
-
-    rgb: Tensor
-    opacity: Tensor
-    weights: Tensor
-    samples: Samples
-
-
 class MlpField(nn.Module):
-    """The coarse and the fine network and their sampling; `bounds` is used by meshes and the viewer only.
+    """The coarse and the fine network and their sampling.
+
+    The buffers are to be set: `near_far`, the distances from a ray's origin to its first and its last sample
+    in world units, and `bounds`, which only meshes and the viewer use.
 
     Args:
-      near: distance from a ray's origin to its first sample, in world units; stored with the weights.
-      far: distance to the last.
       coarse_samples: stratified samples for the coarse network.
       fine_samples: samples added where the coarse network sees something.
-      network: sizes, see `Network`.
+      **network: sizes, see `Network`.
     """
 
-    def __init__(
-        self,
-        *,
-        near: float = 2.0,
-        far: float = 6.0,
-        coarse_samples: int = 64,
-        fine_samples: int = 128,
-        **network: int,
-    ) -> None:
+    def __init__(self, *, coarse_samples: int = 64, fine_samples: int = 128, **network: int) -> None:
         super().__init__()
         self.coarse_samples, self.fine_samples = coarse_samples, fine_samples
         self.register_buffer("bounds", torch.tensor([[-1.0] * 3, [1.0] * 3]))
-        self.register_buffer("near_far", torch.tensor([near, far]))
+        self.register_buffer("near_far", torch.tensor([0.0, 1.0]))
         self.coarse = Network(**network)
         self.fine = Network(**network)
 
@@ -128,17 +103,14 @@ class MlpField(nn.Module):
         directions: Tensor,
         generator: torch.Generator | None = None,
         quality: float = 1.0,
-    ) -> tuple[Composited, Composited]:
-        """Follows rays through both networks, with gradients.
+    ) -> tuple[Traced, Traced]:
+        """Follows rays through the coarse and through the fine network.
 
         Args:
           origins: float32 [rays, 3].
           directions: unit vectors, float32 [rays, 3].
           generator: draws the samples within their strata; None puts them in the middle.
           quality: scales the numbers of samples.
-
-        Returns:
-          What the coarse network sees, and what the fine network sees.
         """
         count = max(3, round(self.coarse_samples * quality))
         edges = torch.linspace(0, 1, count + 1, device=origins.device)
@@ -155,7 +127,8 @@ class MlpField(nn.Module):
         # A weight belongs to the piece between the middles on either side of its sample; the two at the ends
         # have a middle on one side only and are left out. No gradient flows through where samples are taken.
         middles = (distance[:, 1:] + distance[:, :-1]) / 2
-        extra = sample_pdf(middles, coarse.weights[:, 1:-1].detach(), more, generator)
+        weights = coarse.weights.detach().view(shape)[:, 1:-1]
+        extra = sample_pdf(middles, weights, more, generator)
         distance = torch.cat([distance, extra], 1).sort(1).values
         return coarse, self._composite(self.fine, origins, directions, distance)
 
@@ -168,9 +141,7 @@ class MlpField(nn.Module):
         # With 192 samples per ray and 256 numbers per layer, memory allows only some rays at a time.
         for some in torch.arange(len(origins), device=origins.device).split(1024):
             _, fine = self.trace(origins[some], directions[some], quality=quality)
-            depth = expected_depth(fine.weights.view(-1), fine.samples, fine.opacity)
-            rgb = fine.rgb + (1 - fine.opacity[:, None]) * background
-            parts.append(Rendered(rgb, fine.opacity, depth))
+            parts.append(fine.rendered(background))
         return Rendered(*(torch.cat(part) for part in zip(*parts)))
 
     @torch.no_grad()
@@ -185,9 +156,7 @@ class MlpField(nn.Module):
         pieces = zip(points.split(1 << 16), directions.split(1 << 16))
         return torch.cat([self.fine(some, seen)[1] for some, seen in pieces])
 
-    def _composite(
-        self, network: Network, origins: Tensor, directions: Tensor, distance: Tensor
-    ) -> Composited:
+    def _composite(self, network: Network, origins: Tensor, directions: Tensor, distance: Tensor) -> Traced:
         rays, count = distance.shape
         points = origins[:, None] + directions[:, None] * distance[..., None]
         density, color = network(points, directions[:, None].expand_as(points))
@@ -198,7 +167,7 @@ class MlpField(nn.Module):
         samples = Samples(ray, distance.reshape(-1), length.view(-1))
         rgb = sum_along_rays(weights[:, None] * color.view(-1, 3), ray, rays)
         opacity = sum_along_rays(weights, ray, rays)
-        return Composited(rgb, opacity, weights.view(rays, count), samples)
+        return Traced(rgb, opacity, weights, samples, len(ray))
 
 
 def sample_pdf(
@@ -209,11 +178,8 @@ def sample_pdf(
     Args:
       edges: of the pieces, increasing, float32 [rays, pieces + 1].
       weights: of the pieces, not normalized, float32 [rays, pieces].
-      count: samples per ray.
+      count: of the distances returned, float32 [rays, count].
       generator: draws them; None takes evenly spaced quantiles.
-
-    Returns:
-      Distances, float32 [rays, count].
     """
     weights = weights + 1e-5  # so that an empty ray is sampled evenly
     # `total` is the cumulative distribution F at the edges. A quantile u lies in the piece with

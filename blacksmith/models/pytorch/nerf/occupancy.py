@@ -1,14 +1,12 @@
 """Where a scene can have matter: the visual hull of its masks, and a grid of cells that rays step through.
 
-A grid of bool cells spans a box, and rays have samples only in marked cells. Blocks of 4x4x4 cells are tested
-first; single cells only where a block or one of its neighbors contains a marked cell.
+Rays have samples only in marked cells. Blocks of 4x4x4 cells are tested first; single cells only where a
+block or one of its neighbors contains a marked cell.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,18 +14,14 @@ from torch import Tensor, nn
 from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.models.pytorch.nerf.rendering import Samples
 
-BLOCK = 4
-"""Side of a block, in cells."""
+BLOCK = 4  # side of a block, in cells
 
 _NEAR = 3  # depth, in radii, below which a ball may fill the picture
 _SEGMENT = 2 * BLOCK  # length of a ray's segment, in cells
 
 
 class Occupancy(nn.Module):
-    """Bool cells [z, y, x] over a box; at first the unit box, with all cells marked.
-
-    Args:
-      resolution: cells along each side.
+    """Bool cells [z, y, x] over a box, `resolution` along each side; all are marked at first.
 
     Attributes:
       bounds: the box, float32 [2, 3].
@@ -43,7 +37,6 @@ class Occupancy(nn.Module):
         self.register_buffer("cells", torch.ones((resolution,) * 3, dtype=torch.bool))
         blocks = math.ceil(resolution / BLOCK)
         self.register_buffer("blocks", torch.ones((blocks,) * 3, dtype=torch.bool), persistent=False)
-        self._surface: tuple[Tensor, float] | None = None
         self.register_load_state_dict_post_hook(lambda grid, _: grid.set(grid.cells.clone()))
 
     @property
@@ -51,14 +44,9 @@ class Occupancy(nn.Module):
         """Cells along each side."""
         return self.cells.shape[0]
 
-    def _apply(self, *arguments: Any, **options: Any) -> "Occupancy":
-        self._surface = None  # it is on the old device
-        return super()._apply(*arguments, **options)
-
     def set(self, cells: Tensor) -> None:
         """Marks exactly `cells`, bool [z, y, x]."""
         self.cells.copy_(cells)
-        self._surface = None
         padding = self.blocks.shape[0] * BLOCK - self.resolution
         whole = F.pad(cells.float(), [0, padding] * 3)[None, None]
         self.blocks.copy_(F.max_pool3d(F.max_pool3d(whole, BLOCK), 3, 1, 1)[0, 0] > 0)
@@ -80,7 +68,7 @@ class Occupancy(nn.Module):
           generator: shifts each ray's samples by a random part of a step; None puts them at half steps.
 
         Returns:
-          The samples, and their places in the box, where it runs from 0 to 1: float32 [3, samples].
+          The samples, and their places in the unit box, float32 [3, samples].
         """
         device, resolution = origins.device, self.resolution
         low, size = self.bounds[0], self.bounds[1] - self.bounds[0]
@@ -132,33 +120,28 @@ class Occupancy(nn.Module):
         unit = torch.stack([place[kept] for place in reversed(places)])
         return Samples(ray[kept // count], distance.view(-1)[kept], step), unit
 
-    def visible_pixels(self, camera: Camera) -> Tensor:
-        """Pixels whose rays can meet a marked cell, bool [height * width]; may include others."""
-        if self._surface is None:
-            self._surface = self._surface_points()
-        points, radius = self._surface
-        return _splat(camera, points, radius).reshape(-1)
-
-    def _surface_points(self) -> tuple[Tensor, float]:
-        """Centers of 2x2x2 cells on the surface of the marked region, and half of their diagonal."""
-        # A ray that meets the region crosses its surface, and pairs of cells are an eighth of the points.
+    def visible_pixels(self, cameras: Sequence[Camera]) -> Iterator[Tensor]:
+        """For each camera, which rays can meet a marked cell, bool [height, width]; may include others."""
+        # A ray that meets the region crosses its surface, and cells of 2x2x2 are an eighth of the points.
         pairs = -(-self.resolution // 2)
         whole = F.pad(self.cells.float(), [0, 2 * pairs - self.resolution] * 3)[None, None]
         marked = F.max_pool3d(whole, 2)
         empty_beside = F.max_pool3d(F.pad(1 - marked, [1] * 6, value=1.0), 3, 1)
         surface = ((marked > 0) & (empty_beside > 0)).view(-1).nonzero()[:, 0]
         side = 2 * (self.bounds[1] - self.bounds[0]) / self.resolution
-        index = _unravel(surface, (pairs,) * 3)
-        return self.bounds[0] + (index + 0.5) * side, float(side.norm()) / 2
+        points = self.bounds[0] + (_unravel(surface, (pairs,) * 3) + 0.5) * side
+        radius = float(side.norm()) / 2
+        for camera in cameras:
+            yield _splat(camera, points, radius)
 
 
 def grid_points(
     bounds: Tensor, shape: Sequence[int], flat: Tensor | None = None, *, centered: bool = False
 ) -> Tensor:
-    """World positions of a grid's points, float32 [points, 3].
+    """World positions of a grid's points in a box, float32 [points, 3].
 
     Args:
-      bounds: float32 [2, 3].
+      bounds: the box, float32 [2, 3].
       shape: points along z, y and x.
       flat: indices of the points in the flat order of [z, y, x]; None for all.
       centered: the points are the centers of cells that fill the box; otherwise they reach its corners.
@@ -238,7 +221,7 @@ def _unravel(flat: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _project(camera: Camera, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Picture coordinates x and y in pixels, and depth in world units: float32 [points] each."""
-    pose = torch.as_tensor(np.asarray(camera.pose), device=points.device)
+    pose = torch.as_tensor(camera.pose, device=points.device)
     local = (points - pose[:, 3]) @ pose[:, :3]
     depth = -local[:, 2]
     safe = torch.where(depth.abs() < 1e-6, torch.full_like(depth, 1e-6), depth)
@@ -276,7 +259,7 @@ def _grow(mask: Tensor, pixels: int) -> Tensor:
 def _splat(camera: Camera, points: Tensor, radius: float) -> Tensor:
     """Pixels within `radius` world units of a point, bool [height, width]."""
     x, y, depth = _project(camera, points)
-    away = (points - torch.as_tensor(np.asarray(camera.pose[:, 3]), device=points.device)).norm(dim=1)
+    away = (points - torch.as_tensor(camera.pose[:, 3], device=points.device)).norm(dim=1)
     # From inside a ball, or close to it, every pixel can show it.
     if bool((away < radius * (2 + _NEAR) * (1 + _steepest(camera))).any()):
         return torch.ones(camera.height, camera.width, dtype=torch.bool, device=points.device)

@@ -1,7 +1,6 @@
 """Volume rendering: rays of a camera, compositing of samples along rays, whole pictures in chunks.
 
-All fields composite with `transmittance` and `sum_along_rays`. Samples are flat arrays, ordered by ray and
-then by distance, so that each ray can have a different number of them.
+Samples of a bundle of rays are flat arrays, so that each ray can have a different number of them.
 """
 
 from typing import NamedTuple, Protocol
@@ -11,34 +10,27 @@ from torch import Tensor
 
 from blacksmith.datasets.blender.cameras import Camera
 
+OPAQUE = 40.0
+"""Optical thickness at which a sample counts as opaque: what lies behind it has a weight of 4e-18."""
+
+CHUNK_RAYS = 16384
+"""Number of a picture's rays that are rendered at a time."""
+
 
 class Rendered(NamedTuple):
-    """Rendered rays; the leading axes are those of the rays.
+    """Rendered rays; the leading axes are those of the rays."""
 
-    Attributes:
-      rgb: float32 [..., 3], over the background; may leave [0, 1] if the colors of the field do.
-      opacity: float32 [...], the sum of the weights; 0 for an empty ray.
-      depth: float32 [...], the expected distance in world units at which the ray ends, given that it ends; 0
-        for an empty ray.
-    """
-
-    rgb: Tensor
-    opacity: Tensor
-    depth: Tensor
+    rgb: Tensor  # float32 [..., 3], over the background; may leave [0, 1] if the colors of the field do
+    opacity: Tensor  # float32 [...], the sum of the weights; 0 for an empty ray
+    depth: Tensor  # float32 [...], the expected distance at which the ray ends; 0 for an empty ray
 
 
 class Samples(NamedTuple):
-    """Samples of a bundle of rays, ordered by ray and then by distance.
+    """Samples of a bundle of rays, ordered by ray and then by distance; lengths are in world units."""
 
-    Attributes:
-      ray: int64 [samples], the ray of each sample.
-      distance: float32 [samples], from the ray's origin in world units.
-      length: of the ray's segment that a sample represents, in world units: float32 [samples] or one number.
-    """
-
-    ray: Tensor
-    distance: Tensor
-    length: Tensor | float
+    ray: Tensor  # int64 [samples], the ray of each sample
+    distance: Tensor  # float32 [samples], from the ray's origin
+    length: Tensor | float  # of the segment that a sample represents: float32 [samples] or one number
 
     def take(self, kept: Tensor) -> "Samples":
         """The samples at bool or int64 `kept`."""
@@ -46,8 +38,23 @@ class Samples(NamedTuple):
         return Samples(self.ray[kept], self.distance[kept], length)
 
 
-OPAQUE = 40.0
-"""Optical thickness at which a sample counts as opaque: what lies behind it has a weight of 4e-18."""
+class Traced(NamedTuple):
+    """A bundle of rays followed through a field, with gradients."""
+
+    rgb: Tensor  # color without background, float32 [rays, 3]
+    opacity: Tensor  # float32 [rays]
+    weights: Tensor  # float32 [samples]
+    samples: Samples  # those with a color, to which the weights belong
+    num_samples: int  # how many have a density with a gradient
+
+    def over(self, background: Tensor) -> Tensor:
+        """Colors over a background, float32 [3] or [rays, 3]: float32 [rays, 3]."""
+        return self.rgb + (1 - self.opacity[:, None]) * background
+
+    def rendered(self, background: Tensor) -> Rendered:
+        """The rays over a background, float32 [3]."""
+        depth = expected_depth(self.weights, self.samples, self.opacity)
+        return Rendered(self.over(background), self.opacity, depth)
 
 
 def transmittance(thickness: Tensor, ray: Tensor, rays: int) -> tuple[Tensor, Tensor]:
@@ -66,15 +73,20 @@ def transmittance(thickness: Tensor, ray: Tensor, rays: int) -> tuple[Tensor, Te
     """
     # Without the clamp, one huge tau (the last sample of a ray may be 1e10 long) would swamp the sum below.
     thickness = thickness.clamp(max=OPAQUE)
+    before = _sum_before(thickness, ray, rays)
+    # expm1 keeps the digits of a small tau, which 1 - exp(-tau) would lose.
+    return torch.exp((-before).float()), -torch.expm1(-thickness)
+
+
+def _sum_before(values: Tensor, ray: Tensor, rays: int) -> Tensor:
+    """The sums of the values of earlier samples of the same ray, float64 [samples]."""
     # One cumulative sum over all rays, less its value where each ray starts, is the sum within the ray: a
     # fixed number of kernels for rays of any length. In float64, because it grows over the whole bundle.
-    total = thickness.double().cumsum(0)
-    before = total - thickness
+    before = values.double().cumsum(0) - values
     first = torch.ones_like(ray, dtype=torch.bool)
     first[1:] = ray[1:] != ray[:-1]
     start = before.new_zeros(rays).index_put((ray[first],), before[first])
-    # expm1 keeps the digits of a small tau, which 1 - exp(-tau) would lose.
-    return torch.exp((start[ray] - before).float()), -torch.expm1(-thickness)
+    return before - start[ray]
 
 
 def sum_along_rays(values: Tensor, ray: Tensor, rays: int) -> Tensor:
@@ -97,15 +109,8 @@ def distortion(weights: Tensor, samples: Samples, rays: int, scale: float) -> Te
     # Samples are sorted, so for j < i |s_i - s_j| = s_i - s_j, and the double sum becomes
     # 2 sum_i w_i (s_i sum_{j<i} w_j - sum_{j<i} w_j s_j): linear time with two cumulative sums.
     weight, place = weights.double(), samples.distance.double() / scale
-    first = torch.ones_like(samples.ray, dtype=torch.bool)
-    first[1:] = samples.ray[1:] != samples.ray[:-1]
-
-    def before(values: Tensor) -> Tensor:
-        exclusive = values.cumsum(0) - values
-        start = exclusive.new_zeros(rays).index_put((samples.ray[first],), exclusive[first])
-        return exclusive - start[samples.ray]
-
-    between = 2 * weight * (place * before(weight) - before(weight * place))
+    lighter = _sum_before(weight, samples.ray, rays)
+    between = 2 * weight * (place * lighter - _sum_before(weight * place, samples.ray, rays))
     within = weight.square() * samples.length / (3 * scale)
     return sum_along_rays((between + within).float(), samples.ray, rays)
 
@@ -135,42 +140,35 @@ class RadianceField(Protocol):
         """Colors in [0, 1] of world positions seen along unit directions: all float32 [points, 3]."""
 
 
-def camera_rays(camera: Camera, pixels: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The rays through the centers of some pixels.
+def rays_through(x: Tensor, y: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
+    """Origins and unit directions, float32 [rays, 3], in world coordinates.
 
     Args:
-      camera: the camera.
-      pixels: int64 [rays], row * width + column.
-      device: of the result.
-
-    Returns:
-      Origins and unit directions, float32 [rays, 3], in world coordinates.
+      x: to the right, [rays], in the plane at distance 1 in front of the camera.
+      y: the same, downwards.
+      pose: camera-to-world, float32 [3, 4] or [rays, 3, 4].
     """
+    local = torch.stack([x, -y, -torch.ones_like(x)], -1)
+    # Not a matrix product: autocast would compute it in half precision, which moves rays by pixels.
+    directions = torch.nn.functional.normalize((pose[..., :3] * local[:, None, :]).sum(-1), dim=-1)
+    return pose[..., 3].expand_as(directions), directions
+
+
+def camera_rays(camera: Camera, pixels: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Origins and unit directions, float32 [rays, 3], through pixels row * width + column, int64 [rays]."""
     pixels = pixels.to(device)
     x = (pixels % camera.width + 0.5 - camera.center[0]) / camera.focal[0]
     y = (pixels.div(camera.width, rounding_mode="floor") + 0.5 - camera.center[1]) / camera.focal[1]
-    local = torch.stack([x, -y, -torch.ones_like(x)], -1).float()
-    pose = torch.as_tensor(camera.pose, device=device)
-    # Not a matrix product: autocast would compute it in half precision, which moves rays by pixels.
-    directions = torch.nn.functional.normalize((pose[:, :3] * local[:, None, :]).sum(-1), dim=-1)
-    return pose[:, 3].expand_as(directions), directions
+    return rays_through(x, y, torch.as_tensor(camera.pose, device=device))
 
 
 @torch.no_grad()
-def render_image(
-    field: RadianceField,
-    camera: Camera,
-    background: Tensor,
-    *,
-    quality: float = 1.0,
-    chunk: int = 16384,
-) -> Rendered:
-    """Renders one picture, [height, width] rays, `chunk` rays at a time, on the field's device."""
+def render_image(field: RadianceField, camera: Camera, background: Tensor) -> Rendered:
+    """Renders one picture, [height, width] rays, on the field's device."""
     device = field.bounds.device
     parts = []
-    for pixels in torch.arange(camera.height * camera.width).split(chunk):
-        origins, directions = camera_rays(camera, pixels, device)
-        parts.append(field.render(origins, directions, background.to(device), quality=quality))
+    for pixels in torch.arange(camera.height * camera.width).split(CHUNK_RAYS):
+        parts.append(field.render(*camera_rays(camera, pixels, device), background.to(device)))
     rgb, opacity, depth = (torch.cat(part) for part in zip(*parts))
     shape = (camera.height, camera.width)
     return Rendered(rgb.view(*shape, 3), opacity.view(shape), depth.view(shape))

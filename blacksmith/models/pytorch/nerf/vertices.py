@@ -1,7 +1,6 @@
 """The vertices of a level of the grid: how many there are, which of them samples can use, and interpolation.
 
-A level is a dense grid of vertices over the box, in the flat order of [z, y, x]. Places are given in the unit
-box: [points, 3] in the order x, y, z, each from 0 to 1.
+A level is a dense grid in the flat order of [z, y, x]. Places, [points, 3], are (x, y, z) in the unit box.
 """
 
 import math

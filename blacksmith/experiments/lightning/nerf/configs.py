@@ -112,14 +112,6 @@ class Mlp:
     "nerf.Train",
     defaults={"epochs": None},
     unused={"epochs": f"{_STEPS}; set nerf.Train.steps", "batch_size": "set nerf.Train.rays"},
-    moved={
-        "network_learning_rate": "Optimizer.learning_rate",
-        "beta_1": "Optimizer.beta_1",
-        "beta_2": "Optimizer.beta_2",
-        "epsilon": "Optimizer.epsilon",
-        "warmup_steps": "Schedule.warmup_steps",
-        "final_fraction": "Schedule.final_fraction",
-    },
 )
 class Train(TrainConfig):
     """The training loop."""

@@ -24,12 +24,9 @@ _COARSE_HULL = 64  # cells along each side of the hull that the box is fitted to
 
 
 def build(config: Config, rows: int, attempt: int = 0) -> GridField | MlpField:
-    """An empty field whose networks are initialized from the seed.
+    """An empty field whose networks are initialized from the seed and the attempt, 1 after a restart.
 
-    Args:
-      config: the run's.
-      rows: of the grid's feature table.
-      attempt: 0, or 1 after a restart, which uses a different seed.
+    `rows` is the size of the grid's feature table.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_int(config.run.seed, "weights", attempt) % 2**63)

@@ -1,7 +1,6 @@
 """The Lightning module: one training step, and what happens between steps.
 
-Lightning owns the steps, the optimizer, mixed precision and the checkpoint file. In its hooks the module
-refines the grid, updates its occupancy and calls the run's loop, which validates, logs and saves.
+In its hooks it refines the grid, updates its occupancy and calls the loop, which validates, logs and saves.
 """
 
 import math
@@ -27,7 +26,6 @@ from blacksmith.run.order import generator, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import make_optimizer
-from blacksmith.trainers.torch_state import weights_and_gradients
 
 _CHECK_AT = 0.05  # when to check for a collapse, as a fraction of the training
 _SMOOTHING = 0.9  # of the samples per ray, from which the number of rays follows
@@ -36,21 +34,9 @@ _OCCUPANCY_RAYS = 1 << 18
 
 
 class NerfModule(L.LightningModule):
-    """A field in training.
+    """A field in training on the rays that `loader` draws; `validation` is rendered and scored on the way."""
 
-    Args:
-      run: configuration, metrics and checkpoints.
-      field: what is trained.
-      rays: the training pixels.
-      loader: draws batches of them.
-      validation: views to render and score during training.
-
-    Attributes:
-      loop: must be set before training.
-      restarts: step, reason and attempt of each restart after a collapse; at most one.
-    """
-
-    loop: Loop
+    loop: Loop  # must be set before training
 
     def __init__(
         self, run: Run, field: GridField | MlpField, rays: RayBank, loader: RayLoader, validation: Views
@@ -68,6 +54,7 @@ class NerfModule(L.LightningModule):
             levels = zip(grid.upsample_at, grid.resolutions[1:])
             self._levels = {math.ceil(when * steps): resolution for when, resolution in levels}
             self._refreshes = {math.ceil(when * steps) for when in grid.refresh_at}
+        # Step, reason and attempt of each restart after a collapse; at most one.
         self.restarts: list[dict[str, Any]] = []
         self._per_ray = 0.0
         if run.resumed is not None:
@@ -93,7 +80,7 @@ class NerfModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Prepares the first step, now that Lightning has restored the field and can save it."""
+        """Prepares the first step, now that Lightning has restored the field."""
         # Lightning's own handler of SIGTERM would raise in the middle of a step.
         self._run.stop.listen()
         self._use_pool(reshuffle=False)
@@ -109,7 +96,6 @@ class NerfModule(L.LightningModule):
         Here and not after the previous step: a checkpoint between the two, from `on_train_batch_end`, then
         holds the old grid, and a resumed run repeats the change.
         """
-        del batch, batch_idx
         step = self.global_step
         # A restart at this very step has started at this level already.
         upsample = step in self._levels and all(restart["step"] != step for restart in self.restarts)
@@ -132,7 +118,6 @@ class NerfModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """The loss of a batch of ray numbers, int64 [rays], and what `on_train_batch_end` needs."""
-        del batch_idx
         config, step = self._config, self.global_step
         # Seeded at each step, so that a resumed run draws the same numbers without a saved state.
         random = torch.Generator(batch.device)
@@ -156,7 +141,8 @@ class NerfModule(L.LightningModule):
             rgb = seen.over(background)
             errors.append(torch.nn.functional.mse_loss(rgb, truth))
         traced, reason = rendered[-1], None
-        if step + 1 == self._next_check:
+        # Once, and once more after a restart.
+        if step + 1 == self._check_at * (1 + len(self.restarts)):
             matter = (rgba[:, 3] > 0.5) & ((truth - background).abs().amax(1) > 0.1)
             reason = collapse(traced.opacity.detach(), rgb.detach(), truth, matter)
         return {
@@ -169,7 +155,6 @@ class NerfModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: dict[str, Any], batch: Tensor, batch_idx: int) -> None:
         """Logs the step; the loop validates and saves what is due after it."""
-        del batch_idx
         if self._config.samples is not None:
             self._choose_batch_size(outputs["samples"] / len(batch))
         values = {name: outputs[name] for name in ("loss", "mse", "opacity")}
@@ -203,19 +188,13 @@ class NerfModule(L.LightningModule):
             truth = views.picture(index, self._config.background)
             errors.append(float(np.square(rgb.numpy() - truth).mean(dtype=np.float64)))
             ratios.append(psnr(rgb, truth))
-            pictures = panels(rgb, truth, rendered.depth, rendered.opacity)
-            shown = strip(
-                list(pictures.values()), list(panel_labels(f"val view {name}", ratios[-1]).values())
-            )
+            labels = panel_labels(f"val view {name}", ratios[-1])
+            shown = strip(panels(truth, rendered).values(), labels.values())
             run.metrics.image(step, f"val/{name}", shown)
             if index == 0:
                 (run.directory / "images").mkdir(exist_ok=True)
                 write_png(run.directory / "images" / f"val_{step:08d}.png", shown)
         return {"loss": float(np.mean(errors)), "psnr": float(np.mean(ratios))}
-
-    def histograms(self) -> dict[str, np.ndarray]:
-        """Weights and, after the first step, their gradients."""
-        return weights_and_gradients(dict(self.field.named_parameters()))
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """The values of a training line from their means."""
@@ -237,11 +216,6 @@ class NerfModule(L.LightningModule):
     @property
     def _rows(self) -> int:
         return len(self.field.feature_table) if isinstance(self.field, GridField) else 0
-
-    @property
-    def _next_check(self) -> int:
-        """The step after which to check for a collapse: once, and once more after a restart."""
-        return self._check_at * (1 + len(self.restarts))
 
     def _rate(self, step: int) -> float:
         """The learning rate as a fraction of its peak; a restart repeats the warm-up."""
@@ -269,8 +243,7 @@ class NerfModule(L.LightningModule):
     def _choose_batch_size(self, per_ray: float) -> None:
         """Sets the number of rays of the next batch, given the samples per ray of this one.
 
-        A step costs about as much as it has samples. As the field becomes opaque and its empty space is
-        skipped, rays have fewer of them, and a step of the same cost has room for more rays.
+        A step costs about as much as it has samples, of which rays have fewer as training proceeds.
         """
         per_ray = max(per_ray, 1.0)
         self._per_ray = _SMOOTHING * self._per_ray + (1 - _SMOOTHING) * per_ray if self._per_ray else per_ray
@@ -347,11 +320,8 @@ class NerfModule(L.LightningModule):
 def collapse(opacity: Tensor, rgb: Tensor, truth: Tensor, matter: Tensor) -> str | None:
     """Why a field has collapsed, or None.
 
-    Args:
-      opacity: float32 [rays].
-      rgb: the render, float32 [rays, 3].
-      truth: the pixels, float32 [rays, 3].
-      matter: bool [rays], which rays end at matter that differs from the background.
+    `opacity`, [rays], and `rgb`, [rays, 3], are rendered, `truth` is of the pixels, and `matter`, bool
+    [rays], says which rays end at matter that differs from the background.
     """
     if not matter.any():
         return None

@@ -1,16 +1,13 @@
-"""Pictures from arrays: error maps, depth maps, strips with labels, PNG files.
+"""Pictures from arrays: error maps, depth maps, strips with labels, PNG files."""
 
-Used by validation, evaluation and the viewer.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from blacksmith.files import atomic_file
+from blacksmith.models.pytorch.nerf.rendering import Rendered
 
 ERROR_SCALE = 0.25  # the mean absolute error that is drawn brightest: fixed, so that maps can be compared
 HIT_OPACITY = 0.5  # pixels at least this opaque determine the range of depths
@@ -48,21 +45,18 @@ def to_bytes(rgb: np.ndarray) -> np.ndarray:
 
 
 def error_colors(render: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Draws the mean absolute error of each pixel, from black (0) to pale yellow (`ERROR_SCALE` or more).
+    """The mean absolute error of each pixel, from black (0) to pale yellow (`ERROR_SCALE` or more).
 
-    Takes two pictures, float [height, width, 3] in [0, 1]; returns one, uint8 [height, width, 3].
+    Takes float [height, width, 3] in [0, 1]; returns uint8 of this shape.
     """
     error = np.abs(np.asarray(render) - truth).mean(axis=-1)
     return to_bytes(_look_up(_INFERNO, error / ERROR_SCALE))
 
 
 def depth_colors(depth: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Draws depths from yellow (near) to dark violet (far), blended with white by opacity.
+    """Depths from yellow (near) to dark violet (far), blended with white by opacity: uint8 [..., 3].
 
     Each picture has its own range of depths, from the 1st to the 99th percentile of its opaque pixels.
-
-    Takes the distance along the ray, float [height, width], and the opacity, of the same shape in [0, 1];
-    returns uint8 [height, width, 3].
     """
     depth, opacity = np.asarray(depth), np.clip(opacity, 0, 1)[..., None]
     hit = depth[opacity[..., 0] >= HIT_OPACITY]
@@ -72,43 +66,30 @@ def depth_colors(depth: np.ndarray, opacity: np.ndarray) -> np.ndarray:
     return to_bytes(colors * opacity + (1 - opacity))
 
 
-def strip(pictures: Sequence[np.ndarray], labels: Sequence[str] = ()) -> np.ndarray:
-    """Places pictures side by side with a small white gap between them, and a label above each.
-
-    Args:
-      pictures: uint8 [height, width, 3], all of the same height.
-      labels: one per picture, or none.
-
-    Returns:
-      uint8 [height (plus `LABEL_PIXELS` with labels), total width, 3].
-    """
-    height, top = pictures[0].shape[0], LABEL_PIXELS if labels else 0
+def strip(pictures: Iterable[np.ndarray], labels: Iterable[str]) -> np.ndarray:
+    """Pictures of one height, uint8 [height, width, 3], side by side with a label above each."""
+    pictures = list(pictures)
+    height = pictures[0].shape[0]
     width = sum(picture.shape[1] for picture in pictures) + GAP_PIXELS * (len(pictures) - 1)
-    sheet = Image.new("RGB", (width, top + height), "white")
+    sheet = Image.new("RGB", (width, LABEL_PIXELS + height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=LABEL_PIXELS * 0.6)
     left = 0
-    for picture, label in zip(pictures, labels or [""] * len(pictures), strict=True):
-        sheet.paste(Image.fromarray(picture), (left, top))
-        draw.text((left + 2, top / 2), label, fill="black", font=font, anchor="lm")
+    for picture, label in zip(pictures, labels, strict=True):
+        sheet.paste(Image.fromarray(picture), (left, LABEL_PIXELS))
+        draw.text((left + 2, LABEL_PIXELS / 2), label, fill="black", font=font, anchor="lm")
         left += picture.shape[1] + GAP_PIXELS
     return np.asarray(sheet)
 
 
-def panels(rgb: Tensor, truth: np.ndarray, depth: Tensor, opacity: Tensor) -> dict[str, np.ndarray]:
-    """Truth, render, error and depth of a view, uint8 [height, width, 3], by suffix of the file name.
-
-    Args:
-      rgb: the render, float [height, width, 3] in [0, 1].
-      truth: the same of the true picture.
-      depth: float [height, width].
-      opacity: float [height, width].
-    """
-    render = rgb.cpu().numpy()
+def panels(truth: np.ndarray, rendered: Rendered) -> dict[str, np.ndarray]:
+    """Truth, render, error and depth of a view, uint8 [height, width, 3], by suffix of the file name."""
+    render, opacity, depth = (part.cpu().numpy() for part in rendered)
+    render = np.clip(render, 0, 1)
     return {
         "_truth": to_bytes(truth),
         "": to_bytes(render),
         "_error": error_colors(render, truth),
-        "_depth": depth_colors(depth.cpu().numpy(), opacity.cpu().numpy()),
+        "_depth": depth_colors(depth, opacity),
     }
 
 

@@ -15,8 +15,7 @@ from blacksmith.run.order import generator
 class RayBank:
     """All rays of some views of one size: 4 bytes per pixel, and the camera of each view.
 
-    A ray is a number, (view * height + row) * width + column; calling the bank computes its origin and
-    direction. 100 views of 800x800 take 256 MB.
+    A ray is a number, (view * height + row) * width + column. 100 views of 800x800 take 256 MB.
     """
 
     def __init__(self, views: Views, device: torch.device | str) -> None:
@@ -50,38 +49,24 @@ class RayLoader:
 
     Each pass over the pool has an order drawn from (seed, attempt, pass), so that a place in it is a few
     numbers, which Lightning saves and restores (`state_dict`). What does not fill a batch at the end of a
-    pass is dropped. It is also the `loop.Batches` of the run's loop.
-
-    Args:
-      steps: number of batches.
-      seed: of the order.
-      size: rays of the first batch.
-      rays: how many make one epoch.
-
-    Attributes:
-      step: batches drawn so far.
-      size: rays of the next batch; training changes it.
-      attempt: 0, or 1 after a restart.
-      passes: passes over the pool so far.
-      cursor: rays drawn in this pass.
-      drawn: rays drawn so far.
+    pass is dropped. It is also the `loop.Batches` of the run's loop; `rays` make one epoch.
     """
 
     steps_per_epoch = None  # batches have different sizes
 
     def __init__(self, steps: int, seed: int, size: int, *, rays: int) -> None:
-        self.size = size
-        self.step = self.attempt = self.passes = self.cursor = self.drawn = 0
+        self.size = size  # rays of the next batch; training changes it
+        self.step = 0  # batches drawn so far
+        self.attempt = 0  # 1 after a restart
+        self.passes = 0  # over the pool so far
+        self.cursor = 0  # rays drawn in this pass
+        self.drawn = 0  # rays drawn so far
         self._steps, self._seed, self._rays = steps, seed, rays
         self._pool = torch.zeros(0, dtype=torch.int64)
         self._order: Tensor | None = None
 
     def use_pool(self, pool: Tensor, *, reshuffle: bool = True) -> None:
-        """Draws from these rays, int32 [rays], from now on; `reshuffle` starts a new pass.
-
-        Raises:
-          ValueError: the pool is empty.
-        """
+        """Draws from these rays, int32 [rays], from now on; `reshuffle` starts a new pass."""
         if not len(pool):
             raise ValueError("no ray is left to draw from")
         self._pool, self._order = pool, None

@@ -3,15 +3,14 @@
 The stop flag is checked before every picture, and files are written atomically.
 """
 
-import contextlib
-import io
 import math
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,43 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blacksmith.datasets.blender import Views
-from blacksmith.datasets.blender.cameras import Camera
+from blacksmith.datasets.blender import Scene
+from blacksmith.datasets.blender.cameras import Camera, orbit
 from blacksmith.errors import RunError
+from blacksmith.experiments.lightning.nerf.configs import Results
 from blacksmith.experiments.lightning.nerf.pictures import panel_labels, panels, strip, to_bytes, write_png
-from blacksmith.experiments.lightning.nerf.scores import psnr, ssim
+from blacksmith.experiments.lightning.nerf.scores import Lpips, psnr, ssim
 from blacksmith.files import atomic_file
 from blacksmith.models.pytorch.nerf.rendering import RadianceField, render_image
-from blacksmith.run.signals import StopFlag
+from blacksmith.run.run import Run
 
 STRIP_PICTURE_PIXELS = 320  # width: four fit on a page of the report, and three strips take about 1 MB
-GIF_PIXELS = 240  # width
-GIF_BYTES = 2_000_000
-GIF_FPS = 20
+GIF_PIXELS = 240  # width; 60 frames of the anvil take about 1 MB
+GIF_FRAMES = 60
+PROGRESS_SECONDS = 5.0
 
 
-def evaluate(
-    field: RadianceField,
-    views: Views,
-    directory: Path | None,
-    *,
-    background: tuple[float, float, float],
-    lpips: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
-    on_image: Callable[[int], None] | None = None,
-    stop: StopFlag | None = None,
+def score_views(
+    run: Run, field: RadianceField, scene: Scene, split: str, lpips: Lpips | None, directory: Path | None
 ) -> dict[str, Any] | None:
-    """Renders every view and scores it against the true picture.
+    """Renders every view of a split and scores it against the true picture.
 
-    Args:
-      views: the true pictures and their cameras.
-      directory: its PNG files are replaced by the `panels` of every view; None: nothing is written.
-      background: color behind both pictures, in [0, 1].
-      lpips: `scores.Lpips` or similar, on the field's device; None: LPIPS is left out.
-      on_image: called after each view with the number of finished views.
-      stop: ends the evaluation once it is true.
+    The PNG files in `directory`, if given, are replaced by the `panels` of every view.
 
     Returns:
-      Means over the views: ``psnr`` in dB, ``ssim``, ``lpips``; ``images``, the scores of each view with its
-      ``name``; ``seconds_per_frame``, rendering only. None if stopped before the last view.
+      Means over the views: ``psnr`` in dB, ``ssim``, ``lpips`` if given; ``images``, the scores of each view
+      with its ``name``; ``seconds_per_frame``, rendering only. None if the run is to stop.
     """
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         for stale in directory.glob("*.png"):
             stale.unlink()
+    views, background = scene.views(split), run.config.background
     behind = torch.tensor(background, dtype=torch.float32)
+    progress = _progress(run, f"{len(views)} {split} views")
     images, seconds = [], 0.0
     for index, name in enumerate(views.names):
-        if stop:
+        if run.stop:
             return None
         start = time.perf_counter()
         rendered = render_image(field, views.cameras[index], behind)
@@ -81,132 +70,104 @@ def evaluate(
             scores["lpips"] = lpips(rgb, truth)
         images.append({"name": name} | scores)
         if directory is not None:
-            for kind, pixels in panels(rgb, picture, rendered.depth, rendered.opacity).items():
+            for kind, pixels in panels(picture, rendered).items():
                 write_png(directory / f"{name}{kind}.png", pixels)
-        if on_image is not None:
-            on_image(len(images))
+        progress(len(images))
     means = {score: statistics.fmean(image[score] for image in images) for score in scores}
     return means | {"images": images, "seconds_per_frame": seconds / len(images)}
 
 
-def write_gallery(results: Path, images: Path, scores: dict[str, Any], split: str = "test") -> list[Path]:
-    """Writes strips of the `panels` of the worst, the median and the best view, which the report shows.
+def write_gallery(results: Path, images: Path, scores: dict[str, Any]) -> None:
+    """Writes strips of the worst, the median and the best view into `images`, for the report.
 
-    Args:
-      results: the directory that `evaluate` wrote.
-      images: the run's `images/`, from which older strips of this split are removed.
-      scores: what `evaluate` returned; PSNR ranks the views.
-      split: the split of the views, the first word of the file names.
-
-    Returns:
-      The files, `test_1_worst_r_7.png` and so on; fewer than three if there are fewer views.
+    They are `test_1_worst_NAME.png` and so on, made from the files and scores of `score_views`; PSNR ranks
+    the views.
     """
     ranked = sorted(scores["images"], key=lambda image: image["psnr"])
     # A rank that occurs twice keeps its last place: the worst comes first, then the best.
     places = {len(ranked) // 2: "2_median", len(ranked) - 1: "3_best", 0: "1_worst"}
-    images.mkdir(parents=True, exist_ok=True)
-    for stale in images.glob(f"{split}_[123]_*.png"):
-        stale.unlink()
-    written = []
-    for rank, place in sorted(places.items()):
+    images.mkdir(exist_ok=True)
+    for rank, place in places.items():
         image = ranked[rank]
-        labels = panel_labels(f"{split} view {image['name']}", image["psnr"])
+        labels = panel_labels(f"test view {image['name']}", image["psnr"])
         pictures = [_fitted(results / f"{image['name']}{kind}.png") for kind in labels]
         name = re.sub(r"[^\w.-]+", "_", image["name"])
-        written.append(images / f"{split}_{place}_{name}.png")
-        write_png(written[-1], strip(pictures, list(labels.values())))
-    return written
+        write_png(images / f"test_{place}_{name}.png", strip(pictures, labels.values()))
 
 
-def write_orbit(
-    field: RadianceField,
-    cameras: Sequence[Camera],
-    directory: Path,
-    *,
-    fps: int,
-    background: tuple[float, float, float],
-    on_frame: Callable[[int], None] | None = None,
-    stop: StopFlag | None = None,
-) -> bool:
-    """Renders one orbit around the scene: `orbit.mp4` at full size and a small, looping `orbit.gif`.
-
-    The video is H.264 in 4:2:0, which every browser plays. It needs an even width and height, so both are
-    rounded down. The GIF has at most `GIF_PIXELS` of width, `GIF_FPS` frames per second and `GIF_BYTES`.
-
-    Args:
-      cameras: one per frame, all of one size.
-      directory: receives the two files, each when it is complete.
-      background: color behind the field in [0, 1].
-      on_frame: called after each frame with the number of finished frames.
-      stop: checked before each frame.
+def film(run: Run, field: RadianceField, scene: Scene) -> bool:
+    """Renders an orbit around the scene, if there is to be one: `orbit.mp4` and a small, looping `orbit.gif`.
 
     Returns:
-      False if stopped; then nothing is written.
+      False if the run is to stop; then nothing is written.
 
     Raises:
       RunError: the video could not be written, for example because the disk is full.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    gif_width = min(GIF_PIXELS, cameras[0].width)
-    width, height = (max(2, side // 2 * 2) for side in (cameras[0].width, cameras[0].height))
-    gif_size = (gif_width, max(1, round(gif_width * height / width)))
-    every = math.ceil(fps / GIF_FPS)
-    behind = torch.tensor(background, dtype=torch.float32)
-    small = []
+    settings, directory = run.config.results, run.directory / "images"
+    frames, fps = settings.video_frames, settings.video_fps
+    if not frames:
+        return True
+    cameras = _orbit(settings, field, scene)
+    every = math.ceil(frames / GIF_FRAMES)
+    behind = torch.tensor(run.config.background, dtype=torch.float32)
+    progress, small = _progress(run, f"{frames} video frames"), []
+    directory.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".orbit-", dir=directory) as folder:
         temporary = Path(folder) / "orbit.mp4"
-        with _encoder(temporary, width, height, fps) as encode:
-            for index, camera in enumerate(cameras):
-                if stop:
-                    return False
-                rendered = render_image(field, camera.resized(width, height), behind)
-                pixels = to_bytes(rendered.rgb.cpu().numpy())
-                encode(pixels)
-                if index % every == 0:
-                    small.append(Image.fromarray(pixels).resize(gif_size, Image.Resampling.LANCZOS))
-                if on_frame is not None:
-                    on_frame(index + 1)
+        try:
+            # faststart: the index comes first, so that a browser can play the video before it has all of it.
+            with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as file:
+                stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
+                # In 4:2:0 every browser plays it.
+                stream.width, stream.height, stream.pix_fmt = cameras[0].width, cameras[0].height, "yuv420p"
+                # 1 is BT.709, and the limited range, in ITU-T H.273. Otherwise players guess from the size.
+                codec = stream.codec_context
+                codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
+                for index, camera in enumerate(cameras):
+                    if run.stop:
+                        return False
+                    pixels = to_bytes(render_image(field, camera, behind).rgb.cpu().numpy())
+                    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                    frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                    file.mux(stream.encode(frame))
+                    if index % every == 0:
+                        small.append(Image.fromarray(pixels))
+                        small[-1].thumbnail((GIF_PIXELS, camera.height), Image.Resampling.LANCZOS)
+                    progress(index + 1)
+                file.mux(stream.encode())
+        except av.FFmpegError as error:
+            raise RunError(f"cannot write the video: {error.strerror}") from error
         os.replace(temporary, directory / "orbit.mp4")
+    duration = 10 * round(100 * every / fps)  # milliseconds; the format counts in hundredths of a second
     with atomic_file(directory / "orbit.gif") as stream:
-        stream.write(_gif(small, every / fps))
+        small[0].save(stream, "GIF", save_all=True, append_images=small[1:], duration=duration, loop=0)
     return True
 
 
-@contextlib.contextmanager
-def _encoder(path: Path, width: int, height: int, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields a function that adds a frame, uint8 [height, width, 3], to a video; raises RunError."""
-    try:
-        # faststart: the index comes first, so that a browser can play the video before it has all of it.
-        with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as file:
-            stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # 1 is BT.709, and the limited range, in ITU-T H.273. Without them, players guess from the size.
-            codec = stream.codec_context
-            codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
-
-            def encode(pixels: np.ndarray) -> None:
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-                file.mux(stream.encode(frame))
-
-            yield encode
-            file.mux(stream.encode())
-    except av.FFmpegError as error:
-        raise RunError(f"cannot write the video: {error.strerror}") from error
+def _orbit(settings: Results, field: RadianceField, scene: Scene) -> list[Camera]:
+    """The cameras of the video, at the mean distance of the training cameras."""
+    center = field.bounds.cpu().numpy().mean(0)
+    radius = float(np.mean([np.linalg.norm(camera.pose[:, 3] - center) for camera in scene.cameras("train")]))
+    camera = scene.cameras("test")[0]
+    width = settings.video_width or camera.width
+    height = round(width * camera.height / camera.width)
+    # 4:2:0 needs an even width and height.
+    camera = camera.resized(*(max(2, side // 2 * 2) for side in (width, height)))
+    return orbit(camera, center, radius, settings.video_elevation, settings.video_frames)
 
 
-def _gif(frames: list[Image.Image], seconds: float) -> bytes:
-    """A looping GIF that shows each frame for `seconds`, scaled down until it fits in `GIF_BYTES`."""
-    duration = 10 * round(100 * seconds)  # milliseconds; the format counts in hundredths of a second
-    while True:
-        stream = io.BytesIO()
-        frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
-        if stream.tell() <= GIF_BYTES or min(frames[0].size) < 2:
-            return stream.getvalue()
-        # The size of the file is about proportional to the number of pixels.
-        shrink = 0.95 * math.sqrt(GIF_BYTES / stream.tell())
-        smaller = tuple(max(1, int(side * shrink)) for side in frames[0].size)
-        frames = [frame.resize(smaller, Image.Resampling.LANCZOS) for frame in frames]
+def _progress(run: Run, what: str) -> Callable[[int], None]:
+    """A function that prints the number done, ``12 of 20 test views``, every few seconds."""
+    last = time.perf_counter()
+
+    def show(done: int) -> None:
+        nonlocal last
+        if run.config.log.progress != "off" and time.perf_counter() - last >= PROGRESS_SECONDS:
+            last = time.perf_counter()
+            print(f"{done} of {what}", file=sys.stderr)
+
+    return show
 
 
 def _fitted(path: Path) -> np.ndarray:

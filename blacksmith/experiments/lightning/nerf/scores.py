@@ -1,7 +1,6 @@
-"""How close a rendered picture is to the true one: PSNR, SSIM and LPIPS.
+"""How close a rendered picture is to the true one, both float [height, width, 3] in [0, 1].
 
-Each score compares two pictures, float [height, width, 3] in [0, 1]. LPIPS needs ImageNet weights,
-which are never downloaded; without them it is left out.
+LPIPS needs ImageNet weights, which are never downloaded; without them it is left out.
 """
 
 import math
@@ -15,6 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from blacksmith.errors import DataError
 from blacksmith.files import cache_dir, file_sha256
+from blacksmith.run.run import Run
 
 PSNR_CAP = 100.0  # of identical pictures, instead of infinity
 SSIM_WINDOW_PIXELS = 11
@@ -38,11 +38,7 @@ def ssim(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
     The paper's settings on each channel: a Gaussian window of 11x11 pixels with sigma 1.5, K1 = 0.01 and
     K2 = 0.03. The mean is over the pixels whose window lies inside the picture, as in scikit-image and
     TensorFlow.
-
-    Raises:
-      DataError: the pictures are smaller than the window.
     """
-    _require_size(render, SSIM_WINDOW_PIXELS, "SSIM")
     _, similarity = structural_similarity_index_measure(
         _batch(render),
         _batch(truth),
@@ -62,14 +58,9 @@ class Lpips(nn.Module):
 
     The features of both pictures after each ReLU are normalized to unit length at every position. Their
     squared differences are weighted per channel, averaged over positions and summed over layers, with the
-    published weights that torchmetrics ships. torchmetrics' own LPIPS would need torchvision too.
-
-    Args:
-      alexnet: the ImageNet weights, in the layout of `ALEXNET_FILE`; `find_lpips_weights` finds them.
+    published weights that torchmetrics ships. torchmetrics' own LPIPS would need torchvision too. `alexnet`
+    holds the ImageNet weights in the layout of `ALEXNET_FILE`.
     """
-
-    shift: Tensor
-    scale: Tensor
 
     def __init__(self, alexnet: Path) -> None:
         super().__init__()
@@ -102,12 +93,7 @@ class Lpips(nn.Module):
 
     @torch.no_grad()
     def forward(self, render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
-        """The distance of two pictures, float [height, width, 3] in [0, 1], on any device.
-
-        Raises:
-          DataError: the pictures are too small for the network.
-        """
-        _require_size(render, LPIPS_SMALLEST_PIXELS, "LPIPS")
+        """The distance of two pictures of at least `LPIPS_SMALLEST_PIXELS`, on any device."""
         x = torch.cat([_batch(render), _batch(truth)]).to(self.shift)
         x = (2 * x - 1 - self.shift) / self.scale
         distance, layer = torch.zeros((), device=x.device), 0
@@ -122,12 +108,14 @@ class Lpips(nn.Module):
         return float(distance)
 
 
-def find_lpips_weights(path: str | None = None) -> Path | None:
-    """Finds AlexNet's ImageNet weights, which LPIPS needs; downloads nothing.
+def find_lpips(run: Run) -> Lpips | None:
+    """LPIPS, if its weights are present; raises DataError if the configuration names a wrong file."""
+    path = find_lpips_weights(run.config.results.lpips_weights)
+    return None if path is None else Lpips(path).to(run.device)
 
-    Args:
-      path: the file; None: `ALEXNET_FILE` in the directory `lpips` of the cache or in the checkpoints of
-        `torch.hub`, where a file with the wrong hash is ignored.
+
+def find_lpips_weights(path: str | None = None) -> Path | None:
+    """The file of AlexNet's ImageNet weights: `path`, or `ALEXNET_FILE` in our cache or that of `torch.hub`.
 
     Raises:
       DataError: the file at `path` cannot be read or has the wrong hash.
@@ -152,11 +140,3 @@ def find_lpips_weights(path: str | None = None) -> Path | None:
 def _batch(picture: Tensor | np.ndarray) -> Tensor:
     """[height, width, 3] as a batch of one, float32 [1, 3, height, width]."""
     return torch.as_tensor(picture).float().permute(2, 0, 1)[None]
-
-
-def _require_size(picture: Tensor | np.ndarray, smallest: int, score: str) -> None:
-    height, width = picture.shape[:2]
-    if min(height, width) < smallest:
-        raise DataError(
-            f"{score} needs pictures of at least {smallest}x{smallest} pixels, these have {width}x{height}"
-        )

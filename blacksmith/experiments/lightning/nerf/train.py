@@ -1,7 +1,4 @@
-"""NeRF in native Lightning: a radiance field of a Blender scene, from its images to new views.
-
-Scene, rays, field, Lightning's Trainer; then scores on the test views, a video and the report.
-"""
+"""NeRF in native Lightning: from the images of a Blender scene to a field, its scores and a video."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +9,17 @@ import torch
 
 from blacksmith.datasets.blender import Scene
 from blacksmith.errors import ConfigError
-from blacksmith.experiments.lightning.nerf import fields, results
+from blacksmith.experiments.lightning.nerf import fields
 from blacksmith.experiments.lightning.nerf.data import open_scene_of
-from blacksmith.experiments.lightning.nerf.evaluate import film, find_lpips, score_views
 from blacksmith.experiments.lightning.nerf.module import NerfModule
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
+from blacksmith.experiments.lightning.nerf.results import film, score_views, write_gallery
+from blacksmith.experiments.lightning.nerf.scores import find_lpips
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.loop import Loop
 from blacksmith.run.run import Run
 from blacksmith.trainers.lightning import make_trainer
+from blacksmith.trainers.torch_state import weights_and_gradients
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
@@ -30,7 +29,7 @@ def train(run: Run) -> int:
     # What can be wrong is checked before training.
     check_device(run)
     lpips = find_lpips(run)
-    scene = open_scene_of(run)
+    scene = open_scene_of(run, lpips)
 
     module, loader, loop = prepare(run, scene)
     parameters = sum(p.numel() for p in module.field.parameters())
@@ -46,7 +45,7 @@ def train(run: Run) -> int:
         scored = score_views(run, field, scene, "test", lpips, run.directory / "test")
         if scored is None:
             return None
-        results.write_gallery(run.directory / "test", run.directory / "images", scored)
+        write_gallery(run.directory / "test", run.directory / "images", scored)
         return scored if film(run, field, scene) else None
 
     return loop.finish(test, {"parameters": parameters, "restarts": module.restarts})
@@ -90,7 +89,7 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
         validate=module.validate,
         save=module.save,
         validate_every=config.evaluate_every,
-        histograms=module.histograms,
+        histograms=lambda: weights_and_gradients(dict(module.field.named_parameters())),
         summarize=module.summarize,
         unit="steps",
     )

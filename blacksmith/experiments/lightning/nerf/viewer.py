@@ -1,7 +1,6 @@
 """The viewer: a trained field in the browser, coarse while the camera moves and sharp once it rests.
 
-viser serves the page and reports the camera of each browser. `serve` renders in the thread that called it, a
-chunk of rays at a time, and sends the pictures as the background of an empty scene.
+viser serves the page and reports each browser's camera; a picture is the background of its empty scene.
 """
 
 import math
@@ -50,16 +49,15 @@ def serve(
     port: int = 8080,
     stop: Callable[[], bool],
 ) -> None:
-    """Shows a field to any number of browsers until `stop()`; prints its URL to stderr.
+    """Shows a field to any number of browsers until `stop()`, checked between chunks of rays; prints its URL.
 
     Each browser has its own camera and settings. There is no password: with any `host` other than the
     default, everyone who can reach the port can connect.
 
     Args:
       camera: the first view, without its roll; the horizontal field of view follows the browser's window.
-      background: color behind the field in [0, 1], until a browser chooses a different one.
+      background: one of `BACKGROUNDS`, until a browser chooses a different one.
       port: 0 takes a free one.
-      stop: checked between chunks of rays.
 
     Raises:
       ConfigError: the port is in use, or this machine does not have the address.
@@ -93,9 +91,7 @@ def serve(
         async def _(client: viser.ClientHandle) -> None:
             browsers.pop(client.client_id, None)
 
-        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        name = f"[{name}]" if ":" in name else name
-        print(f"viewer: http://{name}:{server.get_port()} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        print(f"viewer: http://{host}:{server.get_port()} (Ctrl-C ends it)", file=sys.stderr, flush=True)
         while not stop():
             # Every browser gets its turn; a dictionary may not change while it is read.
             busy = [browser.step() for browser in list(browsers.values())]
@@ -106,24 +102,20 @@ def serve(
 
 
 class Browser:
-    """A connected browser: its panel of settings and the picture that is being rendered for it.
-
-    Attributes:
-      seconds_per_ray: at the default quality; a guess at first, then measured.
-    """
+    """A connected browser: its panel of settings and the picture that is being rendered for it."""
 
     def __init__(
         self, client: viser.ClientHandle, field: RadianceField, background: tuple[float, float, float]
     ) -> None:
-        self.seconds_per_ray = 1e-4
+        self.seconds_per_ray = 1e-4  # at the default quality; a guess at first, then measured
         self._client, self._field = client, field
         self._newest: deque[Iterator[bool]] = deque(maxlen=1)
         self._work: Iterator[bool] = iter(())
-        given = next((name for name, color in BACKGROUNDS.items() if color == tuple(background)), "as given")
-        backgrounds = {given: tuple(background)} | BACKGROUNDS
+        # The one that is given comes first: viser shows the first one selected.
+        backgrounds = sorted(BACKGROUNDS, key=lambda name: BACKGROUNDS[name] != background)
         gui = client.gui
         shown = gui.add_dropdown("show", SHOWN)
-        behind = gui.add_dropdown("background", tuple(backgrounds))
+        behind = gui.add_dropdown("background", backgrounds)
         resolution = gui.add_slider(
             "resolution", *RESOLUTIONS, 1, 800, hint="maximum pixels of the longer side"
         )
@@ -140,7 +132,7 @@ class Browser:
                 full = min(most, max(canvas.width, canvas.height))
                 samples = min(QUALITIES[1], max(QUALITIES[0], float(quality.value)))  # NaN is the lowest
                 self._newest.append(
-                    self._render(canvas, full, shown.value, samples, backgrounds[behind.value])
+                    self._render(canvas, full, shown.value, samples, BACKGROUNDS[behind.value])
                 )
 
         # viser also calls the camera's callback for the update that made the browser count as connected.
@@ -157,7 +149,7 @@ class Browser:
     def _render(
         self, canvas: Camera, full: int, shown: str, quality: float, background: tuple[float, float, float]
     ) -> Iterator[bool]:
-        """Sends a preview, then finer pictures up to `full` pixels; yields after each chunk of rays."""
+        """Sends a preview, then finer pictures up to `full` pixels wide; yields after each chunk of rays."""
         device = self._field.bounds.device
         behind = torch.tensor(background, dtype=torch.float32, device=device)
         longer = max(canvas.width, canvas.height)
@@ -222,8 +214,8 @@ def camera_of(seen: viser.CameraHandle) -> Camera | None:
 def pivot(camera: Camera, bounds: np.ndarray) -> np.ndarray:
     """The point that a browser's camera turns around at first, float [3].
 
-    It lies on the optical axis in front of the camera, so that the first view is exactly that of `camera`,
-    as near as possible to the middle of `bounds`, float [2, 3].
+    On the optical axis in front of the camera, so that the first view is that of `camera`, as near as
+    possible to the middle of `bounds`, float [2, 3].
     """
     position, forward = camera.pose[:, 3], -camera.pose[:, 2]
     distance = float(forward @ (bounds.mean(axis=0) - position))

@@ -114,11 +114,8 @@ class GridField(nn.Module):
     ) -> int:
         """Starts an empty field; returns the resolution of its level, see `upsample`.
 
-        Args:
-          bounds: the box, float32 [2, 3].
-          hull: cells that can contain matter, bool [z, y, x].
-          resolution: of the first level.
-          near_far: the distances at which rays begin and end, in world units.
+        Matter can be in the cells of the hull, bool [z, y, x], of a box, float32 [2, 3]. Rays begin and end
+        at the distances `near_far`.
         """
         self.occupancy.bounds.copy_(bounds)
         self.occupancy.near_far.copy_(torch.tensor(near_far))
@@ -162,12 +159,10 @@ class GridField(nn.Module):
     def refresh_occupancy(
         self, threshold: float, rays: Iterable[tuple[Tensor, Tensor]] | None = None
     ) -> bool:
-        """Marks the cells with matter, among those that the level has features for.
+        """Marks the cells, among those with features, that are more opaque than `threshold` over `unit`.
 
-        Args:
-          threshold: the opacity over the length `unit` that counts as matter.
-          rays: bundles of origins and unit directions, float32 [rays, 3] each. Only cells that light of these
-            rays reaches, and their neighbors, are marked, which leaves out the inside of things.
+        Given bundles of rays, origins and unit directions [rays, 3], only cells that their light reaches are
+        marked, with their neighbors, which leaves out the inside of things.
 
         Returns:
           Whether there is any; if not, nothing changes.
@@ -203,11 +198,10 @@ class GridField(nn.Module):
           origins: float32 [rays, 3].
           directions: unit vectors, float32 [rays, 3].
           step: distance between samples, in world units.
-          generator: shifts the samples along the ray and draws the vertices that provide features. Without
+          generator: shifts the samples along the ray and draws the vertex that provides features. Without
             one, samples are at half steps and features are interpolated.
           interpolate: interpolate features also with a generator. A drawn vertex is correct on average, for
-            an eighth of the memory traffic, but the expected squared error then contains the variance of the
-            draw, which blurs the result.
+            an eighth of the memory traffic, but the variance of the draw blurs the result.
         """
         rays = len(origins)
         # Most samples are in empty or hidden space. A first pass without gradients finds the others, so that
@@ -291,12 +285,11 @@ class GridField(nn.Module):
         cells, hull = occupancy.cells.clone(), self.hull.clone()
         box = box_of(cells, old, margin=1.0)
         occupancy.bounds.copy_(torch.stack([torch.maximum(box[0], old[0]), torch.minimum(box[1], old[1])]))
-        unit = (occupancy.centers() - old[0]) / (old[1] - old[0])
-        index = (unit * occupancy.resolution).long().clamp_(0, occupancy.resolution - 1)
+        index = flat_cell((occupancy.centers() - old[0]) / (old[1] - old[0]), occupancy.resolution)
         for target, source in ((occupancy.set, cells), (self.hull.copy_, hull)):
             # A new cell may extend beyond the old cell that contains its center, so its neighbors count too.
             grown = F.max_pool3d(source.float()[None, None], 3, 1, 1)[0, 0] > 0
-            target(grown[index[:, 2], index[:, 1], index[:, 0]].view(cells.shape))
+            target(grown.view(-1)[index].view(cells.shape))
 
     def _allocate(self, resolution: int) -> int:
         """Makes the finest level over the occupied cells, up to `resolution`, that the tables can hold."""

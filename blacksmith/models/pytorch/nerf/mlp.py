@@ -104,13 +104,10 @@ class MlpField(nn.Module):
         generator: torch.Generator | None = None,
         quality: float = 1.0,
     ) -> tuple[Traced, Traced]:
-        """Follows rays through the coarse and through the fine network.
+        """Follows rays, origins and unit directions [rays, 3], through the coarse and the fine network.
 
-        Args:
-          origins: float32 [rays, 3].
-          directions: unit vectors, float32 [rays, 3].
-          generator: draws the samples within their strata; None puts them in the middle.
-          quality: scales the numbers of samples.
+        The generator draws the samples within their strata; without one they are in the middle. `quality`
+        scales the numbers of samples.
         """
         count = max(3, round(self.coarse_samples * quality))
         edges = torch.linspace(0, 1, count + 1, device=origins.device)
@@ -175,11 +172,8 @@ def sample_pdf(
 ) -> Tensor:
     """Inverse transform sampling of a piecewise constant density along each ray (section 5.2 of the paper).
 
-    Args:
-      edges: of the pieces, increasing, float32 [rays, pieces + 1].
-      weights: of the pieces, not normalized, float32 [rays, pieces].
-      count: of the distances returned, float32 [rays, count].
-      generator: draws them; None takes evenly spaced quantiles.
+    The pieces have edges, increasing, [rays, pieces + 1], and weights, not normalized, [rays, pieces].
+    Without a generator the samples, float32 [rays, count], are evenly spaced quantiles.
     """
     weights = weights + 1e-5  # so that an empty ray is sampled evenly
     # `total` is the cumulative distribution F at the edges. A quantile u lies in the piece with

@@ -61,11 +61,8 @@ class Occupancy(nn.Module):
     ) -> tuple[Samples, Tensor]:
         """Evenly spaced samples of rays, only those in marked cells and between near and far.
 
-        Args:
-          origins: float32 [rays, 3].
-          directions: unit vectors, float32 [rays, 3].
-          step: distance between samples, in world units.
-          generator: shifts each ray's samples by a random part of a step; None puts them at half steps.
+        Rays are origins and unit directions, float32 [rays, 3]; `step` is in world units. The generator
+        shifts each ray's samples by a random part of a step; without one they are at half steps.
 
         Returns:
           The samples, and their places in the unit box, float32 [3, samples].
@@ -138,13 +135,9 @@ class Occupancy(nn.Module):
 def grid_points(
     bounds: Tensor, shape: Sequence[int], flat: Tensor | None = None, *, centered: bool = False
 ) -> Tensor:
-    """World positions of a grid's points in a box, float32 [points, 3].
+    """World positions, float32 [points, 3], of a grid's points, or of those at flat indices into [z, y, x].
 
-    Args:
-      bounds: the box, float32 [2, 3].
-      shape: points along z, y and x.
-      flat: indices of the points in the flat order of [z, y, x]; None for all.
-      centered: the points are the centers of cells that fill the box; otherwise they reach its corners.
+    If `centered`, they are the centers of cells that fill the box; otherwise they reach its corners.
     """
     if flat is None:
         flat = torch.arange(math.prod(shape), device=bounds.device)
@@ -159,13 +152,8 @@ def visual_hull(masks: Tensor, cameras: Sequence[Camera], bounds: Tensor, resolu
     """The cells of a box in which no view rules out matter, bool [z, y, x].
 
     A cell stays if it projects to within its own size of a masked pixel in each view that contains it
-    (Laurentini, The visual hull concept, 1994).
-
-    Args:
-      masks: bool [views, height, width], true where a picture is not empty.
-      cameras: one per view.
-      bounds: the box, float32 [2, 3].
-      resolution: cells along each side.
+    (Laurentini, The visual hull concept, 1994). `masks`, bool [views, height, width], are true where a
+    picture is not empty.
     """
     # Coarse to fine: if a view rules out a cell, its eight parts need no test.
     level = resolution

@@ -64,12 +64,9 @@ def transmittance(thickness: Tensor, ray: Tensor, rays: int) -> tuple[Tensor, Te
     Mildenhall et al., NeRF (2020). The weight of sample i is T_i alpha_i.
 
     Args:
-      thickness: tau = density * length, not negative, float32 [samples].
+      thickness: tau = density * length, not negative, float32 [samples] like T and alpha.
       ray: int64 [samples], not decreasing.
       rays: number of rays.
-
-    Returns:
-      T and alpha, float32 [samples].
     """
     # Without the clamp, one huge tau (the last sample of a ray may be 1e10 long) would swamp the sum below.
     thickness = thickness.clamp(max=OPAQUE)
@@ -124,13 +121,9 @@ class RadianceField(Protocol):
     def render(
         self, origins: Tensor, directions: Tensor, background: Tensor, *, quality: float = 1.0
     ) -> Rendered:
-        """Renders rays without gradients.
+        """Renders rays, given by origins and unit directions [rays, 3], over a background [3].
 
-        Args:
-          origins: float32 [rays, 3].
-          directions: float32 [rays, 3], of length 1.
-          background: float32 [3].
-          quality: samples relative to the default; below 1 is faster and coarser.
+        `quality` scales the number of samples: below 1 is faster and coarser.
         """
 
     def density(self, points: Tensor) -> Tensor:
@@ -143,10 +136,8 @@ class RadianceField(Protocol):
 def rays_through(x: Tensor, y: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
     """Origins and unit directions, float32 [rays, 3], in world coordinates.
 
-    Args:
-      x: to the right, [rays], in the plane at distance 1 in front of the camera.
-      y: the same, downwards.
-      pose: camera-to-world, float32 [3, 4] or [rays, 3, 4].
+    The rays of a camera with this pose, [3, 4] or [rays, 3, 4], go through points x, [rays], to the right and
+    y downwards in the plane at distance 1.
     """
     local = torch.stack([x, -y, -torch.ones_like(x)], -1)
     # Not a matrix product: autocast would compute it in half precision, which moves rays by pixels.

@@ -567,7 +567,7 @@ def test_refreshing_by_rays_hollows_things_and_changes_no_picture(level, cells):
     # Opaque in a third of a voxel: what lies deeper than a voxel, two steps and two cells is dark.
     deep = 0.6 - 3 * 2 / (level - 1) - math.sqrt(3) * 2 * 2 / cells
     occupied = field.occupancy.cells.view(-1)
-    assert not occupied[field.occupancy.centers().norm(dim=1) < deep].any()
+    assert not occupied[grid_points(CUBE, (cells,) * 3, centered=True).norm(dim=1) < deep].any()
     assert 50 < int(occupied.sum()) < len(occupied)
 
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 
-from blacksmith.models.pytorch.nerf.encoding import encoded_size, perceptron, positional_encoding
+from blacksmith.models.pytorch.nerf.encoding import encoded_size, positional_encoding
 from blacksmith.models.pytorch.nerf.mlp import FAR_AWAY, MlpField, Network, sample_pdf
 
 WHITE = torch.ones(3)
@@ -59,17 +59,6 @@ def test_the_encoding_by_hand():
     assert found.shape[1] == encoded_size(2, 2) == 10
     assert torch.equal(positional_encoding(values.view(2, 1, 2), 2), found.view(2, 1, 10))
     assert torch.equal(positional_encoding(values, 0), values)
-
-
-def test_a_perceptron_has_relu_between_its_layers_only():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = perceptron(5, 7, 2, layers=2)
-    x = torch.randn(20, 5, generator=_generator()).double()
-    first, b1, second, b2, last, b3 = (p.detach().double() for p in network.parameters())
-    expected = ((x @ first.T + b1).clamp(min=0) @ second.T + b2).clamp(min=0) @ last.T + b3
-    torch.testing.assert_close(network(x.float()).detach().double(), expected, rtol=1e-5, atol=1e-6)
-    assert (expected < 0).any()
 
 
 def test_the_default_network_is_that_of_the_paper():

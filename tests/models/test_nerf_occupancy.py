@@ -238,7 +238,7 @@ def test_grid_points_by_hand():
     assert grid_points(box, (2, 1, 3), torch.tensor([4, 2])).tolist() == [expected[4], expected[2]]
     # Centers of cells: x runs fastest; sides of 2, 2 and 4.
     expected = [[1, 11, 22], [3, 11, 22], [1, 13, 22], [3, 13, 22], [1, 11, 26], [3, 11, 26], [1, 13, 26]]
-    assert _occupancy(_all_cells(2), box).centers()[:7].tolist() == expected
+    assert grid_points(box, (2, 2, 2), centered=True)[:7].tolist() == expected
 
 
 def test_loading_restores_samples_and_visible_pixels():
@@ -349,7 +349,9 @@ def test_only_pixels_around_a_small_thing_are_visible():
     # The cell is 0.07 wide, 5.4 away: 3.5 pixels. Pairs of cells, their diagonal and whole pixels widen it.
     assert 4 <= int(visible.sum()) <= 20**2
     rows, columns = visible.nonzero().float().mean(0).tolist()
-    xy, _ = project(camera, occupancy.centers().view(32, 32, 32, 3)[16, 16, 16][None].numpy())
+    xy, _ = project(
+        camera, grid_points(BOX, (32, 32, 32), centered=True).view(32, 32, 32, 3)[16, 16, 16][None].numpy()
+    )
     assert (columns + 0.5, rows + 0.5) == pytest.approx(tuple(xy[0]), abs=3)
     # Nothing is visible in an empty grid, or behind the camera.
     occupancy.set(~_all_cells(32))

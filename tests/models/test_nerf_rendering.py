@@ -250,13 +250,12 @@ def test_no_gradient_crosses_from_one_ray_to_another():
 
 
 @pytest.mark.parametrize("kept", [[True, False, True], [0, 2]])
-def test_taking_samples_takes_their_lengths_along(kept):
-    samples = Samples(torch.tensor([0, 1, 1]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 0.2, 0.3]))
+def test_samples_are_taken_by_mask_and_by_number(kept):
+    samples = Samples(torch.tensor([0, 1, 1]), torch.tensor([1.0, 2.0, 3.0]), 0.5)
     some = samples.take(torch.tensor(kept))
     assert some.ray.tolist() == [0, 1]
     assert some.distance.tolist() == [1.0, 3.0]
-    assert torch.equal(some.length, torch.tensor([0.1, 0.3]))
-    assert samples._replace(length=0.5).take(torch.tensor(kept)).length == 0.5
+    assert some.length == 0.5
 
 
 class Directions:

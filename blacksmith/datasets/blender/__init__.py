@@ -36,9 +36,6 @@ class Views:
     cameras: tuple[Camera, ...]
     names: tuple[str, ...]  # unique, and usable as file names
 
-    def __len__(self) -> int:
-        return len(self.cameras)
-
     def picture(self, index: int, background: np.ndarray | tuple[float, float, float]) -> np.ndarray:
         """One view over a background in [0, 1], float [3]: float32 [height, width, 3] in [0, 1]."""
         pixels = self.pixels[index].astype(np.float32) / np.float32(255)
@@ -83,7 +80,6 @@ class Shot(NamedTuple):
 class Scene:
     """A checked scene whose pictures are not decoded yet."""
 
-    path: Path
     info: SceneInfo
     shots: dict[str, tuple[Shot, ...]] = field(repr=False)  # by split, in the order of its file
 
@@ -163,7 +159,7 @@ def open_scene(
         height=size[1],
         downscale=downscale,
     )
-    return Scene(directory, info, shots)
+    return Scene(info, shots)
 
 
 def _inspected(

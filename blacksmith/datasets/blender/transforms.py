@@ -8,7 +8,7 @@ import math
 import os
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,8 +20,6 @@ RIGID_TOLERANCE = 1e-3
 """How far R R^T may be from the identity in any entry, and det R from 1."""
 
 _FOCAL = {"fl_x", "fl_y", "camera_angle_x", "camera_angle_y"}
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 def _rigid(rows: list[list[float]]) -> list[list[float]]:
@@ -170,7 +168,7 @@ def find(frame: Frame, directory: Path) -> tuple[Path, str]:
     raise DataError(f"{frame.where}: no picture {frame.file_path!r} in {directory}, with or without .png")
 
 
-def _validated(model: type[Model], content: Any, where: str) -> Model:
+def _validated(model: type[BaseModel], content: Any, where: str) -> Any:
     """An instance of the model; the first mistake in the content becomes a one-line DataError."""
     try:
         return model.model_validate(content)

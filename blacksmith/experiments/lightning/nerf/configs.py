@@ -29,16 +29,12 @@ class Data:
     scene: str | None = setting(
         None, "directory with transforms_{train,val,test}.json; None: the anvil", evaluation_may_change=True
     )
-    downscale: int = setting(
-        1, "shrink the images by this whole factor in both directions", ge=1, evaluation_may_change=True
-    )
+    downscale: int = setting(1, "shrink the images by this whole factor", ge=1, evaluation_may_change=True)
     background: Literal["white", "black", "random"] = setting(
         "white", "color behind the scene; random: a color per ray in training, white in evaluation"
     )
     hull: bool = setting(
-        True,
-        "start from the visual hull of the images' alpha, which the standard protocol ignores",
-        only_with=_GRID,
+        True, "start from the hull of the images' alpha, which published results ignore", only_with=_GRID
     )
     bounds: tuple[float, ...] | None = setting(
         None, "box around the scene, (x0, y0, z0, x1, y1, z1) in world units; None: what all cameras see"
@@ -51,9 +47,7 @@ class Data:
 class Model:
     """Which field learns the scene."""
 
-    field: Literal["grid", "mlp"] = setting(
-        "grid", "grid: a voxel grid, fast; mlp: the NeRF paper's networks"
-    )
+    field: Literal["grid", "mlp"] = setting("grid", "grid: voxels, fast; mlp: the NeRF paper's networks")
 
 
 @section("nerf.Grid", only_with=_GRID)
@@ -70,30 +64,23 @@ class Grid:
     refresh_at: tuple[float, ...] = setting(
         (0.4, 0.6, 0.8), "when the occupancy grid is updated, as fractions of the training"
     )
+    # Before that they read one random vertex, which is faster but blurs.
     interpolate_at: float = setting(
-        0.7,
-        "when samples start to interpolate the features of eight vertices, as a fraction of the training; "
-        "before that they read one random vertex, which is faster but blurs",
-        ge=0,
-        le=1,
+        0.7, "when samples start to interpolate features, as a fraction of the training", ge=0, le=1
     )
     refresh_threshold: float = setting(
         5e-3, "cells stay occupied above this opacity over 1/96 of the box", gt=0, lt=1
     )
     features: int = setting(12, "numbers per vertex; the first three are a color", ge=3)
     rows: int | None = setting(
-        None,
-        "vertices that can have features; None: those of the hull, or a quarter of the finest grid",
-        gt=0,
+        None, "vertices that can have features; None: those of the hull, or a quarter of the grid", gt=0
     )
     width: int = setting(64, "width of the two hidden layers of the color network", gt=0)
     alpha: float = setting(3e-3, "opacity of 1/96 of the box before training", gt=0, lt=1)
     alpha_floor: float = setting(1e-3, "skip samples that are less opaque than this", ge=0, lt=1)
     weight_floor: float = setting(2e-4, "samples with less weight than this get no color", ge=0, lt=1)
     train_step: float = setting(1.0, "distance between samples in training, in voxels", gt=0)
-    render_step: float = setting(
-        0.5, "distance between samples in evaluation, in voxels", gt=0, evaluation_may_change=True
-    )
+    render_step: float = setting(0.5, "the same in evaluation, in voxels", gt=0, evaluation_may_change=True)
 
 
 @section("nerf.Mlp", only_with=_MLP)
@@ -126,9 +113,7 @@ class Train(TrainConfig):
     feature_learning_rate: float = setting(0.1, "peak rate of the grid's features", gt=0, only_with=_GRID)
     distortion: float = setting(0.0, "weight of the distortion loss, which gathers a ray's weights", ge=0)
     total_variation: float = setting(0.0, "weight of the density's total variation", ge=0, only_with=_GRID)
-    opacity_entropy: float = setting(
-        0.0, "weight of the opacity's entropy, which makes rays either empty or opaque", ge=0
-    )
+    opacity_entropy: float = setting(0.0, "weight of the opacity's entropy, for empty or opaque rays", ge=0)
     precision: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "precision of the networks; weights, grids and compositing stay float32"
     )
@@ -162,9 +147,7 @@ class Schedule(ScheduleConfig):
 class Checkpoint(CheckpointConfig):
     """When checkpoints are written and which are kept."""
 
-    metric: Literal["val_psnr", "val_loss"] = setting(
-        "val_psnr", "the validation metric that decides which is best"
-    )
+    metric: Literal["val_psnr", "val_loss"] = setting("val_psnr", "the metric that decides which is best")
 
 
 @section("nerf.Results")
@@ -172,21 +155,13 @@ class Results:
     """What is made from a trained field."""
 
     lpips_weights: str | None = setting(
-        None,
-        "alexnet-owt-7be5be79.pth, for LPIPS; None: the one in the cache, if any",
-        resume_may_change=True,
+        None, "alexnet-owt-7be5be79.pth; None: the one in the cache, if any", resume_may_change=True
     )
     video_frames: int = setting(60, "frames of the orbit video; 0: no video", ge=0, resume_may_change=True)
     video_fps: int = setting(20, "frames per second of the video", gt=0, resume_may_change=True)
-    video_elevation: float = setting(
-        25.0, "degrees of the camera above the horizon", gt=-90, lt=90, resume_may_change=True
-    )
-    video_width: int | None = setting(
-        None, "width of the video in pixels; None: that of the images", gt=0, resume_may_change=True
-    )
-    mesh_resolution: int = setting(
-        192, "cells along the longest side for --mode=export", ge=8, resume_may_change=True
-    )
+    video_elevation: float = setting(25.0, "degrees above the horizon", gt=-90, lt=90, resume_may_change=True)
+    video_width: int | None = setting(None, "pixels; None: that of the images", gt=0, resume_may_change=True)
+    mesh_resolution: int = setting(192, "cells on the mesh's longest side", ge=8, resume_may_change=True)
     mesh_opacity: float = setting(
         0.1, "the mesh lies where 1/96 of the box would be this opaque", gt=0, lt=1, resume_may_change=True
     )
@@ -194,13 +169,10 @@ class Results:
 
 @section("nerf.View")
 class View:
-    """The viewer of --mode=view."""
+    """The viewer of --mode=view, which has no password."""
 
     host: str = setting(
-        "127.0.0.1",
-        "address to listen on; 0.0.0.0: any, without a password",
-        min_length=1,
-        resume_may_change=True,
+        "127.0.0.1", "address to listen on; 0.0.0.0: any", min_length=1, resume_may_change=True
     )
     port: int = setting(8080, "TCP port; 0: any free port", ge=0, le=65535, resume_may_change=True)
 

@@ -19,8 +19,8 @@ def open_scene_of(run: Run, lpips: Lpips | None = None) -> Scene:
     smallest = SSIM_WINDOW_PIXELS if lpips is None else LPIPS_SMALLEST_PIXELS
     if min(info.width, info.height) < smallest:
         raise DataError(
-            f"{scene.path}: images of {info.width}x{info.height} pixels are too small to be scored, which "
-            f"needs {smallest}; lower nerf.Data.downscale"
+            f"scene {info.name}: images of {info.width}x{info.height} pixels are too small to be scored, "
+            f"which needs {smallest}; lower nerf.Data.downscale"
         )
     run.use_data(info, alpha_hull=hull)
     return scene

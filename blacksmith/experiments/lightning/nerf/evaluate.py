@@ -10,7 +10,6 @@ from blacksmith.experiments.lightning.nerf.results import score_views
 from blacksmith.experiments.lightning.nerf.scores import find_lpips
 from blacksmith.files import atomic_file, write_json
 from blacksmith.models.pytorch.nerf.grid import GridField
-from blacksmith.models.pytorch.nerf.mesh import extract_mesh
 from blacksmith.run.loop import show
 from blacksmith.run.run import Run
 
@@ -35,6 +34,8 @@ def evaluate(run: Run) -> int:
 
 def export(run: Run) -> int:
     """``--mode=export``: writes the checkpoint's surface as a colored mesh, `export/mesh.ply`."""
+    from blacksmith.models.pytorch.nerf.mesh import extract_mesh  # trimesh takes a second to import
+
     settings = run.config.results
     field = fields.trained(run.config, run.resumed, run.device)
     unit = (

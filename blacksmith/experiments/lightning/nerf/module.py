@@ -256,11 +256,9 @@ class NerfModule(L.LightningModule):
         if not isinstance(self.field, GridField):
             pool = torch.arange(len(self._rays), dtype=torch.int32, device=device)
         else:
-            visible = self.field.occupancy.visible_pixels(self._rays.cameras)
-            parts, area = [], self._rays.height * self._rays.width
-            for number, pixels in enumerate(visible):
-                parts.append((pixels.flatten().nonzero()[:, 0] + number * area).int())
-            pool = torch.cat(parts)
+            area = self._rays.height * self._rays.width
+            visible = enumerate(self.field.occupancy.visible_pixels(self._rays.cameras))
+            pool = torch.cat([(pixels.flatten().nonzero()[:, 0] + n * area).int() for n, pixels in visible])
         self._loader.use_pool(pool, reshuffle=reshuffle)
 
     def _refresh_occupancy(self) -> None:

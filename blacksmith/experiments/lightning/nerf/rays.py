@@ -86,7 +86,18 @@ class RayLoader:
 
     def __iter__(self) -> Iterator[Tensor]:
         while self.step < self._steps:
-            yield self._next()
+            size = min(self.size, len(self._pool))
+            if self.cursor + size > len(self._pool):
+                self.passes, self.cursor, self._order = self.passes + 1, 0, None
+            if self._order is None:
+                rows = np.arange(len(self._pool), dtype=np.int32)
+                generator(self._seed, "order", self.attempt, self.passes).shuffle(rows)
+                self._order = torch.from_numpy(rows).to(self._pool.device)
+            rows = self._order[self.cursor : self.cursor + size]
+            self.cursor += size
+            self.drawn += size
+            self.step += 1
+            yield self._pool[rows].long()
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the order, as plain numbers."""
@@ -96,17 +107,3 @@ class RayLoader:
         """Returns to a place in the order; the pool must be the same as then."""
         vars(self).update({name: state[name] for name in _STATE})
         self._order = None
-
-    def _next(self) -> Tensor:
-        size = min(self.size, len(self._pool))
-        if self.cursor + size > len(self._pool):
-            self.passes, self.cursor, self._order = self.passes + 1, 0, None
-        if self._order is None:
-            rows = np.arange(len(self._pool), dtype=np.int32)
-            generator(self._seed, "order", self.attempt, self.passes).shuffle(rows)
-            self._order = torch.from_numpy(rows).to(self._pool.device)
-        rows = self._order[self.cursor : self.cursor + size]
-        self.cursor += size
-        self.drawn += size
-        self.step += 1
-        return self._pool[rows].long()

@@ -52,7 +52,7 @@ def score_views(
             stale.unlink()
     views, background = scene.views(split), run.config.background
     behind = torch.tensor(background, dtype=torch.float32)
-    progress = _progress(run, f"{len(views)} {split} views")
+    progress = _progress(run, f"{len(views.names)} {split} views")
     images, seconds = [], 0.0
     for index, name in enumerate(views.names):
         if run.stop:
@@ -173,7 +173,7 @@ def _progress(run: Run, what: str) -> Callable[[int], None]:
 def _fitted(path: Path) -> np.ndarray:
     """Reads a picture and scales it to `STRIP_PICTURE_PIXELS` width; pixels of small pictures stay sharp."""
     with Image.open(path) as picture:
-        height = max(1, round(picture.height * STRIP_PICTURE_PIXELS / picture.width))
+        size = (STRIP_PICTURE_PIXELS, max(1, round(picture.height * STRIP_PICTURE_PIXELS / picture.width)))
         enlarged = picture.width < STRIP_PICTURE_PIXELS
         method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-        return np.asarray(picture.convert("RGB").resize((STRIP_PICTURE_PIXELS, height), method))
+        return np.asarray(picture.resize(size, method))

@@ -1,9 +1,7 @@
-"""Positional encoding, and small networks on top of it."""
-
-import itertools
+"""Positional encoding."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def positional_encoding(values: Tensor, frequencies: int) -> Tensor:
@@ -20,10 +18,3 @@ def positional_encoding(values: Tensor, frequencies: int) -> Tensor:
 def encoded_size(size: int, frequencies: int) -> int:
     """Width of the encoding of `size` values."""
     return size * (1 + 2 * frequencies)
-
-
-def perceptron(inputs: int, width: int, outputs: int, layers: int) -> nn.Sequential:
-    """A ReLU network with `layers` hidden layers of `width` and a linear output."""
-    sizes = [inputs, *[width] * layers]
-    hidden = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blacksmith.models.pytorch.nerf.encoding import encoded_size, perceptron, positional_encoding
+from blacksmith.models.pytorch.nerf.encoding import encoded_size, positional_encoding
 from blacksmith.models.pytorch.nerf.occupancy import Occupancy, box_of, flat_cell, grid_points
 from blacksmith.models.pytorch.nerf.rendering import (
     Rendered,
@@ -94,7 +94,10 @@ class GridField(nn.Module):
         self.register_buffer("row", torch.zeros(resolution**3, dtype=torch.int32), persistent=False)
         self.density_table = nn.Parameter(torch.zeros(resolution**3))
         self.feature_table = nn.Parameter(torch.zeros(rows, features))
-        self.decoder = perceptron(features + encoded_size(3, DIRECTION_FREQUENCIES), width, 3, layers=2)
+        inputs = features + encoded_size(3, DIRECTION_FREQUENCIES)
+        self.decoder = nn.Sequential(
+            nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)
+        )
         # `row` and the plain numbers follow from other buffers and are not stored.
         self.register_load_state_dict_post_hook(lambda field, _: field._refresh())
         self._refresh()
@@ -162,10 +165,8 @@ class GridField(nn.Module):
         """Marks the cells, among those with features, that are more opaque than `threshold` over `unit`.
 
         Given bundles of rays, origins and unit directions [rays, 3], only cells that their light reaches are
-        marked, with their neighbors, which leaves out the inside of things.
-
-        Returns:
-          Whether there is any; if not, nothing changes.
+        marked, with their neighbors, which leaves out the inside of things. Returns whether there is any; if
+        not, nothing changes.
         """
         occupancy, resolution = self.occupancy, self.occupancy.resolution
         z, y, x = self._shape
@@ -285,7 +286,8 @@ class GridField(nn.Module):
         cells, hull = occupancy.cells.clone(), self.hull.clone()
         box = box_of(cells, old, margin=1.0)
         occupancy.bounds.copy_(torch.stack([torch.maximum(box[0], old[0]), torch.minimum(box[1], old[1])]))
-        index = flat_cell((occupancy.centers() - old[0]) / (old[1] - old[0]), occupancy.resolution)
+        centers = grid_points(self.bounds, cells.shape, centered=True)
+        index = flat_cell((centers - old[0]) / (old[1] - old[0]), occupancy.resolution)
         for target, source in ((occupancy.set, cells), (self.hull.copy_, hull)):
             # A new cell may extend beyond the old cell that contains its center, so its neighbors count too.
             grown = F.max_pool3d(source.float()[None, None], 3, 1, 1)[0, 0] > 0

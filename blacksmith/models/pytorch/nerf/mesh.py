@@ -1,30 +1,24 @@
 """A colored triangle mesh of a radiance field: marching cubes on its density."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
+import trimesh
+from skimage.measure import marching_cubes
 
 from blacksmith.errors import RunError
 from blacksmith.models.pytorch.nerf.rendering import RadianceField
 
-if TYPE_CHECKING:
-    from trimesh import Trimesh
-
 CHUNK_POINTS = 1 << 18  # vertices that are colored at a time
-SMALLEST_PART = (
-    0.01  # separate parts with fewer vertices than this fraction of the largest part's are removed
-)
+SMALLEST_PART = 0.01  # of the vertices of the largest part: smaller separate parts are removed
 
 
 @torch.no_grad()
-def extract_mesh(field: RadianceField, *, resolution: int, threshold: float) -> "Trimesh":
+def extract_mesh(field: RadianceField, *, resolution: int, threshold: float) -> trimesh.Trimesh:
     """The surface on which the density equals a threshold (Lorensen and Cline 1987, Lewiner et al. 2003).
 
     Args:
       field: any field; evaluated on its own device.
-      resolution: cells along the longest side of the field's box; they are cubes up to rounding. A grid point
-        takes 4 bytes of memory.
+      resolution: cells along the longest side of the field's box; a grid point takes 4 bytes of memory.
       threshold: in extinction per world unit: at 10, a layer of 0.1 world units transmits 1/e of the light.
 
     Returns:
@@ -34,10 +28,6 @@ def extract_mesh(field: RadianceField, *, resolution: int, threshold: float) -> 
     Raises:
       RunError: the density is nowhere above the threshold.
     """
-    # Here, because they take a second to import and only the export needs them.
-    import trimesh
-    from skimage.measure import marching_cubes
-
     lower, upper = field.bounds.cpu().double().numpy()
     volume = _density_volume(field, lower, upper, resolution)
     if not volume.max() > threshold:

@@ -51,21 +51,14 @@ class Occupancy(nn.Module):
         whole = F.pad(cells.float(), [0, padding] * 3)[None, None]
         self.blocks.copy_(F.max_pool3d(F.max_pool3d(whole, BLOCK), 3, 1, 1)[0, 0] > 0)
 
-    def centers(self) -> Tensor:
-        """World positions of the cells' centers, float32 [cells, 3], in the cells' flat order."""
-        return grid_points(self.bounds, (self.resolution,) * 3, centered=True)
-
     @torch.no_grad()
     def samples(
         self, origins: Tensor, directions: Tensor, step: float, generator: torch.Generator | None = None
     ) -> tuple[Samples, Tensor]:
-        """Evenly spaced samples of rays, only those in marked cells and between near and far.
+        """Samples of rays every `step` in marked cells between near and far, and their places, [3, samples].
 
-        Rays are origins and unit directions, float32 [rays, 3]; `step` is in world units. The generator
-        shifts each ray's samples by a random part of a step; without one they are at half steps.
-
-        Returns:
-          The samples, and their places in the unit box, float32 [3, samples].
+        Rays are origins and unit directions, [rays, 3]; places are in the unit box. The generator shifts each
+        ray's samples by a random part of a step; without one they are at half steps.
         """
         device, resolution = origins.device, self.resolution
         low, size = self.bounds[0], self.bounds[1] - self.bounds[0]

@@ -33,9 +33,8 @@ class Samples(NamedTuple):
     length: Tensor | float  # of the segment that a sample represents: float32 [samples] or one number
 
     def take(self, kept: Tensor) -> "Samples":
-        """The samples at bool or int64 `kept`."""
-        length = self.length[kept] if isinstance(self.length, Tensor) else self.length
-        return Samples(self.ray[kept], self.distance[kept], length)
+        """The samples at bool or int64 `kept`, if all have one length."""
+        return Samples(self.ray[kept], self.distance[kept], self.length)
 
 
 class Traced(NamedTuple):

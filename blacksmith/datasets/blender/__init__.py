@@ -22,8 +22,7 @@ from blacksmith.files import file_sha256
 
 SPLITS = ("train", "val", "test")
 
-BUNDLED = Path(__file__).with_name("anvil")
-"""The scene that comes with the package; its README says how it was made."""
+BUNDLED = Path(__file__).with_name("anvil")  # its README says how it was made
 
 _DECODERS = 8  # threads; Pillow releases the interpreter's lock while decoding
 

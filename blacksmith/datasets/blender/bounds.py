@@ -6,11 +6,8 @@ import numpy as np
 
 from blacksmith.datasets.blender.cameras import Camera
 
-PARALLEL = 1e-3
-"""Optical axes count as parallel below this mean of sin^2 of the angle to their common direction."""
-
-NEAREST = 0.05
-"""Rays start at least this fraction of a camera's distance to the box's middle away from the camera."""
+PARALLEL = 1e-3  # axes count as parallel below this mean of sin^2 of the angle to their common direction
+NEAREST = 0.05  # rays start at least this fraction of the distance to the box's middle away from a camera
 
 
 def estimate_bounds(cameras: Sequence[Camera]) -> np.ndarray:

@@ -16,8 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.errors import DataError, first_line
 
-RIGID_TOLERANCE = 1e-3
-"""How far R R^T may be from the identity in any entry, and det R from 1."""
+RIGID_TOLERANCE = 1e-3  # how far R R^T may be from the identity in any entry, and det R from 1
 
 _FOCAL = {"fl_x", "fl_y", "camera_angle_x", "camera_angle_y"}
 

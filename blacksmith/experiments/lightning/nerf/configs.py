@@ -34,7 +34,7 @@ class Data:
         "white", "color behind the scene; random: a color per ray in training, white in evaluation"
     )
     hull: bool = setting(
-        True, "start from the hull of the images' alpha, which published results ignore", only_with=_GRID
+        True, "start from the hull of the images' alpha, which the standard protocol ignores", only_with=_GRID
     )
     bounds: tuple[float, ...] | None = setting(
         None, "box around the scene, (x0, y0, z0, x1, y1, z1) in world units; None: what all cameras see"
@@ -161,7 +161,7 @@ class Results:
     video_fps: int = setting(20, "frames per second of the video", gt=0, resume_may_change=True)
     video_elevation: float = setting(25.0, "degrees above the horizon", gt=-90, lt=90, resume_may_change=True)
     video_width: int | None = setting(None, "pixels; None: that of the images", gt=0, resume_may_change=True)
-    mesh_resolution: int = setting(192, "cells on the mesh's longest side", ge=8, resume_may_change=True)
+    mesh_resolution: int = setting(192, "cells on the box's longest side", ge=8, resume_may_change=True)
     mesh_opacity: float = setting(
         0.1, "the mesh lies where 1/96 of the box would be this opaque", gt=0, lt=1, resume_may_change=True
     )

@@ -16,8 +16,7 @@ from blacksmith.models.pytorch.nerf.vertices import level_shape, reachable_verti
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.order import seed_int
 
-WEIGHTS = "lightning.ckpt"
-"""The file of a checkpoint that Lightning writes and reads."""
+WEIGHTS = "lightning.ckpt"  # the file of a checkpoint that Lightning writes and reads
 
 _MASK_ALPHA = 5  # of 255: pixels above it are in the masks of the visual hull
 _COARSE_HULL = 64  # cells along each side of the hull that the box is fitted to

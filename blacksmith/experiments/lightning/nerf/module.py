@@ -98,8 +98,7 @@ class NerfModule(L.LightningModule):
         """
         step = self.global_step
         # A restart at this very step has started at this level already.
-        upsample = step in self._levels and all(restart["step"] != step for restart in self.restarts)
-        if upsample:
+        if step in self._levels and all(restart["step"] != step for restart in self.restarts):
             # Without hull and bounds the box is a guess from the cameras: fit it to what has been found.
             shrink = not self._config.data.hull and self._config.data.bounds is None
             if shrink:

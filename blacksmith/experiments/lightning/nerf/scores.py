@@ -58,8 +58,7 @@ class Lpips(nn.Module):
 
     The features of both pictures after each ReLU are normalized to unit length at every position. Their
     squared differences are weighted per channel, averaged over positions and summed over layers, with the
-    published weights that torchmetrics ships. torchmetrics' own LPIPS would need torchvision too. `alexnet`
-    holds the ImageNet weights in the layout of `ALEXNET_FILE`.
+    published weights that torchmetrics ships. torchmetrics' own LPIPS would need torchvision too.
     """
 
     def __init__(self, alexnet: Path) -> None:

@@ -57,7 +57,6 @@ def serve(
     Args:
       camera: the first view, without its roll; the horizontal field of view follows the browser's window.
       background: one of `BACKGROUNDS`, until a browser chooses a different one.
-      port: 0 takes a free one.
 
     Raises:
       ConfigError: the port is in use, or this machine does not have the address.

@@ -17,7 +17,7 @@ def extract_mesh(field: RadianceField, *, resolution: int, threshold: float) -> 
     """The surface on which the density equals a threshold (Lorensen and Cline 1987, Lewiner et al. 2003).
 
     Args:
-      field: any field; evaluated on its own device.
+      field: any field, on any device.
       resolution: cells along the longest side of the field's box; a grid point takes 4 bytes of memory.
       threshold: in extinction per world unit: at 10, a layer of 0.1 world units transmits 1/e of the light.
 

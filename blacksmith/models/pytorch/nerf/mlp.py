@@ -17,8 +17,7 @@ from blacksmith.models.pytorch.nerf.rendering import (
     transmittance,
 )
 
-FAR_AWAY = 1e10
-"""Length that the last sample of a ray represents: the rest of the ray."""
+FAR_AWAY = 1e10  # length that the last sample of a ray represents: the rest of the ray
 
 
 class Network(nn.Module):
@@ -78,15 +77,10 @@ class Network(nn.Module):
 
 
 class MlpField(nn.Module):
-    """The coarse and the fine network and their sampling.
+    """The coarse network on stratified samples, and the fine one with more of them where that sees matter.
 
-    The buffers are to be set: `near_far`, the distances from a ray's origin to its first and its last sample
-    in world units, and `bounds`, which only meshes and the viewer use.
-
-    Args:
-      coarse_samples: stratified samples for the coarse network.
-      fine_samples: samples added where the coarse network sees something.
-      **network: sizes, see `Network`.
+    Two buffers are to be set: `near_far`, the distances between which rays have samples, in world units, and
+    `bounds`, which only meshes and the viewer use.
     """
 
     def __init__(self, *, coarse_samples: int = 64, fine_samples: int = 128, **network: int) -> None:

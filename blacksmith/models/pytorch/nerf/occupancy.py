@@ -21,20 +21,15 @@ _SEGMENT = 2 * BLOCK  # length of a ray's segment, in cells
 
 
 class Occupancy(nn.Module):
-    """Bool cells [z, y, x] over a box, `resolution` along each side; all are marked at first.
-
-    Attributes:
-      bounds: the box, float32 [2, 3].
-      near_far: distances between which rays have samples, float32 [2] in world units.
-      cells: bool [z, y, x]; change them with `set`.
-      blocks: bool [z, y, x]; blocks of cells that contain a marked cell or touch such a block.
-    """
+    """Bool cells [z, y, x] over a box, `resolution` along each side; all are marked at first."""
 
     def __init__(self, resolution: int) -> None:
         super().__init__()
-        self.register_buffer("bounds", torch.tensor([[0.0] * 3, [1.0] * 3]))
+        self.register_buffer("bounds", torch.tensor([[0.0] * 3, [1.0] * 3]))  # the box
+        # The distances between which rays have samples, in world units.
         self.register_buffer("near_far", torch.tensor([0.0, math.inf]))
-        self.register_buffer("cells", torch.ones((resolution,) * 3, dtype=torch.bool))
+        self.register_buffer("cells", torch.ones((resolution,) * 3, dtype=torch.bool))  # `set` changes them
+        # Blocks of cells that contain a marked cell or touch such a block.
         blocks = math.ceil(resolution / BLOCK)
         self.register_buffer("blocks", torch.ones((blocks,) * 3, dtype=torch.bool), persistent=False)
         self.register_load_state_dict_post_hook(lambda grid, _: grid.set(grid.cells.clone()))

@@ -10,11 +10,8 @@ from torch import Tensor
 
 from blacksmith.datasets.blender.cameras import Camera
 
-OPAQUE = 40.0
-"""Optical thickness at which a sample counts as opaque: what lies behind it has a weight of 4e-18."""
-
-CHUNK_RAYS = 16384
-"""Number of a picture's rays that are rendered at a time."""
+OPAQUE = 40.0  # optical thickness that counts as opaque: what lies behind has a weight of 4e-18
+CHUNK_RAYS = 16384  # number of a picture's rays that are rendered at a time
 
 
 class Rendered(NamedTuple):

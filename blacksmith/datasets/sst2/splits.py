@@ -1,8 +1,8 @@
 """Holds sentences out for validation and test, so that no part of them is trained on.
 
-SST-2 trains on the phrases of its sentences, down to single words. An example held out at random would nearly
-always be trained on as well: inside a longer phrase, or through its own phrases. So only whole sentences are
-held out, and phrases that occur in no other sentence are left out of training.
+SST-2 trains on the phrases of its sentences. An example held out at random would nearly always be trained on
+as well: inside a longer phrase, or through its own phrases. So only whole sentences are held out, and phrases
+that occur in no other sentence are left out of training.
 """
 
 import functools
@@ -26,7 +26,6 @@ class Source:
     path: str | None
     test_from: str
     unused: list[str]
-    place: str  # where `train` comes from, for messages
     train: Examples  # all examples of a single file
     test: Examples | None  # None for a single file
 
@@ -48,7 +47,8 @@ class Source:
         """
         if validation is None:
             validation = 40 if self.source == "sample" else 1000
-        pool, total = Pool(self.train, self.place), len(self.train)
+        place = self.path or self.name
+        pool, total = Pool(self.train, place), len(self.train)
         test, test_from = self.test, self.test_from
         if test is None:
             # Not the run's seed: a checkpoint must not be tested on what another seed trained it on.
@@ -58,8 +58,7 @@ class Source:
         train = pool.remaining()
         if len(set(train.labels.tolist())) < len(CLASSES):
             raise DataError(
-                f"{self.place}: all {len(train):,} training examples are {CLASSES[train.labels[0]]}; both "
-                "classes are needed"
+                f"{place}: the {len(train):,} training examples need both {' and '.join(CLASSES)}"
             )
         return self._splits(train, held_out, test, test_from, total - len(held_out) - len(train))
 
@@ -105,25 +104,21 @@ class Pool:
     def hold_out(self, size: int | float, generator: np.random.Generator) -> Examples:
         """Takes random whole sentences out of the pool and returns them in their original order.
 
-        Args:
-          size: a number of examples, or a fraction of the whole sentences. Fewer may be held out, since equal
-            sentences stay together.
-          generator: decides which ones.
-
-        Raises:
-          DataError: `size` leaves nothing on one side.
+        `size` is a number of examples, or a fraction of the whole sentences. Fewer may be held out, since
+        equal sentences stay together. Raises DataError if it leaves nothing on one side.
         """
         whole = [i for i, around in enumerate(self._around) if not around and i not in self._out]
-        count = self._count(size, sum(len(self._rows[i]) for i in whole))
+        available = sum(len(self._rows[i]) for i in whole)
+        count = max(1, round(size * available)) if isinstance(size, float) else size
         held: list[int] = []
         for i in generator.permutation(whole).tolist():
-            if len(held) + len(self._rows[i]) <= count:
+            if len(held) + len(self._rows[i]) <= count < available:
                 held += self._rows[i]
                 self._out.add(i)
         if not held:
             raise DataError(
-                f"{self._place}: cannot hold out {count:,} rows, because every sentence occurs more often "
-                "and equal sentences stay together; hold out more"
+                f"{self._place}: cannot hold out {size:,} of {available:,} whole sentences (equal ones stay "
+                f"together); allowed: a number from 1 to {available - 1:,}, or a fraction between 0 and 1"
             )
         return self._examples.take(sorted(held))
 
@@ -136,19 +131,6 @@ class Pool:
             if not gone:
                 kept += rows
         return self._examples.take(sorted(kept))
-
-    def _count(self, size: int | float, available: int) -> int:
-        if available < 2:
-            raise DataError(f"{self._place}: too few sentences ({available}) to hold any out")
-        count = size
-        if isinstance(size, float) and 0 < size < 1:
-            count = max(1, round(size * available))
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < available:
-            raise DataError(
-                f"{self._place}: validation={size!r}, but there are {available:,} whole sentences; allowed: "
-                f"a whole number from 1 to {available - 1:,}, or a fraction between 0 and 1"
-            )
-        return count
 
 
 def whole_sentences_around(sentences: Sequence[str]) -> list[list[int]]:

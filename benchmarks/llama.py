@@ -288,28 +288,24 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     import transformers
 
     from blacksmith.experiments.pytorch.llama import checkpoints, data
-    from blacksmith.experiments.pytorch.llama.batches import padding
-    from blacksmith.experiments.pytorch.llama.prompts import Prompt
     from blacksmith.run.order import LengthOrder
 
     run = llama_run(spec)
     config = run.config
     model, tokenizer = checkpoints.build_model(run)
     clock.measure(model)
-    prompt = Prompt.of(config.data.template, config.data.labels)
     split = data.read_data(run).split(config.data.validation, config.run.seed)
-    encoded = data.encode_training(run, tokenizer, prompt, split.train)
+    encoded = data.encode_examples(run, tokenizer, split.train, "training")
     order = LengthOrder(encoded.lengths, spec["batch"], config.train.by_length, config.run.seed)
     rows = [row for step in range(spec["steps"]) for row in order.rows(step).tolist()]
-    pad = padding(tokenizer)
 
     def collate(some: list[dict]) -> dict:
-        width = spec["length"] if spec["way"] == "pad128" else max(len(row["tokens"]) for row in some)
+        width = spec["length"] if spec["way"] == "pad128" else max(len(row["ids"]) for row in some)
         batch = {"input_ids": [], "attention_mask": [], "labels": []}
         for row in some:
-            tokens, answer = row["tokens"], row["answer"]
+            tokens, answer = row["ids"], row["answer"]
             space = width - len(tokens)
-            batch["input_ids"].append(tokens + [pad] * space)
+            batch["input_ids"].append(tokens + [0] * space)
             batch["attention_mask"].append([1] * len(tokens) + [0] * space)
             batch["labels"].append([-100] * answer + tokens[answer:] + [-100] * space)
         return {name: torch.tensor(value) for name, value in batch.items()}
@@ -343,7 +339,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=clock.cuda,
     )
-    dataset = [{"tokens": encoded.tokens[row], "answer": encoded.answers[row]} for row in rows]
+    dataset = [encoded.correct[row]._asdict() for row in rows]
     trainer = Trainer(
         model=model, args=settings, train_dataset=dataset, data_collator=collate, callbacks=[Ends()]
     )

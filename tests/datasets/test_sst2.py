@@ -506,7 +506,7 @@ def test_an_impossible_validation_is_refused(tmp_path, validation):
 
 def test_a_single_class_is_refused(tmp_path):
     directory = write_directory(tmp_path, [(text, 1) for text, _ in TRAIN])
-    refused("the 6 training examples need both negative and positive", directory, validation=2)
+    refused("all 6 training examples are positive; needed: both", directory, validation=2)
 
 
 def test_repeated_sentences_that_cannot_be_split_are_refused(tmp_path):

@@ -15,8 +15,6 @@ from blacksmith import launch as launcher
 from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError, RunError
 from blacksmith.experiments.pytorch.llama import checkpoints, evaluation, train
-from blacksmith.experiments.pytorch.llama.batches import padding
-from blacksmith.experiments.pytorch.llama.prompts import Prompt
 from blacksmith.run.checkpoint import find
 from blacksmith.run.order import LengthOrder
 from blacksmith.run.run import Run
@@ -358,18 +356,16 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(
     options = {"experiment": "llama", "checkpoint_format": "", "backend": "torch", "device": "cpu"}
     other = Run(tmp_path / "trainer", config, **options)
     model, tokenizer = checkpoints.build_model(other)
-    prompt = Prompt.of(config.data.template, config.data.labels)
-    encoded = train.encode_training(other, tokenizer, prompt, sst2.read("sample").split(validation=20).train)
+    encoded = train.encode_examples(other, tokenizer, sst2.read("sample").split(20).train, "training")
     order = LengthOrder(encoded.lengths, 8, config.train.by_length, config.run.seed)
     rows = [row for step in range(10) for row in order.rows(step).tolist()]
-    pad = padding(tokenizer)
 
     def collate(some):
-        width = max(len(one["tokens"]) for one in some) + 5
+        width = max(len(one["ids"]) for one in some) + 5
         batch = {"input_ids": [], "attention_mask": [], "labels": []}
         for one in some:
-            tokens, answer, space = one["tokens"], one["answer"], width - len(one["tokens"])
-            batch["input_ids"].append(tokens + [pad] * space)
+            tokens, answer, space = one["ids"], one["answer"], width - len(one["ids"])
+            batch["input_ids"].append(tokens + [0] * space)
             batch["attention_mask"].append([1] * len(tokens) + [0] * space)
             batch["labels"].append([-100] * answer + tokens[answer:] + [-100] * space)
         return {name: torch.tensor(value) for name, value in batch.items()}
@@ -399,7 +395,7 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(
         report_to=[],
         disable_tqdm=True,
     )
-    dataset = [{"tokens": encoded.tokens[row], "answer": encoded.answers[row]} for row in rows]
+    dataset = [encoded.correct[row]._asdict() for row in rows]
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
     trainer.create_optimizer()
     # Ours takes its first step of a warm-up at a rate above 0, theirs at 0.

@@ -6,9 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from blacksmith.errors import ConfigError
-from blacksmith.experiments.pytorch.llama.batches import collate
-from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
-from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
+from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, collate, encode
 from blacksmith.models.pytorch.llama.prefix import IGNORED
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
 
@@ -54,7 +52,7 @@ def tokenizer(request):
 def encoded(tokenizer, sentences=SENTENCES, labels=None, template=TEMPLATE, **options) -> Encoded:
     labels = [i % 2 for i in range(len(sentences))] if labels is None else labels
     options = {"max_length": 200, "too_long": "drop", **options}
-    return encode(tokenizer, Prompt.of(template, LABELS), sentences, labels, **options)
+    return encode(tokenizer, Prompt(template, LABELS), sentences, labels, **options)
 
 
 # --- prompts ---
@@ -63,8 +61,8 @@ def encoded(tokenizer, sentences=SENTENCES, labels=None, template=TEMPLATE, **op
 def test_answers_are_the_label_and_the_end_token(tokenizer):
     found = encoded(tokenizer)
     assert len(found) == len(SENTENCES)
-    assert (found.truncated, found.dropped) == (0, 0)
-    for row, (tokens, answer) in enumerate(zip(found.tokens, found.answers)):
+    assert found.truncated == 0
+    for row, (tokens, answer) in enumerate(found.correct):
         assert tokens[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(tokens[answer:-1]).strip() == LABELS[row % 2]
         question = tokenizer.decode(tokens[:answer], skip_special_tokens=True)
@@ -77,8 +75,9 @@ def test_an_answer_that_merges_with_the_space_before_it_is_whole():
     # The space is part of the answer's token, so the question alone ends with a different token.
     alone = tokenizer("Review: dull\nSentiment: ")["input_ids"]
     found = encoded(tokenizer, ["dull"], [0])
-    assert found.tokens[0][: found.answers[0]][-1] != alone[-1]
-    assert tokenizer.decode(found.tokens[0][found.answers[0] :][:1]).startswith(" ")
+    tokens, answer = found.correct[0]
+    assert tokens[:answer][-1] != alone[-1]
+    assert tokenizer.decode(tokens[answer:][:1]).startswith(" ")
 
 
 def test_a_tokenizer_that_adds_an_end_token_adds_the_only_one():
@@ -86,14 +85,14 @@ def test_a_tokenizer_that_adds_an_end_token_adds_the_only_one():
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
     )
-    (tokens,) = encoded(tokenizer, ["dull"], [0]).tokens
+    ((tokens, _),) = encoded(tokenizer, ["dull"], [0]).correct
     assert tokens.count(tokenizer.eos_token_id) == 1
     assert tokens[-1] == tokenizer.eos_token_id
 
 
 def test_a_sentence_may_contain_template_fields():
     found = encoded(byte_tokenizer(), ["{label} and {sentence}"], [1])
-    assert "{label} and {sentence}" in byte_tokenizer().decode(found.tokens[0])
+    assert "{label} and {sentence}" in byte_tokenizer().decode(found.correct[0].ids)
 
 
 def test_the_shared_prefix_ends_before_the_answer_is_predicted(tokenizer):
@@ -102,16 +101,16 @@ def test_the_shared_prefix_ends_before_the_answer_is_predicted(tokenizer):
     text = tokenizer.decode(prefix, skip_special_tokens=True)
     assert TEMPLATE.partition("{sentence}")[0].startswith(text)
     assert len(text) >= len("Tell the mood.\n\nReview:")
-    for tokens, answer in zip(found.tokens, found.answers):
+    for tokens, answer in found.correct:
         assert tokens[: len(prefix)] == prefix
         assert len(prefix) < answer
     # One more token is not shared.
-    assert len({tuple(tokens[: len(prefix) + 1]) for tokens in found.tokens}) > 1
+    assert len({tuple(tokens[: len(prefix) + 1]) for tokens, _ in found.correct}) > 1
 
 
 def test_a_single_example_shares_all_but_the_predicting_token(tokenizer):
     found = encoded(tokenizer, SENTENCES[:1])
-    assert found.shared_prefix() == found.tokens[0][: found.answers[0] - 1]
+    assert found.shared_prefix() == found.correct[0].ids[: found.correct[0].answer - 1]
 
 
 def test_nothing_is_shared_if_the_sentence_comes_first():
@@ -123,7 +122,7 @@ def test_long_examples_are_dropped_and_counted(tokenizer):
     limit = int(sorted(lengths)[2])
     found = encoded(tokenizer, max_length=limit)
     assert found.rows.tolist() == [i for i, length in enumerate(lengths) if length <= limit]
-    assert found.dropped == sum(lengths > limit) > 0
+    assert len(SENTENCES) - len(found) == sum(lengths > limit) > 0
     assert found.truncated == 0
     assert found.lengths.max() <= limit
 
@@ -135,8 +134,7 @@ def test_long_examples_are_truncated_and_counted(tokenizer):
         found = encoded(tokenizer, max_length=limit, too_long="truncate")
         assert found.rows.tolist() == list(range(len(SENTENCES)))
         assert found.truncated == sum(whole.lengths > limit) > 0
-        assert found.dropped == 0
-        for row, (tokens, answer) in enumerate(zip(found.tokens, found.answers)):
+        for row, (tokens, answer) in enumerate(found.correct):
             assert len(tokens) <= limit
             assert tokenizer.decode(tokens[answer:-1]).strip() == LABELS[row % 2]
             text = tokenizer.decode(tokens[:answer], skip_special_tokens=True)
@@ -151,7 +149,7 @@ def test_long_examples_are_truncated_and_counted(tokenizer):
 @pytest.mark.parametrize("label", [0, 1])
 def test_the_longer_answer_decides_what_is_too_long(kind, label):
     tokenizer = TOKENIZERS[kind]()
-    prompt = Prompt.of(TEMPLATE, ("no", "without any doubt at all yes"))
+    prompt = Prompt(TEMPLATE, ("no", "without any doubt at all yes"))
     lengths = [
         [len(tokenizer(prompt.question(s) + a).input_ids) + 1 for a in prompt.labels] for s in SENTENCES
     ]
@@ -165,26 +163,24 @@ def test_the_longer_answer_decides_what_is_too_long(kind, label):
 def test_answers_that_merge_differently_are_refused():
     tokenizer = merging_tokenizer()
 
-    def encode_pairs(*labels):
-        return EvalPairs.encode(tokenizer, Prompt.of(TEMPLATE, labels), SENTENCES, [1] * 5, 200)
-
-    pairs = encode_pairs(*LABELS)
-    correct, incorrect = pairs.correct, pairs.incorrect
-    for one, a, other, b in zip(correct.tokens, correct.answers, incorrect.tokens, incorrect.answers):
+    found = encoded(tokenizer)
+    for (one, a), (other, b) in zip(found.correct, found.incorrect):
         assert one[:a] == other[:b]
     # A space and a digit remain two tokens, so the space would be part of only one of the answers.
     with pytest.raises(ConfigError, match=r"this tokenizer merges only one of them with ' ?: ?' before it"):
-        encode_pairs("1", "negative")
+        encode(
+            tokenizer,
+            Prompt(TEMPLATE, ("1", "negative")),
+            SENTENCES,
+            [1] * 5,
+            max_length=200,
+            too_long="drop",
+        )
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"without a sentence, more than llama\.Data\.max_length = 10"):
         encoded(byte_tokenizer(), max_length=10, too_long="truncate")
-
-
-def test_no_sentences_give_no_examples():
-    found = encoded(byte_tokenizer(), [])
-    assert (len(found), found.shared_prefix(), len(found.lengths)) == (0, [], 0)
 
 
 # --- batches ---
@@ -194,18 +190,18 @@ def test_a_batch_follows_the_prefix_and_predicts_the_answers(tokenizer):
     found = encoded(tokenizer)
     for prefix in (found.shared_prefix(), []):
         rows = [2, 0, 4]
-        batch = collate(found, rows, prefix, pad=7)
+        batch = collate([found.correct[row] for row in rows], prefix)
         assert batch.prefix.tolist() == prefix
-        width = max(len(found.tokens[row]) for row in rows) - 1  # the last token is only predicted
+        width = max(found.lengths[rows]) - 1  # the last token is only predicted
         for place, row in enumerate(rows):
-            tokens, answer = found.tokens[row], found.answers[row]
-            assert [*prefix, *batch.tokens[place].tolist()] == (tokens + [7] * width)[:width]
+            tokens, answer = found.correct[row]
+            assert [*prefix, *batch.tokens[place].tolist()] == (tokens + [0] * width)[:width]
             # Each answer token is the target of the token before it; nothing else is predicted.
             targets = [IGNORED] * (answer - 1) + tokens[answer:] + [IGNORED] * width
             assert batch.targets[place].tolist() == targets[len(prefix) : width]
 
 
 def test_tokens_are_int64_with_an_empty_prefix():
-    batch = collate(encoded(byte_tokenizer()), [0], [], pad=0)
+    batch = collate(encoded(byte_tokenizer()).correct[:1], [])
     assert batch.prefix.dtype == batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert batch.to("cpu").tokens.shape == batch.tokens.shape

@@ -11,12 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama import evaluation
-from blacksmith.experiments.pytorch.llama.prompts import Prompt
+from blacksmith.experiments.pytorch.llama.prompts import Prompt, encode
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.run.checkpoint import find
 
 ACCURACY = 'Checkpoint.metric = "val_accuracy"'
 LORA = ["llama.Lora.rank = 4", "llama.Lora.alpha = 8.0"]
+
+
+def encoded(tokenizer, prompt, sentences, labels):
+    """The sentences with both answers."""
+    return encode(tokenizer, prompt, sentences, labels, max_length=256, too_long="truncate")
 
 
 def result(directory: Path) -> dict:
@@ -119,16 +124,14 @@ def test_an_exported_model_answers_the_same(run_llama, base, tmp_path, lora, pre
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     config = resolve_llama(*settings).config
-    prompt = Prompt.of(config.data.template, config.data.labels)
+    prompt = Prompt(config.data.template, config.data.labels)
     answers = json.loads((tmp_path / "run" / "eval_results.json").read_text())[:20]
-    pairs = evaluation.EvalPairs.encode(
-        tokenizer, prompt, [a["sentence"] for a in answers], [a["label"] for a in answers], 256
-    )
-    scores = evaluation.score(model, pairs, batch_size=7, pad=0)
+    pairs = encoded(tokenizer, prompt, [a["sentence"] for a in answers], [a["label"] for a in answers])
+    scores = evaluation.score(model, pairs, batch_size=7)
     for answer, found in zip(answers, scores.probabilities):
         # Best or newest: training has moved both from the base, which says something else.
         assert found == pytest.approx(answer["probabilities"], abs=2e-4)
-    before = evaluation.score(AutoModelForCausalLM.from_pretrained(base), pairs, batch_size=7, pad=0)
+    before = evaluation.score(AutoModelForCausalLM.from_pretrained(base), pairs, batch_size=7)
     assert abs(before.probabilities - scores.probabilities).max() > 1e-2
 
 
@@ -159,11 +162,10 @@ def test_likelihoods_are_those_of_whole_answers(base):
     model, tokenizer = loading.load_model(str(base))
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
     for words in (("A", "B"), ("AA", "AB"), ("A", "BCD")):
-        prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", words)
-        pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, labels, 200)
-        assert pairs.single_token == (len(words[1]) == 1)
+        prompt = Prompt("Review: {sentence}\nSentiment: {label}", words)
+        pairs = encoded(tokenizer, prompt, sentences, labels)
         for shared in (True, False):
-            scores = evaluation.score(model, pairs, batch_size=2, pad=0, shared_prefix=shared)
+            scores = evaluation.score(model, pairs, batch_size=2, shared_prefix=shared)
             for row, sentence in enumerate(sentences):
                 logs = []
                 for word in words:
@@ -181,8 +183,8 @@ def test_likelihoods_are_those_of_whole_answers(base):
 def test_the_validation_loss_is_the_mean_over_answer_tokens(base):
     model, tokenizer = loading.load_model(str(base))
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
-    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "good"))
-    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, labels, 200)
+    prompt = Prompt("Review: {sentence}\nSentiment: {label}", ("negative", "good"))
+    pairs = encoded(tokenizer, prompt, sentences, labels)
     total, count = 0.0, 0
     for sentence, label in zip(sentences, labels):
         question = tokenizer(prompt.question(sentence))["input_ids"]
@@ -194,14 +196,14 @@ def test_the_validation_loss_is_the_mean_over_answer_tokens(base):
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([learned])).loss
         total, count = total + float(loss) * number, count + number
-    assert evaluation.score(model, pairs, batch_size=2, pad=0).loss == pytest.approx(total / count, abs=1e-5)
+    assert evaluation.score(model, pairs, batch_size=2).loss == pytest.approx(total / count, abs=1e-5)
 
 
 def test_generation_in_batches_is_that_of_each_alone(base):
     model, tokenizer = loading.load_model(str(base))
-    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
+    prompt = Prompt("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
     sentences = ["fine", "a dull and joyless thing", "", "so so"]
-    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, sentences, [1, 0, 1, 0], 200)
+    pairs = encoded(tokenizer, prompt, sentences, [1, 0, 1, 0])
     options = {"max_new_tokens": 6}
     together = evaluation.generate(model, pairs.correct, tokenizer, batch_size=4, **options)
     alone = evaluation.generate(model, pairs.correct, tokenizer, batch_size=1, **options)
@@ -219,8 +221,8 @@ def test_generation_in_batches_is_that_of_each_alone(base):
 
 def test_generation_is_greedy_whatever_the_model_s_settings(base):
     model, tokenizer = loading.load_model(str(base))
-    prompt = Prompt.of("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
-    pairs = evaluation.EvalPairs.encode(tokenizer, prompt, ["fine", "so so"], [1, 0], 200)
+    prompt = Prompt("Review: {sentence}\nSentiment: {label}", ("negative", "positive"))
+    pairs = encoded(tokenizer, prompt, ["fine", "so so"], [1, 0])
     options = {"batch_size": 2, "max_new_tokens": 6}
     plain = evaluation.generate(model, pairs.correct, tokenizer, **options)
     model.generation_config.update(num_beams=4, repetition_penalty=5.0, do_sample=True, temperature=2.0)

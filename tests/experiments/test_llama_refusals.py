@@ -204,7 +204,7 @@ def test_examples_that_are_too_long_are_counted(run_llama, tmp_path, too_long, w
     said = capsys.readouterr().err
     config = resolve_llama().config
     data = sst2.read("sample").split(validation=20)
-    prompt = Prompt.of(config.data.template, config.data.labels)
+    prompt = Prompt(config.data.template, config.data.labels)
     # In bytes, with the end token and the longer answer.
     longer = max(map(len, prompt.labels))
     lengths = [len(prompt.question(s).encode()) + longer + 1 for s in data.train.sentences]

@@ -57,9 +57,8 @@ class Source:
         held_out = pool.hold_out(validation, order.generator(seed, "validation"))
         train = pool.remaining()
         if len(set(train.labels.tolist())) < len(CLASSES):
-            raise DataError(
-                f"{place}: the {len(train):,} training examples need both {' and '.join(CLASSES)}"
-            )
+            label = CLASSES[train.labels[0]]
+            raise DataError(f"{place}: all {len(train):,} training examples are {label}; needed: both labels")
         return self._splits(train, held_out, test, test_from, total - len(held_out) - len(train))
 
     def for_testing(self) -> Sst2:

@@ -7,7 +7,6 @@ from transformers import PreTrainedTokenizerBase
 
 from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
-from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
 from blacksmith.run.run import Run
 
@@ -24,35 +23,36 @@ def drop_short(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
     rows = np.flatnonzero([len(sentence.split()) >= fewest for sentence in examples.sentences])
     if not len(rows):
         raise ConfigError(f"llama.Data.min_words = {fewest} leaves no {what} example; lower it")
-    report(len(examples) - len(rows), len(examples), what, f"fewer than {fewest} words: left out")
+    _report(len(examples) - len(rows), len(examples), what, f"fewer than {fewest} words: left out")
     return examples.take(rows)
 
 
-def encode_training(
-    run: Run, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, examples: sst2.Examples
+def encode_examples(
+    run: Run, tokenizer: PreTrainedTokenizerBase, examples: sst2.Examples, what: str
 ) -> Encoded:
-    """Returns the training examples as tokens; raises ConfigError if all are too long."""
-    length, too_long = run.config.data.max_length, run.config.data.too_long
-    labels = examples.labels.tolist()
-    encoded = encode(tokenizer, prompt, examples.sentences, labels, max_length=length, too_long=too_long)
-    report(encoded.dropped, len(examples), "training", f"more than {length} tokens: left out")
-    report(encoded.truncated, len(examples), "training", f"more than {length} tokens: truncated")
+    """Returns ``training``, ``validation`` or ``test`` examples as tokens.
+
+    Raises:
+      ConfigError: all training examples are too long; the template or the labels do not suit the tokenizer.
+    """
+    data = run.config.data
+    encoded = encode(
+        tokenizer,
+        Prompt(data.template, data.labels),
+        examples.sentences,
+        examples.labels,
+        max_length=data.max_length,
+        too_long=data.too_long if what == "training" else "truncate",
+    )
     if not len(encoded):
-        raise ConfigError(f"llama.Data.max_length = {length} leaves no training example; raise it")
+        raise ConfigError(f"llama.Data.max_length = {data.max_length} leaves no {what} example; raise it")
+    longer = f"more than {data.max_length} tokens"
+    _report(len(examples) - len(encoded), len(examples), what, f"{longer}: left out")
+    _report(encoded.truncated, len(examples), what, f"{longer}: truncated")
     return encoded
 
 
-def encode_eval(
-    run: Run, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, examples: sst2.Examples, what: str
-) -> EvalPairs:
-    """Returns examples with both answers as tokens."""
-    length = run.config.data.max_length
-    pairs = EvalPairs.encode(tokenizer, prompt, examples.sentences, examples.labels, length)
-    report(pairs.correct.truncated, len(examples), what, f"more than {length} tokens: truncated")
-    return pairs
-
-
-def report(count: int, of: int, what: str, message: str) -> None:
+def _report(count: int, of: int, what: str, message: str) -> None:
     """Prints what happened to some of the examples, if any."""
     if count:
         print(f"{count:,} of {of:,} {what} examples have {message}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Testing, evaluating and exporting a fine-tuned Llama."""
 
 import contextlib
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -12,11 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from blacksmith.datasets import sst2
 from blacksmith.experiments.pytorch.llama import evaluation
-from blacksmith.experiments.pytorch.llama.batches import padding
 from blacksmith.experiments.pytorch.llama.checkpoints import load_model
-from blacksmith.experiments.pytorch.llama.data import drop_short, encode_eval, read_data
-from blacksmith.experiments.pytorch.llama.evaluation import EvalPairs
-from blacksmith.experiments.pytorch.llama.prompts import Prompt
+from blacksmith.experiments.pytorch.llama.data import drop_short, encode_examples, read_data
+from blacksmith.experiments.pytorch.llama.prompts import Encoded
 from blacksmith.files import atomic_directory, write_json
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.adapters import merge
@@ -28,27 +27,24 @@ def evaluate(run: Run) -> int:
 
     On data that it was not trained on, the test set is all that is not for training, or all of a single file.
     """
-    settings = run.config.data
     source = read_data(run)
     same = run.resumed is not None and run.resumed.state["data"].get("sha256") == source.sha256
-    data = source.split(settings.validation, run.config.run.seed) if same else source.for_testing()
+    data = source.split(run.config.data.validation, run.config.run.seed) if same else source.for_testing()
     run.use_data(data.info)
     run.trained_on_this_data()  # prints a note if it was not
     model, tokenizer = load_model(run)
-    prompt = Prompt.of(settings.template, settings.labels)
     result: dict[str, Any] = {
         "checkpoint": str(run.external_weights or run.resumed.path),
         "data": run.data,
     }
     if same:
         held_out = drop_short(run, data.validation, "validation")
-        pairs = encode_eval(run, tokenizer, prompt, held_out, "validation")
-        scores = score(run, model, pairs, padding(tokenizer))
+        scores = score(run, model, encode_examples(run, tokenizer, held_out, "validation"))
         if scores is None:
             return run.stopped()
         result["val"] = {"loss": scores.loss, "accuracy": scores.accuracy}
     directory = run.directory / "eval"  # the `eval_results.json` of training is not overwritten
-    result["test"] = test(run, model, tokenizer, prompt, data.test, directory)
+    result["test"] = test(run, model, tokenizer, data.test, directory)
     if result["test"] is None:
         return run.stopped()
     write_json(run.directory / "eval.json", result)
@@ -69,30 +65,29 @@ def test(
     run: Run,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
     examples: sst2.Examples,
     directory: Path,
 ) -> dict[str, Any] | None:
     """Scores all examples by likelihood and `llama.Evaluation.generate` of them by generation.
 
-    Writes `eval_results.json` into a directory: for each example its sentence, label, prediction,
-    probabilities and generated text, if any.
+    Writes `eval_results.json` into a directory: each sentence with its label, prediction, probabilities and
+    generated text, if any.
 
     Returns:
       loss, accuracy, the confusion matrix (rows: true, columns: predicted), and how generation did; None if
       the run is to stop.
     """
-    settings = run.config.evaluation
-    (directory / "eval_results.json").unlink(missing_ok=True)
-    pairs = encode_eval(run, tokenizer, prompt, examples, "test")
-    scores = score(run, model, pairs, padding(tokenizer))
+    settings, words = run.config.evaluation, run.config.data.labels
+    results = directory / "eval_results.json"
+    results.unlink(missing_ok=True)
+    encoded = encode_examples(run, tokenizer, examples, "test")
+    scores = score(run, model, encoded)
     if scores is None:
         return None
-    wanted = len(pairs) if settings.generate is None else min(settings.generate, len(pairs))
     with autocast(run):
         texts = evaluation.generate(
             model,
-            pairs.correct.first(wanted),
+            encoded.correct[: settings.generate],
             tokenizer,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
@@ -100,50 +95,46 @@ def test(
         )
     if texts is None:
         return None
-    answers = [evaluation.parse_answer(text, prompt.labels) for text in texts]
-    correct = sum(answer == label for answer, label in zip(answers, examples.labels.tolist()))
+    labels = examples.labels.tolist()
+    answers = [evaluation.parse_answer(text, words) for text in texts]
+    correct = sum(answer == label for answer, label in zip(answers, labels))
+    directory.mkdir(exist_ok=True)
     lines = [
         {
             "sentence": sentence,
-            "label": int(label),
-            "prediction": int(prediction),
-            "probabilities": [round(float(p), 6) for p in probabilities],
+            "label": label,
+            "prediction": prediction,
+            "probabilities": [round(p, 6) for p in probabilities],
             "generated": text,
         }
-        for sentence, label, prediction, probabilities, text in zip(
-            examples.sentences,
-            examples.labels,
-            scores.predictions,
-            scores.probabilities,
-            [*texts, *[None] * (len(pairs) - wanted)],
+        for sentence, label, prediction, probabilities, text in itertools.zip_longest(
+            examples.sentences, labels, scores.predictions.tolist(), scores.probabilities.tolist(), texts
         )
     ]
-    directory.mkdir(exist_ok=True)
-    write_json(directory / "eval_results.json", lines)
+    write_json(results, lines)
     confusion = scores.confusion
     return {
         "loss": scores.loss,
         "accuracy": scores.accuracy,
         "per_class_accuracy": (confusion.diagonal() / np.maximum(confusion.sum(1), 1)).tolist(),
         "confusion_matrix": confusion.tolist(),
-        "class_names": [label.strip() for label in prompt.labels],
-        "questions": {"examples": len(pairs), "truncated": pairs.correct.truncated},
+        "class_names": [word.strip() for word in words],
+        "questions": {"examples": len(encoded), "truncated": encoded.truncated},
         "generated": {
-            "examples": wanted,
-            "accuracy": correct / wanted if wanted else None,
-            "unparsable": sum(answer is None for answer in answers),
+            "examples": len(texts),
+            "accuracy": correct / len(texts) if texts else None,
+            "unparsable": answers.count(None),
         },
     }
 
 
-def score(run: Run, model: torch.nn.Module, pairs: EvalPairs, pad: int) -> evaluation.Scores | None:
-    """Scores sentences by the likelihood of their answers; None if the run is to stop."""
+def score(run: Run, model: torch.nn.Module, examples: Encoded) -> evaluation.Scores | None:
+    """Scores examples by the likelihood of their answers; None if the run is to stop."""
     with autocast(run):
         return evaluation.score(
             model,
-            pairs,
+            examples,
             batch_size=run.config.evaluation.batch_size,
-            pad=pad,
             shared_prefix=run.config.train.shared_prefix,
             stop=run.stop,
         )

@@ -1,75 +1,73 @@
-"""From sentences to tokens: the prompt, and which of its tokens are the answer."""
+"""From sentences to tokens and batches: the prompt, and which of its tokens are the answer."""
 
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from blacksmith.errors import ConfigError
-from blacksmith.models.pytorch.llama.prefix import common_prefix
+from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, common_prefix
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text around a sentence, and the answers for the labels 0 and 1."""
+    """A template that contains ``{sentence}`` and ends with ``{label}``, and the words for labels 0 and 1."""
 
-    before: str
-    after: str  # between the sentence and the answer
+    template: str
     labels: tuple[str, ...]
-
-    @classmethod
-    def of(cls, template: str, labels: tuple[str, ...]) -> "Prompt":
-        """Returns the prompt of a template that contains ``{sentence}`` and ends with ``{label}``."""
-        before, _, after = template.partition("{sentence}")
-        return cls(before, after.removesuffix("{label}"), labels)
 
     def question(self, sentence: str) -> str:
         """Returns everything up to the answer."""
-        return self.before + sentence + self.after
+        return self.template.removesuffix("{label}").replace("{sentence}", sentence)
+
+
+class Tokens(NamedTuple):
+    """A prompt with an answer and the end token."""
+
+    ids: list[int]
+    answer: int  # index of the first answer token; the loss covers the tokens from there to the end
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Examples as tokens."""
+    """Examples as tokens, each with both answers; the two do not differ before the answer."""
 
     rows: np.ndarray  # index of each example among the sentences that were encoded, int64 [examples]
-    tokens: list[list[int]]  # prompt, answer and end token of each example
-    answers: list[int]  # index of each first answer token; the loss covers the tokens from there to the end
+    labels: np.ndarray  # the correct ones, int64 [examples]
+    correct: list[Tokens]
+    incorrect: list[Tokens]
     truncated: int  # how many sentences were truncated
-    dropped: int  # how many were left out
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.correct)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each example, int64 [examples]."""
-        return np.array([len(tokens) for tokens in self.tokens], np.int64)
-
-    def first(self, count: int) -> "Encoded":
-        """Returns the first `count` examples."""
-        parts = (self.rows[:count], self.tokens[:count], self.answers[:count])
-        return Encoded(*parts, self.truncated, self.dropped)
+        """Number of tokens of each example with the correct answer, int64 [examples]."""
+        return np.array([len(ids) for ids, _ in self.correct], np.int64)
 
     def shared_prefix(self) -> list[int]:
         """Returns the longest prefix of all examples that ends before the token that predicts an answer."""
-        shared = common_prefix(self.tokens)
-        return shared[: max(0, min(self.answers, default=0) - 1)]
+        shared = common_prefix([ids for ids, _ in self.correct])
+        return shared[: max(0, min(answer for _, answer in self.correct) - 1)]
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     sentences: Sequence[str],
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     *,
     max_length: int,
     too_long: Literal["drop", "truncate"],
 ) -> Encoded:
-    """Encodes sentences in the prompt, each with its answer.
+    """Encodes sentences in the prompt, each with both answers.
 
     The first answer token is the first one that contains a character of the answer. It may begin before the
     answer: tokenizers often merge a space with the word after it.
@@ -80,67 +78,89 @@ def encode(
       too_long: whether a longer example is left out, or its sentence truncated.
 
     Raises:
-      ConfigError: the prompt alone is longer, or has no token before the answer.
+      ConfigError: the prompt alone is too long, has no token before the answer, or merges with only one of
+        the answers, so that their likelihoods would cover different text.
     """
-    rows, tokens, starts, truncated = [], [], [], 0
-    both = [_encode(tokenizer, prompt, sentences, answer) for answer in prompt.labels]
-    for row, (sentence, label, *versions) in enumerate(zip(sentences, labels, *both)):
-        if _longest(versions) > max_length:
+    rows, pairs, truncated = [], [], 0
+    both = zip(*(_encode(tokenizer, prompt, sentences, answer) for answer in prompt.labels))
+    for row, pair in enumerate(both):
+        if _longest(pair) > max_length:
             if too_long == "drop":
                 continue
-            versions = _truncate(tokenizer, prompt, sentence, label, max_length)
+            pair = _truncate(tokenizer, prompt, sentences[row], max_length)
             truncated += 1
-        if versions[label][1] == 0:
+        before = [ids[:answer] for ids, answer in pair]
+        if not all(before):
             raise ConfigError("llama.Data.template needs something before {label} that predicts it")
+        if before[0] != before[1]:
+            seam = tokenizer.decode(max(before, key=len)[-2:])
+            raise ConfigError(
+                f"llama.Data.labels = {prompt.labels}: this tokenizer merges only one of them with {seam!r} "
+                "before it; use labels that begin alike, or change the end of the template"
+            )
         rows.append(row)
-        tokens.append(versions[label][0])
-        starts.append(versions[label][1])
-    return Encoded(np.array(rows, np.int64), tokens, starts, truncated, len(sentences) - len(tokens))
+        pairs.append(pair)
+    kept = np.asarray(labels, np.int64)[rows]
+    correct = [pair[label] for pair, label in zip(pairs, kept)]
+    incorrect = [pair[1 - label] for pair, label in zip(pairs, kept)]
+    return Encoded(np.array(rows, np.int64), kept, correct, incorrect, truncated)
 
 
-# A sentence with one of the answers: its tokens with the end token, and the index of the first answer token.
-_Version = tuple[list[int], int]
-
-
-def _longest(versions: Sequence[_Version]) -> int:
-    return max(len(tokens) for tokens, _ in versions)
+def _longest(pair: Sequence[Tokens]) -> int:
+    return max(len(ids) for ids, _ in pair)
 
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str], answer: str
-) -> list[_Version]:
+) -> list[Tokens]:
     """Encodes sentences that all have the same answer."""
-    if not sentences:
-        return []
     questions = [prompt.question(sentence) for sentence in sentences]
-    texts = [question + answer for question in questions]
-    encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, truncation=False)
-    versions = []
+    encoded = tokenizer([question + answer for question in questions], return_offsets_mapping=True)
+    found = []
     for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
         first = next(i for i, (_, end) in enumerate(spans) if end > len(question))
         ended = ids[-1] == tokenizer.eos_token_id  # some tokenizers add it themselves
-        versions.append((ids if ended else [*ids, tokenizer.eos_token_id], first))
-    return versions
+        found.append(Tokens(ids if ended else [*ids, tokenizer.eos_token_id], first))
+    return found
 
 
 def _truncate(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: str, label: int, max_length: int
-) -> list[_Version]:
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: str, max_length: int
+) -> list[Tokens]:
     """Encodes a sentence, truncated at the end of a token so that it fits, with each answer."""
 
-    def versions(end: int) -> list[_Version]:
+    def pair(end: int) -> list[Tokens]:
         cut = sentence[:end].rstrip()
         return [_encode(tokenizer, prompt, [cut], answer)[0] for answer in prompt.labels]
 
-    text = prompt.question(sentence) + prompt.labels[label]
-    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    first, last = len(prompt.before), len(prompt.before) + len(sentence)
-    ends = sorted({0, *(min(end, last) - first for _, end in spans if first < end)} - {len(sentence)})
+    spans = tokenizer(prompt.question(sentence), return_offsets_mapping=True)["offset_mapping"]
+    first = prompt.template.index("{sentence}")
+    ends = sorted({0, *(end - first for _, end in spans if first < end < first + len(sentence))})
     # Fewer characters can give more tokens, but never many: bisection finds the longest fit to within a few.
-    fitting = bisect.bisect_right(ends, max_length, key=lambda end: _longest(versions(end)))
+    fitting = bisect.bisect_right(ends, max_length, key=lambda end: _longest(pair(end)))
     if not fitting:
         raise ConfigError(
-            f"llama.Data.template needs {_longest(versions(0))} tokens without a sentence, more than "
+            f"llama.Data.template needs {_longest(pair(0))} tokens without a sentence, more than "
             f"llama.Data.max_length = {max_length}; shorten it or raise the limit"
         )
-    return versions(ends[fitting - 1])
+    return pair(ends[fitting - 1])
+
+
+def collate_whole(examples: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    """Returns examples as the models of transformers take them, padded on the right.
+
+    Returns:
+      input_ids and labels, int64 [batch, tokens] each; only the answers have labels that are not `IGNORED`.
+    """
+    input_ids = [torch.tensor(ids) for ids, _ in examples]
+    labels = [torch.tensor([IGNORED] * answer + ids[answer:]) for ids, answer in examples]
+    # Padded with token 0; nothing depends on which one it is.
+    return pad_sequence(input_ids, batch_first=True), pad_sequence(labels, True, padding_value=IGNORED)
+
+
+def collate(examples: Sequence[Tokens], prefix: Sequence[int]) -> Batch:
+    """Returns examples that all begin with `prefix`, which may be empty, as a batch that shares it."""
+    input_ids, labels = collate_whole(examples)
+    # A token's target is the token after it; the last one has none.
+    start = len(prefix)
+    return Batch(torch.tensor(prefix, dtype=torch.int64), input_ids[:, start:-1], labels[:, start + 1 :])

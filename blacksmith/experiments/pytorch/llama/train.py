@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from blacksmith.experiments.pytorch.llama.averages import Averages
-from blacksmith.experiments.pytorch.llama.batches import collate, collate_whole, padding
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model, load_weights
-from blacksmith.experiments.pytorch.llama.data import drop_short, encode_eval, encode_training, read_data
+from blacksmith.experiments.pytorch.llama.data import drop_short, encode_examples, read_data
 from blacksmith.experiments.pytorch.llama.evaluate import autocast, score, test
-from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt
+from blacksmith.experiments.pytorch.llama.prompts import Encoded, collate, collate_whole
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.prefix import token_losses
 from blacksmith.run.loop import Loop
@@ -39,13 +38,11 @@ def train(run: Run) -> int:
     data = read_data(run).split(config.data.validation, config.run.seed)
     run.use_data(data.info)
     model, tokenizer = build_model(run)
-    prompt = Prompt.of(config.data.template, config.data.labels)
     examples = drop_short(run, data.train, "training")
-    training = encode_training(run, tokenizer, prompt, examples)
+    training = encode_examples(run, tokenizer, examples, "training")
     held_out = drop_short(run, data.validation, "validation")
-    validation = encode_eval(run, tokenizer, prompt, held_out, "validation")
+    validation = encode_examples(run, tokenizer, held_out, "validation")
     prefix = training.shared_prefix() if settings.shared_prefix else []
-    pad = padding(tokenizer)
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
     end = settings.total_steps(order.steps_per_epoch)
 
@@ -66,7 +63,8 @@ def train(run: Run) -> int:
         if loop.step == 0:
             loop.say(f"validating on {len(validation):,} sentences before the first step")
         with averages.applied():
-            scores = score(run, model, validation, pad)
+            scores = score(run, model, validation)
+        model.train()
         return scores and {"loss": scores.loss, "accuracy": scores.accuracy}
 
     def examples_of(step: int) -> str:
@@ -96,18 +94,19 @@ def train(run: Run) -> int:
             optimizer.zero_grad(set_to_none=True)
             rows = order.rows(step)
             # The loss is the mean over the answer tokens of the whole batch, which may be computed in parts.
-            answer_tokens = sum(len(training.tokens[row]) - training.answers[row] for row in rows)
+            answer_tokens = sum(len(ids) - answer for ids, answer in (training.correct[row] for row in rows))
             loss, tokens = torch.zeros((), device=run.device), 0
             for number, part in enumerate(np.array_split(rows, min(settings.accumulate, len(rows)))):
                 # Dropout depends on the step alone, so that a resumed run draws the same masks.
                 torch.manual_seed(seed_int(config.run.seed, "step", step, number) % 2**63)
+                some = [training.correct[row] for row in part]
                 with autocast(run):
                     if settings.shared_prefix:
-                        batch = collate(training, part, prefix, pad).to(run.device)
+                        batch = collate(some, prefix).to(run.device)
                         part_loss = token_losses(model, batch).sum() / answer_tokens
                         tokens += len(prefix) + batch.tokens.numel()
                     else:
-                        input_ids, labels = (t.to(run.device) for t in collate_whole(training, part, pad))
+                        input_ids, labels = (t.to(run.device) for t in collate_whole(some))
                         part_loss = model(
                             input_ids, labels=labels, num_items_in_batch=answer_tokens, use_cache=False
                         ).loss
@@ -124,7 +123,7 @@ def train(run: Run) -> int:
     def test_checkpoint(saved: Any) -> dict[str, Any] | None:
         load_weights(model, saved)
         print(f"testing {saved.path.name} on {len(data.test):,} sentences", file=sys.stderr)
-        return test(run, model, tokenizer, prompt, data.test, run.directory)
+        return test(run, model, tokenizer, data.test, run.directory)
 
     result = {
         "parameters": sum(weight.numel() for weight in model.parameters()),

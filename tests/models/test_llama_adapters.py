@@ -112,6 +112,8 @@ def test_a_saved_adapter_loads_bit_for_bit(tmp_path, options):
     model = adapted(**options)
     adapters.save_adapter(model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names)  # equal runs write equal files
     loaded = adapters.load_adapter(base(), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(loaded), logits(base()))

@@ -230,7 +230,6 @@ def test_recomputing_stores_less():
 @pytest.mark.parametrize(
     ("sequences", "expected"),
     [
-        ([], []),
         ([[1, 2, 3]], [1, 2, 3]),
         ([[1, 2, 3], [1, 2, 4]], [1, 2]),
         ([[1, 2, 3], [1, 2]], [1, 2]),

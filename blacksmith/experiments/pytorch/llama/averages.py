@@ -11,11 +11,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class Averages:
     """Exponential moving averages of named weights; with `decay` None there are none, and nothing happens.
 
-    The decay of step t, from 1, is ``min(decay, t / (t + 9))``, which forgets the first steps quickly, like
-    TensorFlow's ``ExponentialMovingAverage(decay, num_updates)``.
-
-    Attributes:
-      values: the averages by name; within `applied`, the weights themselves.
+    The decay of step t, from 1, is ``min(decay, t / (t + 9))``, as in TensorFlow's ExponentialMovingAverage.
+    `values` are the averages by name; within `applied`, the weights themselves.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float | None) -> None:

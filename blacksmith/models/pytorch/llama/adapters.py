@@ -32,15 +32,8 @@ def add_lora(
 ) -> PeftModel:
     """Freezes a model and adds updates ``alpha / rank * B A`` to its linear layers (Hu et al., LoRA, 2021).
 
-    B starts as zeros and A random, from `seed`; the global random state is left unchanged.
-
-    Args:
-      model: the base model, changed in place.
-      rank: rows of A and columns of B.
-      alpha: scales the updates.
-      dropout: probability of dropping an input of an update.
-      bias: which biases are trained.
-      target_modules: names of the layers, such as ``("q_proj", "v_proj")``, or all except the head.
+    B starts as zeros and A random, from `seed`; the global random state is left unchanged. The model is
+    changed in place. `target_modules` are names of layers such as ``q_proj``, or all except the head.
 
     Raises:
       ConfigError: the model has no linear layer with such a name, or no biases to train.
@@ -68,6 +61,9 @@ def add_lora(
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory."""
+    # peft keeps the names in a set and would write them in hash order, different in each process.
+    settings = model.peft_config["default"]
+    settings.target_modules = sorted(settings.target_modules)
     model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
     (Path(directory) / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
 

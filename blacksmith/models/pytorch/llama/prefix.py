@@ -2,13 +2,12 @@
 
 Attention is causal, so the keys and values of an instruction that starts every row do not depend on what
 follows it: `hidden_states` runs the prefix through the model once and lets all rows attend to the result.
-Without dropout, loss and gradients equal those of the ordinary padded batch up to rounding; with dropout, all
-rows share the prefix's masks.
-
-Rows are padded on the right. No real token attends to the padding after it, so the causal mask is enough.
+Loss and gradients equal those of the ordinary padded batch up to rounding; with dropout, all rows share the
+prefix's masks. No real token attends to the padding on its right, so the causal mask is enough.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -101,14 +100,9 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     """Returns the longest run of tokens that all sequences start with."""
-    if not sequences:
-        return []
     # In lexicographic order, what the first and the last sequence share is shared by all between them.
-    first, last = min(sequences), max(sequences)
-    shared = 0
-    while shared < min(len(first), len(last)) and first[shared] == last[shared]:
-        shared += 1
-    return list(first[:shared])
+    pairs = zip(min(sequences), max(sequences))
+    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:

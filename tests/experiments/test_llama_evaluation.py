@@ -95,7 +95,7 @@ def test_an_adapter_directory_is_evaluated_and_exported(run_llama, base, tmp_pat
     one, other = (json.loads((tmp_path / d / "eval.json").read_text()) for d in ("a", "b"))
     assert one["test"] == other["test"]
     assert "val" not in other
-    assert f"trained on {base}; llama.Lora has no effect" in capsys.readouterr().err
+    assert f"trained on {base}, used with {base}; llama.Lora has no effect" in capsys.readouterr().err
     content = json.loads((adapter / "adapter_config.json").read_text())
     content["base_model_name_or_path"] = "some/other"
     (adapter / "adapter_config.json").write_text(json.dumps(content))

@@ -36,12 +36,9 @@ def truncated(path: Path) -> None:
 
 
 BAD_SETTINGS = {
-    "no sentence": (
-        ['llama.Data.template = "What? {label}"'],
-        r"llama\.Data\.template has \{sentence\} 0 times",
-    ),
-    "no label": (['llama.Data.template = "{sentence}"'], r"has \{label\} 0 times"),
-    "label first": (['llama.Data.template = "{label}: {sentence}"'], r"must end with \{label\}"),
+    "no sentence": (['llama.Data.template = "What? {label}"'], r"must contain \{sentence\} once"),
+    "no label": (['llama.Data.template = "{sentence}"'], r"must contain \{sentence\} once"),
+    "label first": (['llama.Data.template = "{label}: {sentence}"'], r"\{label\} once, at its end"),
     "one label": (['llama.Data.labels = ("a",)'], "two different words"),
     "same labels": (['llama.Data.labels = ("a", "a")'], "two different words"),
     "labels alike": (['llama.Data.labels = ("Good", "good ")'], "two different words"),
@@ -49,7 +46,7 @@ BAD_SETTINGS = {
     "bias": (["llama.Lora.rank = 2", 'llama.Lora.bias = "all"'], "the model has no biases"),
     "bfloat16 biases": (
         ["llama.Lora.rank = 2", 'llama.Lora.bias = "all"', 'llama.Model.dtype = "bfloat16"'],
-        r"round away small updates of the biases",
+        "round away small updates",
     ),
     "answer first": (
         ['llama.Data.template = "{sentence}{label}"', "llama.Data.max_length = 9"],
@@ -59,7 +56,7 @@ BAD_SETTINGS = {
         ["llama.Data.max_length = 12"],
         r"without a sentence, more than llama\.Data\.max_length = 12",
     ),
-    "context": (["llama.Data.max_length = 600"], r"more than llama\.Model\.max_positions"),
+    "context": (["llama.Data.max_length = 600"], "more than the model's context, 512"),
     "heads": (["llama.Model.heads = 5"], "must be an even number"),
     "groups": (["llama.Model.key_value_heads = 3"], "does not divide"),
     "no end": (["llama.Train.steps = None"], "are both None; set one"),
@@ -72,7 +69,7 @@ BAD_SETTINGS = {
     "module": (["llama.Lora.rank = 2", 'llama.Lora.target_modules = ("q_prj",)'], "q_prj"),
     "no model": (
         ['llama.Model.name_or_path = "no/such/model/here"'],
-        r"is not an asset \(smollm2-135m\), directory",
+        r"is not an asset \(smollm2-135m\), an existing directory",
     ),
 }
 

@@ -174,7 +174,7 @@ def with_few_rows(directory):
 NORM = "model.norm.weight"
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 BROKEN = {
-    "no config": (without("config.json"), ["there is no config.json"]),
+    "no config": (without("config.json"), ["cannot be read", "config.json"]),
     "truncated config": (cut("config.json"), ["cannot be read"]),
     "not a llama": (change_config(model_type="gpt2"), ["gpt2", "llama"]),
     "code of its own": (with_code, ["custom code"]),
@@ -349,18 +349,15 @@ def test_an_asset_is_loaded_from_the_cache(gguf_file):
 # --- names and the hub ---
 
 
-@pytest.mark.parametrize("name", ["/no/such/path", "missing.gguf", "~/no/such.gguf"])
-def test_a_missing_path_is_refused(name):
-    assert error_of(name) == f"{name}: no such file or directory"
-
-
-@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./here", "mnist"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "a/b/c", "./here", "mnist", "/no/such/path", "a/missing.gguf", "~/no/such.gguf"]
+)
 def test_an_unknown_name_lists_what_is_allowed(name):
-    assert "not an asset (smollm2-135m), directory, .gguf file or Hugging Face id" in error_of(name)
+    assert "not an asset (smollm2-135m), an existing directory or .gguf file" in error_of(name)
 
 
 def test_a_file_that_is_not_gguf_is_refused(directory):
-    assert "not a .gguf" in error_of(directory / "model.safetensors")
+    assert "not an asset" in error_of(directory / "model.safetensors")
 
 
 @pytest.fixture
@@ -416,18 +413,18 @@ def test_an_incomplete_hub_snapshot_is_downloaded(hub, directory, tmp_path, lost
 
 
 @pytest.mark.parametrize(
-    ("error", "word"),
-    [("GatedRepoError", "is gated"), ("RepositoryNotFoundError", "not on the"), ("HfHubHTTPError", "403")],
+    "error",
+    ["GatedRepoError", "RepositoryNotFoundError", "HfHubHTTPError"],
 )
-def test_what_the_hub_refuses_is_one_line(hub, error, word):
+def test_what_the_hub_refuses_is_one_line(hub, error):
     response = SimpleNamespace(headers={}, request=None, status_code=403)
     hub(NOT_CACHED, getattr(loading.errors, error)("403\nno", response=response))
-    assert word in error_of("someone/model")
+    assert "someone/model cannot be downloaded: 403; if it is gated" in error_of("someone/model")
 
 
 def test_a_broken_connection_is_one_line(hub):
     hub(NOT_CACHED, loading.errors.HTTPError(""))
-    assert error_of("someone/model") == "someone/model cannot be downloaded: HTTPError"
+    assert error_of("someone/model").startswith("someone/model cannot be downloaded: HTTPError;")
 
 
 def test_loading_is_quiet_and_restores_the_progress_bars(directory, capfd):

@@ -29,14 +29,12 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Returns the model, with a new adapter or that of `run.external_weights`, and its tokenizer.
 
     Raises:
-      ConfigError: the model or the device cannot do what the configuration demands.
+      ConfigError: the model cannot do what the configuration demands.
       DataError: the model or the external adapter is missing or broken.
     """
     config: Config = run.config
     settings, lora = config.model, config.lora
     kind = {"dtype": settings.dtype, "attention": settings.attention}
-    if settings.attention == "flash_attention_2" and torch.device(run.device).type != "cuda":
-        raise ConfigError(f'llama.Model.attention = "flash_attention_2" needs a GPU, not {run.device}')
     if settings.name_or_path is not None:
         model, tokenizer = loading.load_model(settings.name_or_path, **kind)
     else:
@@ -60,11 +58,9 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     model.to(run.device)
     if run.external_weights is not None:
         found = adapters.read_config(run.external_weights)
-        base, here = found.base_model_name_or_path, settings.name_or_path
-        used_with = "" if base == here else f", used with {here or 'a model from scratch'}"
         print(
-            f"adapter: rank {found.r}, alpha {found.lora_alpha}, trained on {base}{used_with}; "
-            "llama.Lora has no effect on it",
+            f"adapter: rank {found.r}, alpha {found.lora_alpha}, trained on {found.base_model_name_or_path}, "
+            f"used with {settings.name_or_path or 'a model from scratch'}; llama.Lora has no effect on it",
             file=sys.stderr,
         )
         model = adapters.load_adapter(model, run.external_weights)

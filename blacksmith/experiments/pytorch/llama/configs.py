@@ -1,7 +1,6 @@
 """The configuration of the Llama experiment. Loads no framework."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
 from blacksmith.config.conditions import NOT_NONE
@@ -189,52 +188,38 @@ class Config:
 
     def check(self) -> None:
         """Raises ConfigError for the first broken rule that spans fields."""
-        if problem := next(self._problems(), None):
-            raise ConfigError(problem)
-
-    def _problems(self) -> Iterator[str]:
         data, model, lora, train = self.data, self.model, self.lora, self.train
-        for field in ("{sentence}", "{label}"):
-            if (count := data.template.count(field)) != 1:
-                yield f"llama.Data.template has {field} {count} times; it must have it once"
-        if not data.template.endswith("{label}"):
-            yield "llama.Data.template must end with {label}: the answer is what the model learns"
+        counts = [data.template.count(field) for field in ("{sentence}", "{label}")]
+        if counts != [1, 1] or not data.template.endswith("{label}"):
+            raise ConfigError(
+                "llama.Data.template must contain {sentence} once, and {label} once, at its end"
+            )
         folded = {text.strip().casefold() for text in data.labels}
         if len(data.labels) != 2 or len(folded) != 2 or "" in folded:
-            yield f"llama.Data.labels = {data.labels}: must be two different words"
-        if isinstance(data.validation, float) and data.validation >= 1:
-            yield f"llama.Data.validation = {data.validation}: a fraction must be below 1"
+            raise ConfigError(f"llama.Data.labels = {data.labels}: must be two different words")
         if model.name_or_path is None:
-            sizes = f"llama.Model.hidden_size = {model.hidden_size} / llama.Model.heads = {model.heads}"
             if model.hidden_size % model.heads or (model.hidden_size // model.heads) % 2:
-                yield f"{sizes} must be an even number"
+                raise ConfigError(
+                    f"llama.Model.hidden_size = {model.hidden_size} / llama.Model.heads = {model.heads} must "
+                    "be an even number"
+                )
             if model.heads % model.key_value_heads:
-                yield (
+                raise ConfigError(
                     f"llama.Model.key_value_heads = {model.key_value_heads} does not divide "
                     f"llama.Model.heads = {model.heads}"
                 )
-            if data.max_length > model.max_positions:
-                yield (
-                    f"llama.Data.max_length = {data.max_length} is more than llama.Model.max_positions = "
-                    f"{model.max_positions}"
-                )
         if model.attention == "flash_attention_2" and "bfloat16" not in (model.dtype, train.precision):
-            yield (
+            raise ConfigError(
                 'llama.Model.attention = "flash_attention_2" computes in bfloat16; set llama.Train.precision '
                 "to it"
             )
-        if model.dtype == "bfloat16" and lora.rank is None:
-            yield (
-                'llama.Model.dtype = "bfloat16" would round away small updates in full fine-tuning; use '
-                '"float32", with llama.Train.precision = "bfloat16" for speed'
-            )
-        if model.dtype == "bfloat16" and lora.rank is not None and lora.bias != "none":
-            yield (
-                f'llama.Lora.bias = {lora.bias!r} with llama.Model.dtype = "bfloat16" would round away small '
-                "updates of the biases; change one of them"
+        if model.dtype == "bfloat16" and (lora.rank is None or lora.bias != "none"):
+            raise ConfigError(
+                'llama.Model.dtype = "bfloat16" would round away small updates of weights and biases; '
+                'set it to "float32", and llama.Train.precision = "bfloat16" for speed'
             )
         if train.batch_size % train.accumulate:
-            yield (
+            raise ConfigError(
                 f"llama.Train.accumulate = {train.accumulate} does not divide llama.Train.batch_size = "
                 f"{train.batch_size}"
             )

@@ -6,14 +6,12 @@ Each step computes once what all prompts begin with, and the language-model head
 
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model, load_weights
@@ -53,7 +51,12 @@ def train(run: Run) -> int:
     state = TrainState(model, loading.fingerprint(model, tokenizer), weights, optimizer, averages)
     if run.resumed is not None:
         state.restore(run.resumed)
-    describe(model, weights, training, prefix, end)
+    sizes = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "trained_parameters": sum(weight.numel() for weight in weights.values()),
+        "shared_prefix_tokens": len(prefix),
+    }
+    describe(sizes, training, end)
 
     # What happens beside the steps.
     def rate_of(step: int) -> float:
@@ -125,24 +128,17 @@ def train(run: Run) -> int:
         print(f"testing {saved.path.name} on {len(data.test):,} sentences", file=sys.stderr)
         return test(run, model, tokenizer, data.test, run.directory)
 
-    result = {
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "trained_parameters": sum(weight.numel() for weight in weights.values()),
-        "shared_prefix_tokens": len(prefix),
-    }
-    return loop.finish(test_checkpoint, result)
+    return loop.finish(test_checkpoint, sizes)
 
 
-def describe(
-    model: torch.nn.Module, weights: dict[str, Tensor], training: Encoded, prefix: list[int], end: int
-) -> None:
+def describe(sizes: dict[str, int], training: Encoded, end: int) -> None:
     """Prints what is trained, on what."""
-    trained, whole = sum(w.numel() for w in weights.values()), sum(w.numel() for w in model.parameters())
-    lengths = training.lengths
-    shared = f"shared {len(prefix)}-token prefix computed once per batch" if prefix else "no shared prefix"
+    lengths, prefix = training.lengths, sizes["shared_prefix_tokens"]
+    shared = f"shared {prefix}-token prefix computed once per batch" if prefix else "no shared prefix"
     print(
-        f"training {trained:,} of {whole:,} parameters, {end:,} steps, {len(training):,} examples "
-        f"(mean {lengths.mean():.0f} tokens, {lengths.min()}-{lengths.max()}); {shared}",
+        f"training {sizes['trained_parameters']:,} of {sizes['parameters']:,} parameters, {end:,} steps, "
+        f"{len(training):,} examples (mean {lengths.mean():.0f} tokens, {lengths.min()}-{lengths.max()}); "
+        f"{shared}",
         file=sys.stderr,
     )
 
@@ -154,17 +150,10 @@ def profiled(run: Run) -> Iterator[Callable[[], None]]:
     if not steps:
         yield lambda: None
         return
-    directory = run.directory / "profile"
-    directory.mkdir(exist_ok=True)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.device(run.device).type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-
-    def write(profile: torch.profiler.profile) -> None:
-        temporary = directory / ".trace.json.tmp"
-        profile.export_chrome_trace(str(temporary))
-        os.replace(temporary, directory / "trace.json")
-
+    path = run.directory / "profile" / "trace.json"
+    path.parent.mkdir(exist_ok=True)
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1)
-    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write) as profile:
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=lambda profile: profile.export_chrome_trace(str(path))
+    ) as profile:
         yield profile.step

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -26,9 +26,6 @@ from transformers.utils import logging
 from blacksmith import assets, files, network
 from blacksmith.errors import ConfigError, DataError, UserError, first_line
 from blacksmith.models.pytorch.llama.prefix import causal_model
-
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Dtype = Literal["float32", "bfloat16"]
 
 _TINY = "gin/llama_sst2_tiny.gin needs no download"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -48,13 +45,12 @@ def make_model(
     max_positions: int,
     *,
     seed: int = 0,
-    dtype: Dtype = "float32",
-    attention: Attention = "sdpa",
+    dtype: str = "float32",
+    attention: str = "sdpa",
 ) -> LlamaForCausalLM:
     """Returns a model with random weights and tied embeddings; the global random state is left unchanged.
 
-    Raises:
-      ConfigError: the implementation of attention is not installed.
+    Raises ConfigError if the implementation of attention is not installed.
     """
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -82,13 +78,9 @@ def make_model(
 
 
 def load_model(
-    name_or_path: str, *, dtype: Dtype = "float32", attention: Attention = "sdpa"
+    name_or_path: str, *, dtype: str = "float32", attention: str = "sdpa"
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Returns a pretrained model and its tokenizer.
-
-    Args:
-      name_or_path: an asset, a directory, a ``.gguf`` file, or a Hugging Face id; a model that is not in the
-        hub's own cache is downloaded.
+    """Returns a pretrained model, from an asset, directory, .gguf file or Hugging Face id, and its tokenizer.
 
     Raises:
       DataError: the model is missing, unreachable, gated, broken, quantized or not a Llama.
@@ -107,7 +99,7 @@ def fingerprint(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> d
     """Returns sha256 hashes that identify a base model: `weights`, `architecture` and `tokenizer`.
 
     Only frozen weights count: a checkpoint contains the trained ones itself. Of each, the hash covers name,
-    shape and a few thousand numbers, which takes a fraction of a second for a model of any size.
+    shape and a few thousand numbers, for speed.
     """
     weights = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -151,19 +143,15 @@ def _locate(name: str) -> Path:
     """Returns the directory or ``.gguf`` file of a model."""
     models = [asset for asset in assets.ASSETS if assets.path_of(asset).suffix == ".gguf"]
     path = assets.path_of(name) if name in models else Path(name).expanduser()
-    if path.is_file() and path.suffix != ".gguf":
-        raise DataError(f"{name} is a file but not a .gguf; use the directory that contains config.json")
-    if path.exists():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if name in models:
         raise DataError(f"{name} is not in the cache; run python -m blacksmith.assets {name}; {_TINY}")
-    if path.suffix == ".gguf" or path.is_absolute():
-        raise DataError(f"{name}: no such file or directory")
-    if _HUB_ID.fullmatch(name):
+    if _HUB_ID.fullmatch(name) and not path.exists() and path.suffix != ".gguf":
         return _from_hub(name)
     raise DataError(
-        f"llama.Model.name_or_path = {name!r} is not an asset ({', '.join(models)}), directory, .gguf file "
-        f"or Hugging Face id such as meta-llama/Llama-3.2-1B; {_TINY}"
+        f"llama.Model.name_or_path = {name!r} is not an asset ({', '.join(models)}), an existing directory "
+        f"or .gguf file, or a Hugging Face id such as meta-llama/Llama-3.2-1B; {_TINY}"
     )
 
 
@@ -186,24 +174,22 @@ def _from_hub(name: str) -> Path:
     try:
         with quiet():
             return Path(huggingface_hub.snapshot_download(**options))
-    except errors.GatedRepoError as error:
-        page = f"{constants.ENDPOINT}/{name}"
-        raise DataError(f"{name} is gated: accept its license at {page}, then run hf auth login") from error
-    except errors.RepositoryNotFoundError as error:
-        raise DataError(f"{name} is not on the Hugging Face hub, or private: run hf auth login") from error
     except (errors.HTTPError, OSError, ValueError) as error:
-        raise DataError(f"{name} cannot be downloaded: {first_line(error)}") from error
+        raise DataError(
+            f"{name} cannot be downloaded: {first_line(error)}; if it is gated, accept its license at "
+            f"{constants.ENDPOINT}/{name}; if it is gated or private, run hf auth login"
+        ) from error
 
 
 def _convert_gguf(name: str, path: Path) -> Path:
     """Returns the directory in the cache with a GGUF file's model as safetensors; creates it on first use.
 
-    Reading GGUF takes transformers 20 seconds for 135M weights; safetensors take one. Another version may
-    convert differently, so it is part of the directory's name.
+    Reading GGUF takes transformers 20 seconds for 135M weights, safetensors one. Each version may convert
+    differently.
     """
     with _one_line_errors(name):
-        version = f"transformers-{transformers.__version__}"
-        copy = files.cache_dir() / "gguf" / f"{files.file_sha256(path)[:32]}-{version}"
+        digest = files.file_sha256(path)
+    copy = files.cache_dir() / "gguf" / f"{digest[:32]}-transformers-{transformers.__version__}"
     if copy.is_dir():
         return copy
     with open(path, "rb") as file:
@@ -213,10 +199,9 @@ def _convert_gguf(name: str, path: Path) -> Path:
     print(f"{name}: converting to safetensors, once, in {copy}", file=sys.stderr)
     plain = transformers.GgufConfig(dequantize=True)
     try:
-        with files.atomic_directory(copy) as directory, quiet():
-            # transformers draws a progress bar here that cannot be turned off.
-            with contextlib.redirect_stderr(io.StringIO()):
-                model, tokenizer = _read(name, path, dtype=torch.float32, quantization_config=plain)
+        # transformers draws a progress bar that cannot be turned off.
+        with files.atomic_directory(copy) as directory, quiet(), contextlib.redirect_stderr(io.StringIO()):
+            model, tokenizer = _read(name, path, dtype=torch.float32, quantization_config=plain)
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
     except (OSError, SafetensorError) as error:
@@ -235,9 +220,8 @@ def _read(name: str, path: Path, **options: Any) -> tuple[LlamaForCausalLM, PreT
         directory, where["gguf_file"] = path.parent, path.name
     if (directory / "adapter_config.json").is_file():
         raise DataError(f"{name}: {directory} contains an adapter; move it to a directory of its own")
-    for needed in ("config.json", "tokenizer.*"):  # without one, transformers would make an empty tokenizer
-        if path.is_dir() and not any(path.glob(needed)):
-            raise DataError(f"{name}: there is no {needed} in {path}")
+    if path.is_dir() and not any(path.glob("tokenizer.*")):  # transformers would make an empty tokenizer
+        raise DataError(f"{name}: there is no tokenizer in {path}")
     with _one_line_errors(name if name == str(path) else f"{name} ({path})"), quiet():
         config = transformers.AutoConfig.from_pretrained(directory, **where)
         if config.model_type != "llama":
@@ -273,7 +257,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
     """Turns any exception of a library into one line: a truncated file can raise every kind."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except ImportError as error:  # flash-attn for an attention, sentencepiece for a tokenizer.model
         raise ConfigError(f"{name} needs a package that is not installed: {first_line(error)}") from error

@@ -216,15 +216,20 @@ def remove(name):
 
 
 BROKEN = {
-    "no config": (remove("adapter_config.json"), "adapter_config.json is missing"),
     "config not JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "config.json cannot be read"),
     "config a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "config.json cannot be read"),
     "other method": (edit_config(peft_type="IA3"), "not a LoRA adapter"),
-    "other layer": (edit_config(target_modules=["nowhere"]), "config.json does not fit the model"),
+    "other layer": (
+        edit_config(target_modules=["nowhere"]),
+        "config.json cannot be read or does not fit the model",
+    ),
     "other rank": (edit_config(r=2), r"safetensors does not fit the model: .* instead of \(2,"),
-    "rank 0": (edit_config(r=0), "config.json does not fit the model"),
-    "rank of text": (edit_config(r="4"), "config.json does not fit the model: TypeError"),
-    "package not installed": (edit_config(megatron_config={"a": 1}), "config.json does not fit the model"),
+    "rank 0": (edit_config(r=0), "config.json cannot be read or does not fit the model"),
+    "rank of text": (edit_config(r="4"), "config.json cannot be read or does not fit the model: TypeError"),
+    "package not installed": (
+        edit_config(megatron_config={"a": 1}),
+        "config.json cannot be read or does not fit the model",
+    ),
     "no weights": (remove("adapter_model.safetensors"), "safetensors cannot be read"),
     "truncated weights": (cut, "safetensors cannot be read"),
     "missing weight": (edit_weights(lambda w: w.pop(min(w))), "it lacks base_model"),

@@ -40,7 +40,7 @@ class Source:
         Args:
           validation: how many training examples to hold out: a count, or a fraction between 0 and 1; None:
             1,000, or 40 of the sample, which has only 240.
-          seed: decides which examples are held out for validation.
+          seed: decides which ones.
 
         Raises:
           DataError: `validation` leaves nothing to train on, or only one class.
@@ -126,8 +126,7 @@ class Pool:
         kept: list[int] = []
         for i, (rows, around) in enumerate(zip(self._rows, self._around)):
             # A phrase goes with the last whole sentence around it; a whole sentence has none around it.
-            gone = self._out.issuperset(around) if around else i in self._out
-            if not gone:
+            if not self._out.issuperset(around or [i]):
                 kept += rows
         return self._examples.take(sorted(kept))
 
@@ -135,8 +134,7 @@ class Pool:
 def whole_sentences_around(sentences: Sequence[str]) -> list[list[int]]:
     """Returns for each sentence the indices of the whole sentences that contain it, none for a whole one.
 
-    Args:
-      sentences: all distinct, with single spaces between their words.
+    The sentences must be distinct, with single spaces between their words.
     """
     # Comparing every sentence with every other would take hours for SST-2's 67,000 examples. A sentence that
     # contains another has all its pairs of adjacent words, so only those with its rarest pair are searched.

@@ -1,7 +1,6 @@
 """The model of a run, and its checkpoints: an adapter in PEFT's layout or all weights, and the optimizer."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,6 @@ def build_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
         )
     model.to(run.device)
     if run.external_weights is not None:
-        found = adapters.read_config(run.external_weights)
-        print(
-            f"adapter: rank {found.r}, alpha {found.lora_alpha}, trained on {found.base_model_name_or_path}, "
-            f"used with {settings.name_or_path or 'a model from scratch'}; llama.Lora has no effect on it",
-            file=sys.stderr,
-        )
         model = adapters.load_adapter(model, run.external_weights)
     elif lora.rank is not None:
         seed = seed_int(config.run.seed, "adapter")

@@ -18,11 +18,6 @@ from blacksmith.errors import ConfigError
 _FROM_SCRATCH = {"llama.Model.name_or_path": None}
 _WITH_LORA = {"llama.Lora.rank": NOT_NONE}
 
-TEMPLATE = (
-    "Classify the sentiment of the movie review as negative or positive.\n\n"
-    "Review: {sentence}\nSentiment: {label}"
-)
-
 
 @section("llama.Data")
 class Data:
@@ -49,7 +44,11 @@ class Data:
         "sentences",
         ge=1,
     )
-    template: str = setting(TEMPLATE, "the prompt: contains {sentence}, ends with {label}", min_length=1)
+    template: str = setting(
+        "Classify the sentiment of the movie review as negative or positive.\n\n"
+        "Review: {sentence}\nSentiment: {label}",
+        "the prompt: contains {sentence}, ends with {label}",
+    )
     labels: tuple[str, ...] = setting(("negative", "positive"), "the prompt's words for the labels 0 and 1")
     max_length: int = setting(128, "maximum tokens per example, prompt and answer together", ge=4)
     too_long: Literal["drop", "truncate"] = setting(

@@ -1,5 +1,6 @@
 """LoRA adapters in PEFT's own layout. An adapter that does not fit the model is refused; peft accepts it."""
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,35 +69,33 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     (Path(directory) / "README.md").unlink(missing_ok=True)  # a model card with nothing filled in
 
 
-def read_config(directory: Path) -> LoraConfig:
-    """Returns the settings of a saved LoRA adapter; raises DataError if it is missing, broken or not LoRA."""
+def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
+    """Adds a saved LoRA adapter to a model, in place, for evaluation, and prints what it is.
+
+    Raises:
+      DataError: the adapter is broken, not LoRA, or does not fit the model.
+    """
     path = Path(directory) / CONFIG
-    if not path.is_file():  # peft would look for it on the hub
-        raise DataError(f"{path} is missing: {directory} does not contain an adapter")
     try:
         with warnings.catch_warnings():
-            # A newer peft has settings that this one skips. They do not matter if the weights fit.
+            # The base model may lie elsewhere now. A newer peft has settings that this one skips; they do not
+            # matter if the weights fit.
             warnings.simplefilter("ignore")
             settings = PeftConfig.from_pretrained(str(directory))
-    except Exception as error:  # peft lets through whatever an unexpected value makes it do
-        raise DataError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(settings, LoraConfig):
-        raise DataError(f"{path} is not a LoRA adapter but {type(settings).__name__}")
-    settings.inference_mode = True
-    return settings
-
-
-def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
-    """Adds a saved LoRA adapter to a model, in place, for evaluation; raises DataError if it does not fit."""
-    settings = read_config(directory)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the base model may lie elsewhere now
+            if not isinstance(settings, LoraConfig):
+                raise TypeError(f"it is not a LoRA adapter but {type(settings).__name__}")
+            settings.inference_mode = True
+            base = settings.base_model_name_or_path
             peft_model = peft.get_peft_model(model, settings)
     except Exception as error:
         # Invalid settings fail anywhere in peft: TypeError, re.error, ImportError, ValueError.
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{Path(directory) / CONFIG} does not fit the model: {reason}") from error
+        raise DataError(f"{path} cannot be read or does not fit the model: {reason}") from error
+    print(
+        f"adapter: rank {settings.r}, alpha {settings.lora_alpha}, trained on {base}, used with "
+        f"{model.name_or_path or 'a model from scratch'}; llama.Lora has no effect on it",
+        file=sys.stderr,
+    )
     load_weights(peft_model, directory)
     return peft_model
 

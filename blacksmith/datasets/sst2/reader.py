@@ -10,7 +10,6 @@ import os
 import re
 import reprlib
 import tempfile
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 from blacksmith import network
 from blacksmith.datasets.sst2.examples import Examples
 from blacksmith.datasets.sst2.splits import Source
-from blacksmith.errors import DataError
+from blacksmith.errors import DataError, first_line
 
 _SAMPLE = Path(__file__).with_name("sample.tsv")
 
@@ -158,7 +157,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
             open_file = getattr(library.Dataset, reader)
             rows = open_file(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True, **options)
     except Exception as error:  # of pandas, pyarrow, the library itself and the file system
-        reason = _reason(error)
+        reason = first_line(error.__cause__ or error)
         raise DataError(f"{path}: no rows, or cannot be read as {path.suffix[1:]} ({reason})") from error
     # If all rows have more fields than the header, pandas makes the first column an index.
     if reader == "from_csv" and "__index_level_0__" in rows.column_names:
@@ -180,7 +179,7 @@ def _read_hub(source: str) -> dict[str, _Table]:
             offline = f"; the hub is unreachable: {unreachable}" if unreachable else ""
             raise DataError(
                 f"{source}: no such file or directory, and cannot be loaded from the Hugging Face hub "
-                f"({_reason(error)}{offline}); without a network, use a directory, a file or 'sample'"
+                f"({first_line(error)}{offline}); without a network, use a directory, a file or 'sample'"
             ) from error
     return {name: _Table(f"{source}, split {name}", name, rows) for name, rows in splits.items()}
 
@@ -201,10 +200,3 @@ def _library() -> Iterator[ModuleType]:
         datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
-
-
-def _reason(error: BaseException) -> str:
-    """The message of the original error, on one line: the library wraps errors in errors."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return textwrap.shorten(str(error), 300, placeholder=" ...").rstrip(".") or type(error).__name__

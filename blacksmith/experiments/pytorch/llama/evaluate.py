@@ -151,13 +151,8 @@ def export(run: Run) -> int:
     """``--mode=export``: writes the model, with its adapter merged, as a Hugging Face model directory."""
     model, tokenizer = load_model(run)
     if run.config.lora.rank is not None or run.external_weights:
-        dtype = run.config.model.dtype
-        if dtype != "float32":
-            print(
-                f"written in float32: {dtype} would round small updates away; load it with "
-                f"dtype=torch.{dtype} to save memory",
-                file=sys.stderr,
-            )
+        if run.config.model.dtype != "float32":
+            print("written in float32, since bfloat16 would round small updates away", file=sys.stderr)
         model = merge(model.float())
     directory = run.directory / "export"
     with atomic_directory(directory) as temporary, loading.quiet():

@@ -70,20 +70,15 @@ def encode(
     """Encodes sentences in the prompt, each with both answers.
 
     The first answer token is the first one that contains a character of the answer. It may begin before the
-    answer: tokenizers often merge a space with the word after it.
-
-    Args:
-      tokenizer: a fast one, which knows the characters of each token.
-      max_length: maximum number of tokens, counted with the longer answer whatever the label.
-      too_long: whether a longer example is left out, or its sentence truncated.
+    answer: tokenizers often merge a space with the word after it. An example of more than `max_length` tokens
+    with the longer answer, whatever its label, is left out, or its sentence truncated.
 
     Raises:
       ConfigError: the prompt alone is too long, has no token before the answer, or merges with only one of
         the answers, so that their likelihoods would cover different text.
     """
     rows, pairs, truncated = [], [], 0
-    both = zip(*(_encode(tokenizer, prompt, sentences, answer) for answer in prompt.labels))
-    for row, pair in enumerate(both):
+    for row, pair in enumerate(_encode(tokenizer, prompt, sentences)):
         if _longest(pair) > max_length:
             if too_long == "drop":
                 continue
@@ -111,27 +106,28 @@ def _longest(pair: Sequence[Tokens]) -> int:
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str], answer: str
-) -> list[Tokens]:
-    """Encodes sentences that all have the same answer."""
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str]
+) -> list[tuple[Tokens, ...]]:
+    """Encodes sentences with each answer."""
     questions = [prompt.question(sentence) for sentence in sentences]
-    encoded = tokenizer([question + answer for question in questions], return_offsets_mapping=True)
-    found = []
-    for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
-        first = next(i for i, (_, end) in enumerate(spans) if end > len(question))
-        ended = ids[-1] == tokenizer.eos_token_id  # some tokenizers add it themselves
-        found.append(Tokens(ids if ended else [*ids, tokenizer.eos_token_id], first))
-    return found
+    found: list[list[Tokens]] = []
+    for answer in prompt.labels:
+        encoded = tokenizer([question + answer for question in questions], return_offsets_mapping=True)
+        found.append([])
+        for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
+            first = next(i for i, (_, end) in enumerate(spans) if end > len(question))
+            ended = ids[-1] == tokenizer.eos_token_id  # some tokenizers add it themselves
+            found[-1].append(Tokens(ids if ended else [*ids, tokenizer.eos_token_id], first))
+    return list(zip(*found))
 
 
 def _truncate(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: str, max_length: int
-) -> list[Tokens]:
+) -> tuple[Tokens, ...]:
     """Encodes a sentence, truncated at the end of a token so that it fits, with each answer."""
 
-    def pair(end: int) -> list[Tokens]:
-        cut = sentence[:end].rstrip()
-        return [_encode(tokenizer, prompt, [cut], answer)[0] for answer in prompt.labels]
+    def pair(end: int) -> tuple[Tokens, ...]:
+        return _encode(tokenizer, prompt, [sentence[:end].rstrip()])[0]
 
     spans = tokenizer(prompt.question(sentence), return_offsets_mapping=True)["offset_mapping"]
     first = prompt.template.index("{sentence}")
@@ -147,10 +143,9 @@ def _truncate(
 
 
 def collate_whole(examples: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """Returns examples as the models of transformers take them, padded on the right.
+    """Returns input_ids and labels for the models of transformers, int64 [batch, tokens], padded on the right.
 
-    Returns:
-      input_ids and labels, int64 [batch, tokens] each; only the answers have labels that are not `IGNORED`.
+    Only the answers have labels that are not `IGNORED`.
     """
     input_ids = [torch.tensor(ids) for ids, _ in examples]
     labels = [torch.tensor([IGNORED] * answer + ids[answer:]) for ids, answer in examples]

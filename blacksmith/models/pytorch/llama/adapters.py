@@ -132,10 +132,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
     """Raises DataError if the tensors read from `path` have other names or shapes than the model's."""
-    for name in [*sorted(wanted.keys() - found.keys()), *sorted(found.keys() - wanted.keys())]:
-        verb = "lacks" if name in wanted else "has"
-        raise DataError(f"{path} does not fit the model: it {verb} {name}")
-    for name, value in wanted.items():
-        shape, needed = tuple(found[name].shape), tuple(value.shape)
+    for name in sorted(found.keys() | wanted.keys()):
+        shape, needed = (tuple(of[name].shape) if name in of else "missing" for of in (found, wanted))
         if shape != needed:
-            raise DataError(f"{path} does not fit the model: {name} is {shape} instead of {needed}")
+            raise DataError(f"{path} does not fit the model: {name} is {shape}, in the model {needed}")

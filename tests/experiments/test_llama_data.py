@@ -1,10 +1,12 @@
 """From sentences to batches: answer tokens, the shared prefix and truncation."""
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, collate, encode
 from blacksmith.models.pytorch.llama.prefix import IGNORED
@@ -49,10 +51,14 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
+def as_examples(sentences, labels) -> sst2.Examples:
+    return sst2.Examples(tuple(sentences), np.array(labels), np.arange(len(labels)))
+
+
 def encoded(tokenizer, sentences=SENTENCES, labels=None, template=TEMPLATE, **options) -> Encoded:
     labels = [i % 2 for i in range(len(sentences))] if labels is None else labels
     options = {"max_length": 200, "too_long": "drop", **options}
-    return encode(tokenizer, Prompt(template, LABELS), sentences, labels, **options)
+    return encode(tokenizer, Prompt(template, LABELS), as_examples(sentences, labels), **options)
 
 
 # --- prompts ---
@@ -121,7 +127,7 @@ def test_long_examples_are_dropped_and_counted(tokenizer):
     lengths = encoded(tokenizer).lengths
     limit = int(sorted(lengths)[2])
     found = encoded(tokenizer, max_length=limit)
-    assert found.rows.tolist() == [i for i, length in enumerate(lengths) if length <= limit]
+    assert found.examples.numbers.tolist() == [i for i, length in enumerate(lengths) if length <= limit]
     assert len(SENTENCES) - len(found) == sum(lengths > limit) > 0
     assert found.truncated == 0
     assert found.lengths.max() <= limit
@@ -132,7 +138,7 @@ def test_long_examples_are_truncated_and_counted(tokenizer):
     shortest = int(encoded(tokenizer, [""]).lengths[0])
     for limit in (shortest, shortest + 2, shortest + 5):
         found = encoded(tokenizer, max_length=limit, too_long="truncate")
-        assert found.rows.tolist() == list(range(len(SENTENCES)))
+        assert found.examples.numbers.tolist() == list(range(len(SENTENCES)))
         assert found.truncated == sum(whole.lengths > limit) > 0
         for row, (tokens, answer) in enumerate(found.correct):
             assert len(tokens) <= limit
@@ -155,9 +161,9 @@ def test_the_longer_answer_decides_what_is_too_long(kind, label):
     ]
     assert all(short < long for short, long in lengths)
     for limit in range(min(long for _, long in lengths), max(long for _, long in lengths) + 1):
-        labels = [label] * len(SENTENCES)
-        found = encode(tokenizer, prompt, SENTENCES, labels, max_length=limit, too_long="drop")
-        assert found.rows.tolist() == [i for i, (_, long) in enumerate(lengths) if long <= limit]
+        examples = as_examples(SENTENCES, [label] * len(SENTENCES))
+        found = encode(tokenizer, prompt, examples, max_length=limit, too_long="drop")
+        assert found.examples.numbers.tolist() == [i for i, (_, long) in enumerate(lengths) if long <= limit]
 
 
 def test_answers_that_merge_differently_are_refused():
@@ -171,8 +177,7 @@ def test_answers_that_merge_differently_are_refused():
         encode(
             tokenizer,
             Prompt(TEMPLATE, ("1", "negative")),
-            SENTENCES,
-            [1] * 5,
+            as_examples(SENTENCES, [1] * 5),
             max_length=200,
             too_long="drop",
         )

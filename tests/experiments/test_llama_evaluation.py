@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama import evaluation
 from blacksmith.experiments.pytorch.llama.prompts import Prompt, encode
@@ -21,7 +23,8 @@ LORA = ["llama.Lora.rank = 4", "llama.Lora.alpha = 8.0"]
 
 def encoded(tokenizer, prompt, sentences, labels):
     """The sentences with both answers."""
-    return encode(tokenizer, prompt, sentences, labels, max_length=256, too_long="truncate")
+    examples = sst2.Examples(tuple(sentences), np.array(labels), np.arange(len(labels)))
+    return encode(tokenizer, prompt, examples, max_length=256, too_long="truncate")
 
 
 def result(directory: Path) -> dict:

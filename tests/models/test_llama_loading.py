@@ -388,7 +388,7 @@ def test_without_a_network_a_hub_id_fails_fast(monkeypatch, tmp_path):
     monkeypatch.setattr(loading.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "*")
     message = error_of("meta-llama/Llama-3.2-1B")
-    assert "unreachable" in message
+    assert "cannot be downloaded: huggingface.co: no network in tests" in message
     assert "blacksmith.assets" in message
 
 
@@ -419,12 +419,12 @@ def test_an_incomplete_hub_snapshot_is_downloaded(hub, directory, tmp_path, lost
 def test_what_the_hub_refuses_is_one_line(hub, error):
     response = SimpleNamespace(headers={}, request=None, status_code=403)
     hub(NOT_CACHED, getattr(loading.errors, error)("403\nno", response=response))
-    assert "someone/model cannot be downloaded: 403; if it is gated" in error_of("someone/model")
+    assert "cannot be downloaded: 403; if it is gated" in error_of("someone/model")
 
 
 def test_a_broken_connection_is_one_line(hub):
     hub(NOT_CACHED, loading.errors.HTTPError(""))
-    assert error_of("someone/model").startswith("someone/model cannot be downloaded: HTTPError;")
+    assert "cannot be downloaded: HTTPError;" in error_of("someone/model")
 
 
 def test_loading_is_quiet_and_restores_the_progress_bars(directory, capfd):

@@ -2,7 +2,6 @@
 
 import sys
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from blacksmith.datasets import sst2
@@ -17,33 +16,25 @@ def read_data(run: Run) -> sst2.Source:
     return sst2.read(data.source, sentence_column=data.sentence_column, label_column=data.label_column)
 
 
-def drop_short(run: Run, examples: sst2.Examples, what: str) -> sst2.Examples:
-    """Returns the examples of at least `llama.Data.min_words` words; raises ConfigError if there are none."""
-    fewest = run.config.data.min_words
-    rows = np.flatnonzero([len(sentence.split()) >= fewest for sentence in examples.sentences])
-    if not len(rows):
-        raise ConfigError(f"llama.Data.min_words = {fewest} leaves no {what} example; lower it")
-    _report(len(examples) - len(rows), len(examples), what, f"fewer than {fewest} words: left out")
-    return examples.take(rows)
-
-
 def encode_examples(
     run: Run, tokenizer: PreTrainedTokenizerBase, examples: sst2.Examples, what: str
 ) -> Encoded:
-    """Returns ``training``, ``validation`` or ``test`` examples as tokens.
+    """Returns ``training``, ``validation`` or ``test`` examples as tokens, without those to be left out.
 
     Raises:
-      ConfigError: all training examples are too long; the template or the labels do not suit the tokenizer.
+      ConfigError: none is left; the template or the labels do not suit the tokenizer.
     """
     data = run.config.data
-    encoded = encode(
-        tokenizer,
-        Prompt(data.template, data.labels),
-        examples.sentences,
-        examples.labels,
-        max_length=data.max_length,
-        too_long=data.too_long if what == "training" else "truncate",
-    )
+    if what != "test":
+        words = [len(sentence.split()) for sentence in examples.sentences]
+        rows = [row for row, count in enumerate(words) if count >= data.min_words]
+        if not rows:
+            raise ConfigError(f"llama.Data.min_words = {data.min_words} leaves no {what} example; lower it")
+        _report(len(words) - len(rows), len(words), what, f"fewer than {data.min_words} words: left out")
+        examples = examples.take(rows)
+    too_long = data.too_long if what == "training" else "truncate"
+    prompt = Prompt(data.template, data.labels)
+    encoded = encode(tokenizer, prompt, examples, max_length=data.max_length, too_long=too_long)
     if not len(encoded):
         raise ConfigError(f"llama.Data.max_length = {data.max_length} leaves no {what} example; raise it")
     longer = f"more than {data.max_length} tokens"

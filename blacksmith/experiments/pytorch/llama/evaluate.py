@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from blacksmith.datasets import sst2
 from blacksmith.experiments.pytorch.llama import evaluation
 from blacksmith.experiments.pytorch.llama.checkpoints import load_model
-from blacksmith.experiments.pytorch.llama.data import drop_short, encode_examples, read_data
+from blacksmith.experiments.pytorch.llama.data import encode_examples, read_data
 from blacksmith.experiments.pytorch.llama.prompts import Encoded
 from blacksmith.files import atomic_directory, write_json
 from blacksmith.models.pytorch.llama import loading
@@ -38,8 +38,7 @@ def evaluate(run: Run) -> int:
         "data": run.data,
     }
     if same:
-        held_out = drop_short(run, data.validation, "validation")
-        scores = score(run, model, encode_examples(run, tokenizer, held_out, "validation"))
+        scores = score(run, model, encode_examples(run, tokenizer, data.validation, "validation"))
         if scores is None:
             return run.stopped()
         result["val"] = {"loss": scores.loss, "accuracy": scores.accuracy}
@@ -128,12 +127,12 @@ def test(
     }
 
 
-def score(run: Run, model: torch.nn.Module, examples: Encoded) -> evaluation.Scores | None:
+def score(run: Run, model: torch.nn.Module, encoded: Encoded) -> evaluation.Scores | None:
     """Scores examples by the likelihood of their answers; None if the run is to stop."""
     with autocast(run):
         return evaluation.score(
             model,
-            examples,
+            encoded,
             batch_size=run.config.evaluation.batch_size,
             shared_prefix=run.config.train.shared_prefix,
             stop=run.stop,

@@ -21,7 +21,7 @@ class Scores:
 
     loss: float  # mean cross-entropy of the tokens of the correct answers, end tokens included, in nats
     probabilities: np.ndarray  # of the labels 0 and 1, summing to 1, float64 [examples, 2]
-    labels: np.ndarray  # the correct ones, int64 [examples]
+    labels: np.ndarray  # the correct ones, int32 [examples]
 
     @property
     def predictions(self) -> np.ndarray:
@@ -42,7 +42,7 @@ class Scores:
 @torch.no_grad()
 def score(
     model: torch.nn.Module,
-    examples: Encoded,
+    encoded: Encoded,
     *,
     batch_size: int,
     shared_prefix: bool = True,
@@ -55,22 +55,22 @@ def score(
       shared_prefix: whether the common prefix of all prompts is computed once per batch.
       stop: ends the computation early, with None as the result.
     """
-    device = next(model.parameters()).device
-    prefix = examples.shared_prefix() if shared_prefix else []
+    device, labels = next(model.parameters()).device, encoded.examples.labels
+    prefix = encoded.shared_prefix() if shared_prefix else []
     # If all answers are one token and the end token, one row of logits gives the likelihoods of both.
-    single_token = all(len(ids) == answer + 2 for ids, answer in examples.correct + examples.incorrect)
-    logs = np.empty((len(examples), 2))  # log-likelihoods of the labels 0 and 1
+    single_token = all(len(ids) == answer + 2 for ids, answer in encoded.correct + encoded.incorrect)
+    logs = np.empty((len(encoded), 2))  # log-likelihoods of the labels 0 and 1
     loss, count = 0.0, 0
     model.eval()
-    order = np.argsort(examples.lengths, kind="stable")  # rows of similar length need little padding
+    order = np.argsort(encoded.lengths, kind="stable")  # rows of similar length need little padding
     for rows in np.split(order, range(batch_size, len(order), batch_size)):
         if stop:
             return None
-        batch = collate([examples.correct[row] for row in rows], prefix).to(device)
+        batch = collate([encoded.correct[row] for row in rows], prefix).to(device)
         found, true = _log_probabilities(model, batch)
         loss -= float(true.cpu().double().sum())
         count += len(true)
-        incorrect = [examples.incorrect[row] for row in rows]
+        incorrect = [encoded.incorrect[row] for row in rows]
         if single_token:
             # Every second target is an end token.
             other = torch.tensor([[ids[answer]] for ids, answer in incorrect], device=device)
@@ -80,9 +80,9 @@ def score(
             batch = collate(incorrect, prefix).to(device)
             of_incorrect = _per_row(_log_probabilities(model, batch)[1], batch)
         both = torch.stack([of_correct, of_incorrect], 1).cpu().double().numpy()
-        logs[rows] = np.where(examples.labels[rows, None] == 0, both, both[:, ::-1])
+        logs[rows] = np.where(labels[rows, None] == 0, both, both[:, ::-1])
     probabilities = np.exp(logs - np.logaddexp(logs[:, 0], logs[:, 1])[:, None])
-    return Scores(loss / count, probabilities, examples.labels)
+    return Scores(loss / count, probabilities, labels)
 
 
 def _log_probabilities(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, common_prefix
 
@@ -38,8 +39,7 @@ class Tokens(NamedTuple):
 class Encoded:
     """Examples as tokens, each with both answers; the two do not differ before the answer."""
 
-    rows: np.ndarray  # index of each example among the sentences that were encoded, int64 [examples]
-    labels: np.ndarray  # the correct ones, int64 [examples]
+    examples: sst2.Examples  # those that were not left out
     correct: list[Tokens]
     incorrect: list[Tokens]
     truncated: int  # how many sentences were truncated
@@ -61,13 +61,12 @@ class Encoded:
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    sentences: Sequence[str],
-    labels: Sequence[int] | np.ndarray,
+    examples: sst2.Examples,
     *,
     max_length: int,
     too_long: Literal["drop", "truncate"],
 ) -> Encoded:
-    """Encodes sentences in the prompt, each with both answers.
+    """Encodes examples in the prompt, each with both answers.
 
     The first answer token is the first one that contains a character of the answer. It may begin before the
     answer: tokenizers often merge a space with the word after it. An example of more than `max_length` tokens
@@ -78,11 +77,11 @@ def encode(
         the answers, so that their likelihoods would cover different text.
     """
     rows, pairs, truncated = [], [], 0
-    for row, pair in enumerate(_encode(tokenizer, prompt, sentences)):
+    for row, pair in enumerate(_encode(tokenizer, prompt, examples.sentences)):
         if _longest(pair) > max_length:
             if too_long == "drop":
                 continue
-            pair = _truncate(tokenizer, prompt, sentences[row], max_length)
+            pair = _truncate(tokenizer, prompt, examples.sentences[row], max_length)
             truncated += 1
         before = [ids[:answer] for ids, answer in pair]
         if not all(before):
@@ -95,10 +94,10 @@ def encode(
             )
         rows.append(row)
         pairs.append(pair)
-    kept = np.asarray(labels, np.int64)[rows]
-    correct = [pair[label] for pair, label in zip(pairs, kept)]
-    incorrect = [pair[1 - label] for pair, label in zip(pairs, kept)]
-    return Encoded(np.array(rows, np.int64), kept, correct, incorrect, truncated)
+    kept = examples.take(rows)
+    correct = [pair[label] for pair, label in zip(pairs, kept.labels)]
+    incorrect = [pair[1 - label] for pair, label in zip(pairs, kept.labels)]
+    return Encoded(kept, correct, incorrect, truncated)
 
 
 def _longest(pair: Sequence[Tokens]) -> int:
@@ -143,7 +142,7 @@ def _truncate(
 
 
 def collate_whole(examples: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """Returns input_ids and labels for the models of transformers, int64 [batch, tokens], padded on the right.
+    """Returns input_ids and labels as transformers takes them: int64 [batch, tokens], padded on the right.
 
     Only the answers have labels that are not `IGNORED`.
     """

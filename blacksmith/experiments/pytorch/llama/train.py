@@ -15,7 +15,7 @@ import torch
 
 from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model, load_weights
-from blacksmith.experiments.pytorch.llama.data import drop_short, encode_examples, read_data
+from blacksmith.experiments.pytorch.llama.data import encode_examples, read_data
 from blacksmith.experiments.pytorch.llama.evaluate import autocast, score, test
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, collate, collate_whole
 from blacksmith.models.pytorch.llama import loading
@@ -36,10 +36,8 @@ def train(run: Run) -> int:
     data = read_data(run).split(config.data.validation, config.run.seed)
     run.use_data(data.info)
     model, tokenizer = build_model(run)
-    examples = drop_short(run, data.train, "training")
-    training = encode_examples(run, tokenizer, examples, "training")
-    held_out = drop_short(run, data.validation, "validation")
-    validation = encode_examples(run, tokenizer, held_out, "validation")
+    training = encode_examples(run, tokenizer, data.train, "training")
+    validation = encode_examples(run, tokenizer, data.validation, "validation")
     prefix = training.shared_prefix() if settings.shared_prefix else []
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
     end = settings.total_steps(order.steps_per_epoch)
@@ -71,8 +69,8 @@ def train(run: Run) -> int:
         return scores and {"loss": scores.loss, "accuracy": scores.accuracy}
 
     def examples_of(step: int) -> str:
-        numbers = examples.numbers[training.rows[order.rows(step)]]
-        return f"rows {', '.join(map(str, sorted(numbers)))} of the training data"
+        numbers = sorted(training.examples.numbers[order.rows(step)])
+        return f"rows {', '.join(map(str, numbers))} of the training data"
 
     loop = Loop(
         run,

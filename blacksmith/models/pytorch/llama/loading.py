@@ -165,20 +165,21 @@ def _from_hub(name: str) -> Path:
         # The library calls a snapshot complete even if another program fetched only the tokenizer.
         if all(any(snapshot.glob(pattern)) for pattern in ("config.json", "*.safetensors", "tokenizer.*")):
             return snapshot
-    reason = "HF_HUB_OFFLINE is set"
-    if constants.HF_HUB_OFFLINE or (reason := network.why_unreachable(constants.ENDPOINT)):
-        raise DataError(
-            f"{name} is neither a path nor complete in the Hugging Face cache, and the hub is unreachable "
-            f"({reason}); use a directory, a .gguf file or an asset (python -m blacksmith.assets); {_TINY}"
-        )
-    try:
-        with quiet():
-            return Path(huggingface_hub.snapshot_download(**options))
-    except (errors.HTTPError, OSError, ValueError) as error:
-        raise DataError(
-            f"{name} cannot be downloaded: {first_line(error)}; if it is gated, accept its license at "
-            f"{constants.ENDPOINT}/{name}; if it is gated or private, run hf auth login"
-        ) from error
+    reason = (
+        "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else network.why_unreachable(constants.ENDPOINT)
+    )
+    if reason is None:
+        try:
+            with quiet():
+                return Path(huggingface_hub.snapshot_download(**options))
+        except (errors.HTTPError, OSError, ValueError) as error:
+            reason = first_line(error)
+    raise DataError(
+        f"{name} is neither a path nor complete in the Hugging Face cache, and cannot be downloaded: "
+        f"{reason}; if it is gated, accept its license at {constants.ENDPOINT}/{name}; if it is gated or "
+        f"private, run hf auth login; or use a directory, a .gguf file or an asset (python -m "
+        f"blacksmith.assets); {_TINY}"
+    )
 
 
 def _convert_gguf(name: str, path: Path) -> Path:

@@ -16,7 +16,7 @@ import pytest
 
 from blacksmith import network
 from blacksmith.datasets import sst2
-from blacksmith.datasets.sst2.examples import Examples, content_sha256
+from blacksmith.datasets.sst2 import Examples, Source
 from blacksmith.datasets.sst2.splits import whole_sentences_around
 from blacksmith.errors import DataError
 from blacksmith.run.order import generator
@@ -106,9 +106,8 @@ def test_all_formats_give_equal_examples_and_hash(tmp_path, suffix):
 
 def test_the_hash_covers_sentences_labels_order_and_parts():
     def digest(*parts):
-        return content_sha256(
-            *(Examples(tuple(s for s, _ in rows), np.array([y for _, y in rows]), None) for rows in parts)
-        )
+        parts = (Examples(tuple(s for s, _ in rows), np.array([y for _, y in rows]), None) for rows in parts)
+        return Source("file", "", "", "", [], *parts).sha256
 
     flipped = [(text, 1 - label) for text, label in TRAIN]
     variants = [(TRAIN, TEST), (TRAIN[::-1], TEST), (flipped, TEST), (TEST, TRAIN), (TRAIN + TEST, [])]

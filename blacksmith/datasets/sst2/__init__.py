@@ -4,8 +4,7 @@
 Nothing is downloaded unless the source is a Hugging Face dataset id.
 """
 
-from blacksmith.datasets.sst2.examples import CLASSES, Examples, Info, Sst2
 from blacksmith.datasets.sst2.reader import read
-from blacksmith.datasets.sst2.splits import Source
+from blacksmith.datasets.sst2.splits import CLASSES, Examples, Info, Source, Sst2
 
 __all__ = ["CLASSES", "Examples", "Info", "Source", "Sst2", "read"]

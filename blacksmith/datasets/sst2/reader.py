@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from blacksmith import network
-from blacksmith.datasets.sst2.examples import Examples
-from blacksmith.datasets.sst2.splits import Source
+from blacksmith.datasets.sst2.splits import Examples, Source
 from blacksmith.errors import DataError, first_line
 
 _SAMPLE = Path(__file__).with_name("sample.tsv")

@@ -1,4 +1,4 @@
-"""Holds sentences out for validation and test, so that no part of them is trained on.
+"""Labeled sentences, and how they are held out for validation and test so that no part is trained on.
 
 SST-2 trains on the phrases of its sentences. An example held out at random would nearly always be trained on
 as well: inside a longer phrase, or through its own phrases. So only whole sentences are held out, and phrases
@@ -7,14 +7,81 @@ that occur in no other sentence are left out of training.
 
 import functools
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
-from blacksmith.datasets.sst2.examples import CLASSES, Examples, Info, Sst2, content_sha256
 from blacksmith.errors import DataError
 from blacksmith.run import order
+
+CLASSES = ("negative", "positive")
+"""The meaning of the labels 0 and 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Sentences with their sentiment."""
+
+    sentences: tuple[str, ...]  # without surrounding white space
+    labels: np.ndarray  # 0 negative, 1 positive: int32 [examples]
+    numbers: np.ndarray  # row numbers in the file or split, from 1, without header and blank lines, int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Examples":
+        """Returns the examples at the given indices, in that order."""
+        rows = np.asarray(rows, np.int64)
+        return Examples(tuple(self.sentences[row] for row in rows), self.labels[rows], self.numbers[rows])
+
+    def class_counts(self) -> dict[str, int]:
+        """Returns the number of examples of each class."""
+        return {name: int((self.labels == label).sum()) for label, name in enumerate(CLASSES)}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What was read and how it was split, as recorded in run directories and checkpoints."""
+
+    source: str  # sample, directory, file or hub
+    name: str  # of the file or directory, or the dataset id
+    path: str | None  # absolute; None for the sample and the hub
+    test_from: str  # the file or split that the test examples come from
+    unused: list[str]  # files or splits
+    sha256: str  # of the source's training and test examples before they were split
+    train: int  # number of examples
+    validation: int
+    test: int
+    class_counts: dict[str, dict[str, int]]  # by split and class
+    parts_left_out: int  # phrases that are in no split because all sentences around them were held out
+
+    def describe(self) -> str:
+        """Returns one line for the console."""
+        place = self.path or f"{self.name} from the Hugging Face hub"
+        notes = []
+        if self.source == "sample":
+            place = "bundled sample"
+            notes.append("not SST-2 itself, which is stanfordnlp/sst2 on the Hugging Face hub")
+        if self.parts_left_out:
+            notes.append(f"{self.parts_left_out:,} phrases of held-out sentences were left out")
+        if self.unused:
+            notes.append(f"not used: {', '.join(self.unused)}")
+        training = f"{self.train:,} train, {self.validation:,} validation, " if self.train else ""
+        tested = f"{self.test:,} test sentences from {self.test_from}"
+        return "; ".join([f"data: {place}: {training}{tested}, sha256 {self.sha256[:12]}", *notes])
+
+
+@dataclass(frozen=True, eq=False)
+class Sst2:
+    """Disjoint splits, each in the order of the source, and what is recorded about them."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    info: Info
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +98,10 @@ class Source:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The hash of all examples."""
-        return content_sha256(self.train, *([] if self.test is None else [self.test]))
+        """Hash of all examples as the JSON text `[[sentences, labels], ...]`, whatever the file format was."""
+        parts = [self.train] if self.test is None else [self.train, self.test]
+        content = [[part.sentences, part.labels.tolist()] for part in parts]
+        return sha256(json.dumps(content).encode()).hexdigest()
 
     def split(self, validation: int | float | None = None, seed: int = 0) -> Sst2:
         """Returns train, validation and test examples; a tenth of a single file is its test set.

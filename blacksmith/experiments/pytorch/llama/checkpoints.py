@@ -73,23 +73,23 @@ def load_model(run: Run) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Returns the trained model, from the run's checkpoint or external weights, and its tokenizer."""
     model, tokenizer = build_model(run)
     if run.resumed is not None:
-        check_base(run.resumed, loading.fingerprint(model, tokenizer))
-        load_weights(model, run.resumed)
+        load_weights(model, run.resumed, loading.fingerprint(model, tokenizer))
     return model, tokenizer
 
 
-def check_base(saved: Saved, found: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a checkpoint was trained on a base model with another fingerprint."""
+def load_weights(model: torch.nn.Module, saved: Saved, base: Mapping[str, str]) -> None:
+    """Loads a checkpoint's weights (or averages) into a model.
+
+    Raises:
+      CheckpointError: the fingerprint of the base model that it was trained on is not `base`.
+      DataError: the weights do not fit.
+    """
     for what, value in saved.own["base"].items():
-        if found[what] != value:
+        if base[what] != value:
             raise CheckpointError(
                 f"{saved.path} was trained on a base model with different {what} than the one that "
                 "llama.Model names; set llama.Model.name_or_path to the model it was trained on"
             )
-
-
-def load_weights(model: torch.nn.Module, saved: Saved) -> None:
-    """Loads a checkpoint's weights (or averages) into a model; raises DataError if they do not fit."""
     if hasattr(model, "get_base_model"):
         adapters.load_weights(model, saved.path)
         return
@@ -129,8 +129,7 @@ class TrainState:
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
         """Restores all that `save` wrote; raises CheckpointError or DataError if it does not fit."""
-        check_base(saved, self.base)
-        load_weights(self.model, saved)
+        load_weights(self.model, saved, self.base)
         if self.averages.values:
             # The model has the averages now; training resumes from the weights themselves.
             path = saved.path / UNAVERAGED

@@ -1,6 +1,5 @@
 """Testing, evaluating and exporting a fine-tuned Llama."""
 
-import contextlib
 import itertools
 import shutil
 import sys
@@ -77,8 +76,6 @@ def test(
       the run is to stop.
     """
     settings, words = run.config.evaluation, run.config.data.labels
-    results = directory / "eval_results.json"
-    results.unlink(missing_ok=True)
     encoded = encode_examples(run, tokenizer, examples, "test")
     scores = score(run, model, encoded)
     if scores is None:
@@ -110,7 +107,7 @@ def test(
             examples.sentences, labels, scores.predictions.tolist(), scores.probabilities.tolist(), texts
         )
     ]
-    write_json(results, lines)
+    write_json(directory / "eval_results.json", lines)
     confusion = scores.confusion
     return {
         "loss": scores.loss,
@@ -139,11 +136,10 @@ def score(run: Run, model: torch.nn.Module, encoded: Encoded) -> evaluation.Scor
         )
 
 
-def autocast(run: Run) -> contextlib.AbstractContextManager:
+def autocast(run: Run) -> torch.autocast:
     """Applies `llama.Train.precision` to the block."""
-    if run.config.train.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(run.device).type, torch.bfloat16)
+    bfloat16 = run.config.train.precision == "bfloat16"
+    return torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=bfloat16)
 
 
 def export(run: Run) -> int:

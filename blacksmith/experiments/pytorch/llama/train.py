@@ -122,7 +122,7 @@ def train(run: Run) -> int:
 
     # The test.
     def test_checkpoint(saved: Any) -> dict[str, Any] | None:
-        load_weights(model, saved)
+        load_weights(model, saved, state.base)
         print(f"testing {saved.path.name} on {len(data.test):,} sentences", file=sys.stderr)
         return test(run, model, tokenizer, data.test, run.directory)
 

@@ -48,10 +48,7 @@ def make_model(
     dtype: str = "float32",
     attention: str = "sdpa",
 ) -> LlamaForCausalLM:
-    """Returns a model with random weights and tied embeddings; the global random state is left unchanged.
-
-    Raises ConfigError if the implementation of attention is not installed.
-    """
+    """Returns a model with random weights and tied embeddings; the global random state is left unchanged."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -68,10 +65,7 @@ def make_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed % 2**63)
-        try:
-            model = LlamaForCausalLM(config).to(getattr(torch, dtype))
-        except ImportError as error:
-            raise ConfigError(f"llama.Model.attention = {attention!r}: {first_line(error)}") from error
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     # `.to` has rounded the rotary frequencies too; transformers keeps them in float32 when it loads a model.
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
     return model
@@ -165,9 +159,9 @@ def _from_hub(name: str) -> Path:
         # The library calls a snapshot complete even if another program fetched only the tokenizer.
         if all(any(snapshot.glob(pattern)) for pattern in ("config.json", "*.safetensors", "tokenizer.*")):
             return snapshot
-    reason = (
-        "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else network.why_unreachable(constants.ENDPOINT)
-    )
+    reason: str | None = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        reason = network.why_unreachable(constants.ENDPOINT)
     if reason is None:
         try:
             with quiet():
@@ -175,10 +169,9 @@ def _from_hub(name: str) -> Path:
         except (errors.HTTPError, OSError, ValueError) as error:
             reason = first_line(error)
     raise DataError(
-        f"{name} is neither a path nor complete in the Hugging Face cache, and cannot be downloaded: "
-        f"{reason}; if it is gated, accept its license at {constants.ENDPOINT}/{name}; if it is gated or "
-        f"private, run hf auth login; or use a directory, a .gguf file or an asset (python -m "
-        f"blacksmith.assets); {_TINY}"
+        f"{name} is not a path, not complete in the Hugging Face cache, and cannot be downloaded: {reason}; "
+        f"if it is gated, accept its license at {constants.ENDPOINT}/{name} and run hf auth login; or use a "
+        f"directory, a .gguf file or an asset (python -m blacksmith.assets); {_TINY}"
     )
 
 

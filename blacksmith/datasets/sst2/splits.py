@@ -98,7 +98,7 @@ class Source:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of all examples as the JSON text `[[sentences, labels], ...]`, whatever the file format was."""
+        """Hash of all examples, as the JSON text `[[sentences, labels], ...]`, whatever the file format."""
         parts = [self.train] if self.test is None else [self.train, self.test]
         content = [[part.sentences, part.labels.tolist()] for part in parts]
         return sha256(json.dumps(content).encode()).hexdigest()

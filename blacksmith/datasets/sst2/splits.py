@@ -106,13 +106,9 @@ class Source:
     def split(self, validation: int | float | None = None, seed: int = 0) -> Sst2:
         """Returns train, validation and test examples; a tenth of a single file is its test set.
 
-        Args:
-          validation: how many training examples to hold out: a count, or a fraction between 0 and 1; None:
-            1,000, or 40 of the sample, which has only 240.
-          seed: decides which ones.
-
-        Raises:
-          DataError: `validation` leaves nothing to train on, or only one class.
+        `validation` is how many training examples to hold out: a count, or a fraction between 0 and 1; None:
+        1,000, or 40 of the sample, which has only 240. `seed` decides which ones. Raises DataError if that
+        leaves nothing to train on, or only one class.
         """
         if validation is None:
             validation = 40 if self.source == "sample" else 1000

@@ -103,15 +103,7 @@ class Lora:
     )
 
 
-_MOVED = ("learning_rate", "weight_decay", "momentum", "beta_1", "beta_2", "epsilon")
-
-
-@section(
-    "llama.Train",
-    defaults={"epochs": 1, "batch_size": 32},
-    moved={name: f"Optimizer.{name}" for name in _MOVED}
-    | {"optimizer": "Optimizer.name", "clip_norm": "Optimizer.global_clip_norm"},
-)
+@section("llama.Train", defaults={"epochs": 1, "batch_size": 32})
 class Train(TrainConfig):
     """The training loop."""
 

@@ -48,12 +48,9 @@ def score(
     shared_prefix: bool = True,
     stop: StopFlag | None = None,
 ) -> Scores | None:
-    """Compares the likelihoods of the two answers (without end token); leaves the model in evaluation mode.
+    """Compares the likelihoods of the two answers (without end token); None if `stop` became true.
 
-    Args:
-      model: a `LlamaForCausalLM`, or a PEFT model around one.
-      shared_prefix: whether the common prefix of all prompts is computed once per batch.
-      stop: ends the computation early, with None as the result.
+    The model, a `LlamaForCausalLM` or a PEFT model around one, is left in evaluation mode.
     """
     device, labels = next(model.parameters()).device, encoded.examples.labels
     prefix = encoded.shared_prefix() if shared_prefix else []

@@ -17,9 +17,6 @@ from transformers import LlamaForCausalLM
 
 from blacksmith.errors import ConfigError, DataError, first_line
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
 
 def add_lora(
     model: LlamaForCausalLM,
@@ -70,12 +67,8 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 
 
 def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
-    """Adds a saved LoRA adapter to a model, in place, for evaluation, and prints what it is.
-
-    Raises:
-      DataError: the adapter is broken, not LoRA, or does not fit the model.
-    """
-    path = Path(directory) / CONFIG
+    """Adds a saved LoRA adapter to a model, in place, for evaluation; raises DataError if it does not fit."""
+    path = Path(directory) / "adapter_config.json"
     try:
         with warnings.catch_warnings():
             # The base model may lie elsewhere now. A newer peft has settings that this one skips; they do not
@@ -102,7 +95,7 @@ def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
 
 def load_weights(model: PeftModel, directory: Path) -> None:
     """Loads the weights of a saved adapter into a similar one; raises DataError if they do not fit."""
-    path = Path(directory) / WEIGHTS
+    path = Path(directory) / "adapter_model.safetensors"
     found = read_safetensors(path)
     # peft itself ignores weights it has no place for, and keeps random numbers for those that are missing.
     check_fit(found, peft.get_peft_model_state_dict(model, save_embedding_layers=False), path)

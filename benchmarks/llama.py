@@ -18,8 +18,7 @@ model has SmolLM2-135M's shape with --layers of its 30 layers (0: all), random w
 (`python -m blacksmith.assets smollm2-135m`).
 
 For a GPU, use --device=cuda --model-shape=llama-3.2-1b --layers=0 --dtype=bfloat16. Seconds are then wall
-seconds and memory is the device's. With --peak-tflops, FLOP utilization is reported: 4 FLOP per weight and
-token, padding included, since the base weights get no gradients.
+seconds and memory is the device's.
 """
 
 import argparse
@@ -74,7 +73,6 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--peak-tflops", type=float, help="of the device in --dtype, for FLOP utilization")
     parser.add_argument("--only", nargs="*", choices=WAYS, help="only these")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where llama.json and llama.md go")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -136,29 +134,14 @@ class Clock:
 
     def __init__(self, spec: dict) -> None:
         self.cuda = spec["device"].startswith("cuda")
-        self.steps = spec["steps"]
         self.batch = spec["batch"]
-        self.peak_flops = (spec["peak_tflops"] or 0) * 1e12
-        self.body = self.head = 0
         self.tokens: list[int] = []
-        self.predicted: list[int] = []
         self.ends: list[float] = []
         self.losses: list[float] = []
-        self.answers = 0
 
-    def measure(self, model) -> None:
-        """Counts the weights that each token is multiplied by, those of the head separately."""
-        base = model.get_base_model()
-        self.head = base.lm_head.weight.numel()
-        embedding = base.get_input_embeddings().weight
-        tied = embedding is base.lm_head.weight
-        rest = sum(weight.numel() for weight in model.parameters()) - self.head
-        self.body = rest if tied else rest - embedding.numel()
-
-    def stepped(self, loss, tokens: int, predicted: int) -> None:
-        """Records a step: its loss, its tokens, and how many of them the head was applied to."""
+    def stepped(self, loss, tokens: int) -> None:
+        """Records a step: its loss and how many tokens it computed."""
         self.tokens.append(tokens)
-        self.predicted.append(predicted)
         self.losses.append(float(loss))  # waits for an accelerator
         self.ends.append(time.perf_counter() if self.cuda else time.process_time())
 
@@ -177,15 +160,8 @@ class Clock:
             "examples_per_second": round(self.batch * (len(self.ends) - 1) / seconds, 4),
             "tokens_per_second": round(sum(self.tokens[1:]) / seconds, 1),
             "peak_memory_gib": round(memory / 2**30, 3),
-            "flop_utilization": self._utilization(seconds),
             "losses": self.losses,
         }
-
-    def _utilization(self, seconds: float) -> float | None:
-        if not self.peak_flops:
-            return None
-        flops = 4 * (self.body * sum(self.tokens[1:]) + self.head * sum(self.predicted[1:]))
-        return round(flops / seconds / self.peak_flops, 4)
 
 
 def make_model(spec: dict) -> dict:
@@ -249,31 +225,17 @@ class Enough(Exception):
 
 def with_blacksmith(spec: dict, clock: Clock) -> None:
     """Our experiment, stopped before its final test."""
-    from blacksmith.experiments.pytorch.llama import checkpoints, train
-    from blacksmith.models.pytorch.llama.prefix import token_losses
+    from blacksmith.experiments.pytorch.llama import train
     from blacksmith.run.loop import Loop
 
     class Timed(Loop):
         def log(self, values, **counts):
             super().log(values, **counts)
-            # Without the shared prefix the head is applied at every token.
-            clock.stepped(values["loss"], counts["tokens"], clock.answers or counts["tokens"])
-            clock.answers = 0
+            clock.stepped(values["loss"], counts["tokens"])
             if self.step == spec["steps"]:
                 raise Enough
 
-    def built(run):
-        model, tokenizer = checkpoints.build_model(run)
-        clock.measure(model)
-        return model, tokenizer
-
-    def counted(model, batch):
-        clock.answers += int((batch.targets >= 0).sum())
-        return token_losses(model, batch)
-
     train.Loop = Timed
-    train.build_model = built
-    train.token_losses = counted
     run = llama_run(spec)
     try:
         with run.opened():
@@ -293,7 +255,6 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     run = llama_run(spec)
     config = run.config
     model, tokenizer = checkpoints.build_model(run)
-    clock.measure(model)
     split = data.read_data(run).split(config.data.validation, config.run.seed)
     encoded = data.encode_examples(run, tokenizer, split.train, "training")
     order = LengthOrder(encoded.lengths, spec["batch"], config.train.by_length, config.run.seed)
@@ -318,7 +279,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
 
     class Ends(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
-            clock.stepped(trainer.latest, trainer.tokens, trainer.tokens)
+            clock.stepped(trainer.latest, trainer.tokens)
 
     settings = transformers.TrainingArguments(
         output_dir=spec["workdir"],

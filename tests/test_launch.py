@@ -167,7 +167,7 @@ BAD_LINES = {
     "a section in British spelling": ("Optimiser.name = 'sgd'", ["bad.gin:3", "did you mean 'Optimizer'?"]),
     "a different experiment's section": (
         "nerf.Train.steps = 3",
-        ["bad.gin:3: the experiment 'keras/mnist' has no section 'nerf.Train'", "allowed: Run, mnist.Data"],
+        ["bad.gin:3: the experiment 'keras/mnist' has no section 'nerf.Train'", "allowed: Run, Schedule"],
     ),
     "a section bound itself": ("mnist.Train = 3", ["bad.gin:3: mnist.Train is a section"]),
     "an unknown field": (
@@ -221,9 +221,9 @@ BAD_LINES = {
     ),
     "a negative validation set": (
         "mnist.Data.validation = -5",
-        ["bad.gin:3", "must be 0 or more, or 'test'"],
+        ["bad.gin:3", "must be greater than or equal to 0 or 'test'"],
     ),
-    "a width of zero": ("mnist.Model.hidden = (64, 0)", ["bad.gin:3", "widths must be positive"]),
+    "a width of zero": ("mnist.Model.hidden = (64, 0)", ["bad.gin:3", "must be greater than 0"]),
     "two ways to clip": (
         "Optimizer.clip_value = 1.0\nOptimizer.clip_norm = 1.0",
         ["bad.gin:4: Optimizer.clip_norm and Optimizer.clip_value are both set"],

@@ -90,22 +90,6 @@ def test_the_second_load_does_not_need_tfds(prepared, monkeypatch):
     assert first.info == second.info
 
 
-@pytest.mark.parametrize("damage", ["empty", "not an archive", "inside"])
-def test_a_corrupt_array_cache_is_rewritten(prepared, damage):
-    first = mnist.load("tfds", prepared, validation=8)
-    (cached,) = (files.cache_dir() / "tfds").iterdir()
-    content = cached.read_bytes()
-    half = len(content) // 2
-    damaged = {
-        "empty": b"",
-        "not an archive": b"x" * 99,
-        "inside": content[:half] + b"x" + content[half + 1 :],
-    }
-    cached.write_bytes(damaged[damage])
-    assert mnist.load("tfds", prepared, validation=8).info == first.info
-    assert cached.read_bytes() == content
-
-
 def test_a_changed_set_ignores_the_old_cache(prepared):
     mnist.load("tfds", prepared, validation=8)
     for path in (prepared / "mnist" / "3.0.1").iterdir():
@@ -114,11 +98,10 @@ def test_a_changed_set_ignores_the_old_cache(prepared):
     assert len(list((files.cache_dir() / "tfds").iterdir())) == 2
 
 
-def test_an_unwritable_cache_is_a_warning(prepared, caplog):
+def test_an_unwritable_cache_only_makes_the_next_load_slow(prepared):
     files.cache_dir().mkdir(parents=True)
     (files.cache_dir() / "tfds").write_text("in the way")
     assert len(mnist.load("tfds", prepared, validation=8).test) == 12
-    assert "the next load is slow" in caplog.text
 
 
 # --- sets prepared elsewhere ---
@@ -157,10 +140,8 @@ def test_a_truncated_tfrecord_file_is_refused(prepared, kept):
 
 
 UNFIT = {
-    "image size": ("features.json", '"28"', '"32"', "expected a uint8 28x28x1 image"),
-    "feature name": ("features.json", '"image": {', '"picture": {', "feature `image` is None"),
-    "too many classes": ("features.json", '"10"', '"1000"', "1000 classes, at most 256"),
-    "labels out of range": ("features.json", '"10"', '"5"', "labels outside 0 to 4"),
+    "feature name": ("features.json", '"image": {', '"picture": {', "cannot be read .*image"),
+    "labels out of range": ("features.json", '"10"', '"5"', "less than 5 classes"),
     "no test split": ("dataset_info.json", '"test"', '"dev"', "[Uu]nknown split.*test"),
     "broken json": ("dataset_info.json", "{", "", "3.0.1: cannot be read"),
     "wrong count": (
@@ -186,15 +167,9 @@ def test_the_newest_prepared_version_is_chosen_by_number(tmp_path):
         directory = tmp_path / "emnist" / "balanced" / version
         directory.mkdir(parents=True)
         (directory / "dataset_info.json").touch()
-        (directory / "features.json").touch()
     (tmp_path / "emnist" / "balanced" / "9.0.0").mkdir()
     found = tfds_source.find_prepared("emnist/balanced", tmp_path)
     assert found == tmp_path / "emnist" / "balanced" / "3.0.10"
-
-
-@pytest.mark.parametrize("name", ["../mnist", "mnist/../x", "/mnist", "MNIST", "a/b/c", ""])
-def test_an_invalid_tfds_name_is_refused(name):
-    _refused("is not of the form", name=name)
 
 
 def test_a_set_that_cannot_be_prepared_here_is_refused():
@@ -249,5 +224,5 @@ def test_a_broken_download_is_refused(small_mnist, served, tmp_path, monkeypatch
     directory = small_mnist.write(served[0] / "broken")
     (directory / f"{idx.NAMES[3]}.gz").write_bytes(gzip.compress(b"junk"))
     monkeypatch.setattr(stock.MNIST, "URL", served[1] + "broken/")
-    _refused("truncated, 4 bytes", tmp_path / "tfds")
+    _refused("not a complete idx file: 4 bytes", tmp_path / "tfds")
     assert tfds_source.find_prepared("mnist", tmp_path / "tfds") is None

@@ -16,8 +16,6 @@ from blacksmith.datasets.mnist import idx, mnist5k, tfds_source
 from blacksmith.errors import DataError
 from blacksmith.run import order
 
-SOURCES = ("auto", "idx", "tfds", "mnist5k")
-
 DEFAULT_VALIDATION = 5000
 MNIST5K_VALIDATION = 500  # takes the place of the default on mnist5k, which has only 4,000 train images
 
@@ -53,13 +51,11 @@ class Info:
         validation = (
             "validation on the test set" if self.validation_is_test else f"{self.validation:,} validation"
         )
-        line = (
+        hint = "; a 5,000-digit subset, for the full set run `python -m blacksmith.assets mnist`"
+        return (
             f"data: {self.name} from {self.source}{place}: {self.train:,} train, {validation}, "
-            f"{self.test:,} test, sha256 {self.sha256[:12]}"
+            f"{self.test:,} test, sha256 {self.sha256[:12]}{hint if self.source == 'mnist5k' else ''}"
         )
-        if self.source == "mnist5k":
-            line += "; a 5,000-digit subset, for the full set run `python -m blacksmith.assets mnist`"
-        return line
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +73,7 @@ def load(
     path: str | os.PathLike[str] | None = None,
     *,
     name: str = "mnist",
-    validation: int | float | str = DEFAULT_VALIDATION,
+    validation: int | str = DEFAULT_VALIDATION,
     seed: int = 0,
 ) -> Mnist:
     """Loads a 28x28 grayscale classification set and splits it.
@@ -87,49 +83,47 @@ def load(
       tfds: a TensorFlow Datasets set, in TFDS's own order. `mnist`, `fashion_mnist` and `kmnist` are
         downloaded and prepared if necessary; any other set must be prepared already.
       mnist5k: the 5,000 bundled digits, 1,000 of them for testing.
-      auto: the first of these that needs no download: idx in `path` or in the cache, a prepared TFDS set in
-        `path` or in TFDS's data directory, mnist5k. It is an error if `path` has neither, or if a set other
-        than mnist is not prepared.
+      auto: the first of these that `path`, or without it the cache and TFDS's data directory, have.
 
     Args:
-      source: one of `SOURCES`.
+      source: one of these.
       path: the directory of the idx files, or TFDS's data directory; None for the cache or TFDS's default.
       name: TFDS name, with the configuration if the set has any (`emnist/balanced`).
-      validation: how much of the official training set to hold out, drawn by the seed: a number of images, a
-        fraction in [0, 1), or "test" to hold out nothing and validate on the test set. The default of 5,000
-        means 500 on mnist5k.
+      validation: how many images of the official training set to hold out, or "test" to validate on the test
+        set. The default of 5,000 means 500 on mnist5k.
       seed: decides which images are held out, and the order of the train split.
 
     Returns:
       The splits, disjoint unless `validation` is "test", and the same for a seed on every machine.
 
     Raises:
-      DataError: the source is unknown, missing or broken, or `validation` leaves nothing to train on.
+      DataError: the source is missing or broken, or `validation` leaves nothing to train on.
     """
-    if source not in SOURCES:
-        raise DataError(f"unknown MNIST source {source!r}; allowed: {', '.join(SOURCES)}")
     directory = None if path is None else Path(path).expanduser().absolute()
+    if name != "mnist" and source != "tfds":
+        raise DataError(f"the set {name!r} needs source 'tfds', not {source!r}")
     if source == "auto":
-        source = _first_available(directory, name)
+        source = _first_available(directory)
     if source == "idx":
-        if directory is None and name != "mnist":
-            raise DataError(f"source 'idx' needs the path of the idx files of {name!r}")
         origin = directory or files.cache_dir() / "mnist"
         arrays = idx.load(origin)
     elif source == "tfds":
         arrays, origin = tfds_source.load(name, directory or tfds_source.default_data_dir())
-    else:
-        if directory is not None or name != "mnist":
-            raise DataError(
-                "source 'mnist5k' is bundled and takes neither a path nor a name other than mnist "
-                f"(path={path!r}, name={name!r})"
-            )
+    elif source == "mnist5k" and directory is None:
         arrays, origin = mnist5k.load(), None
         if validation == DEFAULT_VALIDATION:
             validation = MNIST5K_VALIDATION
+    else:
+        raise DataError(
+            f"no MNIST source {source!r} with the path {path}; allowed: auto, idx, tfds, or mnist5k without "
+            "a path"
+        )
 
-    held_out = _held_out(validation, len(arrays.train_labels))
-    rows = order.generator(seed, "mnist.split").permutation(len(arrays.train_labels))
+    size = len(arrays.train_labels)
+    held_out = 0 if validation == "test" else validation
+    if not 0 <= held_out < size:
+        raise DataError(f"validation={validation} of {size:,} train images; allowed: 0 to {size - 1:,}")
+    rows = order.generator(seed, "mnist.split").permutation(size)
     train, validation_split = (
         Split(arrays.train_images[part], arrays.train_labels[part].astype(np.int32))
         for part in (rows[held_out:], rows[:held_out])
@@ -151,65 +145,24 @@ def load(
     return Mnist(train, validation_split, test, info)
 
 
-def _first_available(directory: Path | None, name: str) -> str:
+def _first_available(directory: Path | None) -> str:
     """Resolves `auto` without importing or downloading anything."""
-    if directory is not None:
-        if idx.present(directory):
-            return "idx"
-        if tfds_source.find_prepared(name, directory) is not None:
-            return "tfds"
-        raise DataError(f"{directory}: neither MNIST idx files nor a prepared TFDS set {name!r}")
-    if name == "mnist":
-        cache = files.cache_dir() / "mnist"
-        found = idx.present(cache)
-        if found == len(idx.NAMES):
-            return "idx"
-        if found:
-            _note(
-                f"{cache} is skipped: it has {found} of the {len(idx.NAMES)} idx files; "
-                "python -m blacksmith.assets mnist fetches the others"
-            )
-    prepared = tfds_source.find_prepared(name, tfds_source.default_data_dir())
-    if prepared is not None:
-        if tfds_source.readable(prepared):
-            return "tfds"
-        if name == "mnist":
-            _note(f"{prepared} is skipped: reading it needs pip install '.[tfds]'")
-    if name == "mnist":
-        return "mnist5k"
-    raise DataError(
-        f"TFDS set {name!r} is not prepared in {tfds_source.default_data_dir()}; "
-        "source='tfds' downloads and prepares it"
-    )
-
-
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
-
-
-def _held_out(validation: int | float | str, size: int) -> int:
-    """How many of `size` train images to hold out."""
-    if validation == "test":
-        return 0
-    count = validation
-    if isinstance(validation, float) and 0 <= validation < 1:
-        count = round(validation * size)
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < size:
-        raise DataError(
-            f"validation={validation!r} with {size:,} train images; allowed: a whole number from 0 "
-            f"to {size - 1:,}, a fraction from 0 up to but not including 1, or 'test'"
-        )
-    return count
+    if idx.present(directory or files.cache_dir() / "mnist"):
+        return "idx"
+    prepared = tfds_source.find_prepared("mnist", directory or tfds_source.default_data_dir())
+    if prepared and (directory or tfds_source.readable(prepared)):
+        return "tfds"
+    if directory:
+        raise DataError(f"{directory}: neither MNIST's idx files nor a prepared TFDS set 'mnist'")
+    if prepared:
+        print(f"note: {prepared} is skipped: reading it needs pip install '.[tfds]'", file=sys.stderr)
+    return "mnist5k"
 
 
 def prepare(split: Split, scale: float, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels as ``(pixel / scale - mean) / std``.
-
-    Returns:
-      Inputs float32 [samples, height, width], labels int32 [samples].
-    """
+    """Inputs ``(pixel / scale - mean) / std``, float32 [samples, 28, 28], and labels int32 [samples]."""
     inputs = split.images.astype(np.float32)
     inputs *= np.float32(1 / (scale * std))
     if mean:
         inputs -= np.float32(mean / std)
-    return inputs, split.labels.astype(np.int32)
+    return inputs, split.labels

@@ -1,23 +1,23 @@
 """MNIST and datasets of the same shape from TensorFlow Datasets (TFDS), without TensorFlow.
 
 A prepared set is read once and kept in the cache as plain arrays, so that later loads are fast and do not
-import tensorflow_datasets. `mnist`, `fashion_mnist` and `kmnist` can also be downloaded and prepared here.
+import tensorflow_datasets.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import io
-import logging
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from blacksmith import files
 from blacksmith.datasets.mnist import idx
@@ -27,11 +27,8 @@ from blacksmith.network import why_unreachable
 
 # Class names in tensorflow_datasets.image_classification.mnist; all download idx files.
 PREPARABLE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-MAX_CLASSES = 256
 
-_PACKAGES = ("tensorflow_datasets", "array_record", "importlib_resources", "PIL")
-_NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
-_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_PACKAGES = ("tensorflow_datasets", "array_record", "importlib_resources")
 
 
 def default_data_dir() -> Path:
@@ -41,16 +38,12 @@ def default_data_dir() -> Path:
 
 def find_prepared(name: str, data_dir: Path) -> Path | None:
     """The directory of the newest prepared version of a set, or None. Imports nothing."""
-    if not _NAME.fullmatch(name):
-        raise DataError(f"TFDS name {name!r} is not of the form `mnist` or `emnist/balanced` (set/config)")
     versions = [
-        (tuple(map(int, match.groups())), path)
+        path
         for path in (data_dir / name).glob("*")
-        if (match := _VERSION.fullmatch(path.name))
-        and (path / "dataset_info.json").is_file()
-        and (path / "features.json").is_file()
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file()
     ]
-    return max(versions)[1] if versions else None
+    return max(versions, key=lambda path: [int(part) for part in path.name.split(".")], default=None)
 
 
 def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
@@ -64,32 +57,28 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
     """
     prepared = find_prepared(name, data_dir) or prepare(name, data_dir)
     cached = _cache_path(prepared)
-    try:
+    if cached.is_file():
         with np.load(cached, allow_pickle=False) as archive:
             *parts, classes = (archive[field] for field in Arrays._fields)
-            return Arrays(*parts, int(classes)), prepared
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not cached yet, or corrupt: read the original and cache it again
+        return Arrays(*parts, int(classes)), prepared
     tfds = _import_tfds()
     try:
         builder = tfds.builder_from_directory(prepared)
-        classes = _check_features(tfds, builder.info.features)
+        classes = builder.info.features["label"].num_classes
         parts = [_read_split(tfds, builder, split, classes) for split in ("train", "test")]
     except Exception as error:  # TFDS, protobuf and Pillow raise many types for a broken set
         raise DataError(f"{prepared}: cannot be read ({_summary(error)})") from error
     arrays = Arrays(*parts[0], *parts[1], classes)
-    try:
+    with contextlib.suppress(OSError):  # without a cache, only the next load is slow
         cached.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic_file(cached) as stream:
             np.savez(stream, **arrays._asdict())
-    except OSError as error:
-        logging.getLogger(__name__).warning("cannot cache %s, so the next load is slow: %s", prepared, error)
     return arrays, prepared
 
 
 def readable(prepared: Path) -> bool:
     """Whether the set is in the array cache or the packages that read it are installed."""
-    return _cache_path(prepared).exists() or all(importlib.util.find_spec(name) for name in _PACKAGES)
+    return _cache_path(prepared).exists() or not _missing_packages()
 
 
 def _cache_path(prepared: Path) -> Path:
@@ -100,38 +89,21 @@ def _cache_path(prepared: Path) -> Path:
     return files.cache_dir() / "tfds" / f"{prepared.parent.name}-{prepared.name}-{digest[:16]}.npz"
 
 
-def _check_features(tfds: ModuleType, features: Any) -> int:
-    """Returns the number of classes; a ValueError if this is not a 28x28 grayscale classification set."""
-    named = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
-    image, label = named.get("image"), named.get("label")
-    if (
-        not isinstance(image, tfds.features.Image)
-        or tuple(image.shape) not in {(SIDE, SIDE), (SIDE, SIDE, 1)}
-        or np.dtype(image.np_dtype) != np.uint8
-    ):
-        raise ValueError(f"feature `image` is {image}, expected a uint8 28x28x1 image")
-    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
-        raise ValueError(f"feature `label` is {label}, expected a class label")
-    if label.num_classes > MAX_CLASSES:
-        raise ValueError(f"{label.num_classes} classes, at most {MAX_CLASSES} are supported")
-    return int(label.num_classes)
-
-
 def _read_split(tfds: ModuleType, builder: Any, split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images uint8 [samples, 28, 28] and labels uint8 [samples], in stored order."""
-    from PIL import Image
-
     count = builder.info.splits[split].num_examples
     images, labels = [], []
     skip = {"image": tfds.decode.SkipDecoding()}
     for record in _records(tfds, builder, split):
         example = builder.info.features.deserialize_example_np(record, decoders=skip)
-        images.append(np.asarray(Image.open(io.BytesIO(example["image"]))))
-        labels.append(example["label"])
-        if images[-1].shape != (SIDE, SIDE) or images[-1].dtype != np.uint8:
-            raise ValueError(f"split {split} has an image {images[-1].dtype} {list(images[-1].shape)}")
-        if not 0 <= labels[-1] < classes:
-            raise ValueError(f"split {split} has labels outside 0 to {classes - 1}")
+        image, label = np.asarray(Image.open(io.BytesIO(example["image"]))), example["label"]
+        if image.shape != (SIDE, SIDE) or image.dtype != np.uint8 or not 0 <= label < min(classes, 256):
+            raise ValueError(
+                f"split {split} has an image {image.dtype} {list(image.shape)} with label {label}; expected "
+                f"uint8 [28, 28] and less than {classes} classes, at most 256"
+            )
+        images.append(image)
+        labels.append(label)
     if not len(images) == count > 0:
         raise ValueError(f"split {split} has {len(images)} records, but {count} are declared")
     return np.stack(images), np.array(labels, np.uint8)
@@ -151,14 +123,14 @@ def _tfrecords(path: Path) -> Iterator[bytes]:
     A record is its length (8 bytes), the length's CRC (4), the data and the data's CRC (4). The CRCs are not
     checked: the standard library has no CRC-32C, every PNG has its own checksum, and records are counted.
     """
-    content = memoryview(path.read_bytes())
+    content = path.read_bytes()
     at = 0
     while at < len(content):
         length = int.from_bytes(content[at : at + 8], "little")
         start, at = at + 12, at + 16 + length
         if at > len(content):
             raise ValueError(f"{path.name} is truncated")
-        yield bytes(content[start : start + length])
+        yield content[start : start + length]
 
 
 def prepare(name: str, data_dir: Path) -> Path:
@@ -203,16 +175,11 @@ def prepare(name: str, data_dir: Path) -> Path:
         builder = Builder(data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
     except Exception as error:
-        # Another process may have prepared the set in the meantime.
-        if (prepared := find_prepared(name, data_dir)) is not None:
-            return prepared
         raise DataError(f"TFDS set {name!r} cannot be prepared in {data_dir} ({_summary(error)})") from error
     return Path(builder.data_path)
 
 
 def _examples(images_path: Path, labels_path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    from PIL import Image
-
     images, labels = idx.read_pair(Path(images_path), Path(labels_path))
     for index, (image, label) in enumerate(zip(images, labels)):
         png = io.BytesIO()
@@ -221,12 +188,15 @@ def _examples(images_path: Path, labels_path: Path) -> Iterator[tuple[int, dict[
 
 
 def _import_tfds() -> ModuleType:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := _missing_packages():
         raise DataError(f"source 'tfds' needs {', '.join(missing)}; run pip install '.[tfds]'")
     import tensorflow_datasets
 
     return tensorflow_datasets
+
+
+def _missing_packages() -> list[str]:
+    return [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def _summary(error: Exception) -> str:

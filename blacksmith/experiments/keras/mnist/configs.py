@@ -1,23 +1,14 @@
 """The configuration of the MNIST experiments on JAX, PyTorch and Lightning. Loads no framework."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
 
 from blacksmith.config.conditions import Is
 from blacksmith.config.sections import section, setting
-from blacksmith.config.settings import (
-    CheckpointConfig,
-    KerasTrainConfig,
-    LogConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    check_warmup,
-)
-from blacksmith.errors import ConfigError
-
-if TYPE_CHECKING:
-    from blacksmith.datasets import mnist
+from blacksmith.config.settings import CheckpointConfig, KerasConfig, KerasTrainConfig, check_warmup
+from blacksmith.datasets import mnist
 
 _VALIDATION = {"mnist.Data.validation": Is("not 0", lambda samples: samples != 0)}
 
@@ -43,7 +34,7 @@ class Data:
         evaluation_may_change=True,
         only_with={"mnist.Data.source": "tfds"},
     )
-    validation: int | Literal["test"] = setting(
+    validation: NonNegativeInt | Literal["test"] = setting(
         5000,
         "training samples held out for validation (500 instead of 5000 on mnist5k); 'test': the test set",
     )
@@ -53,14 +44,8 @@ class Data:
     shift: float = setting(0.0, "shift training images randomly by up to this many pixels", ge=0, le=14)
     rotate: float = setting(0.0, "rotate training images randomly by up to this many degrees", ge=0, le=180)
 
-    def load(self, seed: int) -> "mnist.Mnist":
-        """Reads the images and holds out validation images by the seed.
-
-        Raises:
-          DataError: the data is missing or broken.
-        """
-        from blacksmith.datasets import mnist
-
+    def load(self, seed: int) -> mnist.Mnist:
+        """Reads the images and holds out validation images by the seed; `DataError` if that fails."""
         return mnist.load(self.source, self.path, name=self.name, validation=self.validation, seed=seed)
 
 
@@ -68,7 +53,7 @@ class Data:
 class Model:
     """The multi-layer perceptron."""
 
-    hidden: tuple[int, ...] = setting((256, 256), "widths of the hidden layers")
+    hidden: tuple[PositiveInt, ...] = setting((256, 256), "widths of the hidden layers")
     activation: Literal["relu", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu"] = setting(
         "silu", "activation of the hidden layers"
     )
@@ -104,24 +89,16 @@ class Checkpoint(CheckpointConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(KerasConfig):
     """All settings of the MNIST experiments."""
 
-    run: RunConfig
     data: Data
     model: Model
     train: Train
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
     checkpoint: Checkpoint
-    log: LogConfig
 
     def check(self) -> None:
-        """Raises ConfigError if a rule that spans fields is broken."""
-        if isinstance(self.data.validation, int) and self.data.validation < 0:
-            raise ConfigError(f"mnist.Data.validation = {self.data.validation}: must be 0 or more, or 'test'")
-        if any(width < 1 for width in self.model.hidden):
-            raise ConfigError(f"mnist.Model.hidden = {self.model.hidden}: widths must be positive")
+        """Raises ConfigError if the warm-up is longer than the run."""
         check_warmup(self.schedule, self.train.steps)
 
     def parity_bindings(self) -> dict[str, object]:

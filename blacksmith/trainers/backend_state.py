@@ -40,23 +40,16 @@ def assign_state(task: Task, state: Mapping[str, np.ndarray]) -> None:
       ValueError: names or shapes differ from the task's.
     """
     variables = named_state(task)
-    missing, unknown = sorted(set(variables) - set(state)), sorted(set(state) - set(variables))
-    if missing:
-        raise ValueError(f"the checkpoint lacks {missing[0]}")
-    if unknown:
-        raise ValueError(f"the checkpoint has {unknown[0]}, which is not part of this model and optimizer")
+    expected = {name: tuple(variable.shape) for name, variable in variables.items()}
+    found = {name: array.shape for name, array in state.items()}
+    if found != expected:
+        name, _ = min(found.items() ^ expected.items())
+        raise ValueError(
+            f"{name} has the shape {found.get(name, '(missing)')} in the checkpoint, "
+            f"{expected.get(name, '(missing)')} in this model and optimizer"
+        )
     for name, variable in variables.items():
-        if tuple(variable.shape) != state[name].shape:
-            raise ValueError(
-                f"the checkpoint's {name} has the shape {state[name].shape}, not {tuple(variable.shape)}"
-            )
         variable.assign(state[name].astype(str(variable.dtype)))
-
-
-def check_parts(accumulate: int, batch: int) -> None:
-    """Raises ValueError if a batch cannot be split into `accumulate` equal parts."""
-    if batch % accumulate:
-        raise ValueError(f"accumulate = {accumulate} does not divide the batch of {batch} samples")
 
 
 def added_loss(added: Sequence[object]) -> object:

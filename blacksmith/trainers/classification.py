@@ -13,7 +13,7 @@ from blacksmith.files import write_json
 from blacksmith.run.order import Order
 from blacksmith.run.run import Run
 from blacksmith.trainers import losses
-from blacksmith.trainers.export import export_stablehlo, export_torch
+from blacksmith.trainers.export import export_model
 from blacksmith.trainers.initial_weights import initialize
 from blacksmith.trainers.keras_trainer import (
     KerasTrainer,
@@ -59,10 +59,7 @@ def make_setup(
 def make_task(
     config: Any, build: Callable[[], keras.Model], end: int, augmentation: Augmentation | None = None
 ) -> Task:
-    """The model with its initial weights, its optimizer and its loss, see `make_setup`.
-
-    `end` is the last optimizer step, for schedules that decay until the end.
-    """
+    """The initialized model, its optimizer and its loss, see `make_setup`; `end` is the last step."""
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(config.train.precision)
     model = build()
@@ -78,18 +75,29 @@ def make_task(
     )
 
 
-def run_classifier(run: Run, setup: Setup, preparation: Mapping[str, Any] | None = None) -> int:
+def run_classifier(
+    run: Run,
+    setup: Setup,
+    preparation: Mapping[str, Any] | None = None,
+    fit: Callable[[KerasTrainer], None] = KerasTrainer.fit,
+) -> int:
     """Trains, evaluates or exports a classifier, depending on the run's mode; returns the exit status.
 
-    `preparation` says how inputs are prepared, for `export.json`.
+    `preparation` says how inputs are prepared, for `export.json`; `fit` is the loop that trains.
     """
+    if run.mode == "train":
+        trainer = KerasTrainer(run, setup)
+        fit(trainer)
+        worst_to = None if setup.test.images is None else run.directory / "images"
+        return trainer.finish(lambda: score_classifier(trainer.backend, setup.test, worst_to))
+    backend = backend_of(run, setup)
+    load_checkpoint(backend, run.resumed)
     if run.mode == "eval":
-        return evaluate_checkpoint(run, setup)
-    if run.mode == "export":
-        return export_checkpoint(run, setup, preparation or {})
-    trainer = KerasTrainer(run, setup)
-    trainer.fit()
-    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test))
+        _evaluate(run, setup, backend)
+    else:
+        backend.sync()
+        _export(run, setup.task.model, preparation or {})
+    return 0
 
 
 def score_classifier(backend: Backend, samples: Samples, worst_to: Path | None = None) -> dict[str, Any]:
@@ -126,13 +134,11 @@ def _save_worst(directory: Path, samples: Samples, logits: np.ndarray) -> None:
         Image.fromarray(samples.images[index]).save(directory / f"test_worst_{rank:02d}.png", pnginfo=texts)
 
 
-def evaluate_checkpoint(run: Run, setup: Setup) -> int:
-    """``--mode=eval``: evaluates the checkpoint on the validation and test sets and writes `eval.json`.
+def _evaluate(run: Run, setup: Setup, backend: Backend) -> None:
+    """Evaluates the validation and test sets and writes `eval.json`.
 
-    On data other than the training data, only on the test set, since no validation set was held out of it.
+    On data other than the training data, only the test set, since no validation set was held out of it.
     """
-    backend = backend_of(run, setup)
-    load_checkpoint(backend, run.resumed)
     result: dict[str, Any] = {"checkpoint": str(run.resumed.path), "data": run.data}
     if run.trained_on_this_data() and len(setup.validation):
         result["val"] = evaluate(backend, setup.validation)[0]
@@ -142,39 +148,23 @@ def evaluate_checkpoint(run: Run, setup: Setup) -> int:
         if split in result:
             print(f"{split}: " + "  ".join(f"{k} {result[split][k]:.6f}" for k in ("loss", "accuracy")))
     print(run.directory / "eval.json")
-    return 0
 
 
-def export_checkpoint(run: Run, setup: Setup, preparation: Mapping[str, Any]) -> int:
-    """``--mode=export``: writes the checkpoint's model and `export.json` into ``export/``.
-
-    The model is saved as ``model.keras`` and, for any batch size, as ``model.stablehlo`` (`jax.export`) on
-    JAX or ``model.pt2`` (`torch.export`) on PyTorch. `preparation` says how inputs are prepared, for
-    `export.json`.
-    """
-    backend = backend_of(run, setup)
-    load_checkpoint(backend, run.resumed)
-    backend.sync()
-    model = setup.task.model
+def _export(run: Run, model: keras.Model, preparation: Mapping[str, Any]) -> None:
+    """Writes the model and `export.json`, which describes it, into ``export/``."""
     directory = run.directory / "export"
     directory.mkdir(exist_ok=True)
-    model.save(directory / "model.keras")
-    if run.backend == "jax":
-        own = export_stablehlo(model, directory / "model.stablehlo")
-    else:
-        own = export_torch(model, directory / "model.pt2")
-    written = ["model.keras", own.name]
+    files = export_model(model, directory)
     content = {
         "checkpoint": str(run.resumed.path),
-        "files": written,
+        "files": files,
         "input": f"float32 {_with_batch(model.inputs[0].shape)}",
         "output": f"logits {_with_batch(model.outputs[0].shape)}",
         **preparation,
     }
     write_json(directory / "export.json", content)
-    for name in [*written, "export.json"]:
+    for name in [*files, "export.json"]:
         print(directory / name)
-    return 0
 
 
 def _with_batch(shape: tuple[int | None, ...]) -> str:

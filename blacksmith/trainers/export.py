@@ -1,12 +1,26 @@
-"""A Keras model in its backend's own exchange format, with a dynamic batch size."""
+"""A Keras model as files that other programs load, for any batch size."""
 
 from pathlib import Path
 
 import keras
 
 
-def export_stablehlo(model: keras.Model, path: Path) -> Path:
-    """Writes a one-input model on JAX as StableHLO for `jax.export.deserialize`; returns `path`."""
+def export_model(model: keras.Model, directory: Path) -> list[str]:
+    """Writes a model of one input as ``model.keras`` and in its backend's own format.
+
+    Returns:
+      The names of the files. The second is ``model.stablehlo`` for `jax.export.deserialize`, or ``model.pt2``
+      for `torch.export.load`.
+    """
+    model.save(directory / "model.keras")
+    if keras.config.backend() == "jax":
+        (directory / "model.stablehlo").write_bytes(_stablehlo(model))
+        return ["model.keras", "model.stablehlo"]
+    _export_torch(model, directory / "model.pt2")
+    return ["model.keras", "model.pt2"]
+
+
+def _stablehlo(model: keras.Model) -> bytes:
     import jax
     from jax import export
 
@@ -19,13 +33,10 @@ def export_stablehlo(model: keras.Model, path: Path) -> Path:
     (batch,) = export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *model.inputs[0].shape[1:]), model.inputs[0].dtype)
     # For every platform, so that a model trained on a GPU can be served on a CPU.
-    exported = export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(shape)
-    path.write_bytes(exported.serialize())
-    return path
+    return export.export(jax.jit(forward), platforms=("cpu", "cuda", "tpu"))(shape).serialize()
 
 
-def export_torch(model: keras.Model, path: Path) -> Path:
-    """Writes a one-input model on PyTorch for `torch.export.load`; returns `path`."""
+def _export_torch(model: keras.Model, path: Path) -> None:
     import torch
 
     device = model.trainable_variables[0].value.device
@@ -34,4 +45,3 @@ def export_torch(model: keras.Model, path: Path) -> Path:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model.eval(), (example,), dynamic_shapes=((({0: batch},)),), strict=False)
     torch.export.save(program, path)
-    return path

@@ -13,7 +13,6 @@ from blacksmith.trainers.backend_state import (
     EVALUATION_BATCH,
     added_loss,
     assign_state,
-    check_parts,
     draw_augmentation,
     evaluate_in_batches,
     read_state,
@@ -44,8 +43,6 @@ class JaxBackend(Backend):
 
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
         count = len(block.indices)
-        if count > self._capacity:
-            raise ValueError(f"a block of {count} steps is longer than block_steps = {self._capacity}")
         rows = self._rows(block, step, self._capacity)
         self._state, values = self._run(self._state, self._inputs, self._labels, rows, count)
         # Sliced in NumPy, because JAX would compile a slice for every new length.
@@ -98,7 +95,7 @@ class JaxBackend(Backend):
         return model.trainable_variables, model.non_trainable_variables, optimizer.variables
 
     def _rows(self, block: Block, step: int, capacity: int) -> dict[str, np.ndarray]:
-        """The block's indices, weights, seeds and augmentation, truncated or padded to `capacity` steps."""
+        """The block's indices, weights, seeds and augmentation, padded to `capacity` steps."""
         count, batch = block.indices.shape
         rows = {"indices": block.indices, "weights": block.weights}
         if self._seeds:
@@ -107,11 +104,7 @@ class JaxBackend(Backend):
         if augmentation is not None:
             rows["augmentation"] = augmentation
 
-        def fit(a: np.ndarray) -> np.ndarray:
-            missing = max(0, capacity - len(a))
-            return np.concatenate([a[:capacity], np.zeros((missing, *a.shape[1:]), a.dtype)])
-
-        return {name: fit(a) for name, a in rows.items()}
+        return {n: np.pad(a, [(0, capacity - count)] + [(0, 0)] * (a.ndim - 1)) for n, a in rows.items()}
 
     def _block(
         self, state: Any, inputs: jax.Array, labels: jax.Array, rows: dict, count: jax.Array
@@ -127,18 +120,12 @@ class JaxBackend(Backend):
         def body(i: jax.Array, carry: Any) -> Any:
             state, values = carry
             row = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
-            state, one = self._step(state, inputs, labels, row)
+            gradients, fixed, one = self._batch_gradients(state, inputs, labels, row)
+            trainable, slots = self.task.optimizer.stateless_apply(state[2], gradients, state[0])
             update = jax.lax.dynamic_update_index_in_dim
-            return state, {k: update(values[k], one[k], i, 0) for k in values}
+            return (trainable, fixed, slots), {k: update(values[k], one[k], i, 0) for k in values}
 
         return jax.lax.fori_loop(0, count, body, (state, values))
-
-    def _step(
-        self, state: Any, inputs: jax.Array, labels: jax.Array, row: dict
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        gradients, fixed, one = self._batch_gradients(state, inputs, labels, row)
-        trainable, slots = self.task.optimizer.stateless_apply(state[2], gradients, state[0])
-        return (trainable, fixed, slots), one
 
     def _batch_gradients(
         self, state: Any, inputs: jax.Array, labels: jax.Array, row: dict
@@ -152,7 +139,6 @@ class JaxBackend(Backend):
         gradient = jax.value_and_grad(self._loss, has_aux=True)
         per_sample = {k: v for k, v in row.items() if k != "seeds"}
         parts = self.task.accumulate
-        check_parts(parts, len(row["indices"]))
         size = len(row["indices"]) // parts
         total, values = None, None
         for start in range(0, size * parts, size):

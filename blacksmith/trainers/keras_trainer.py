@@ -38,35 +38,27 @@ class Samples:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, on what, and for how long: `end` is the last optimizer step.
-
-    Attributes:
-      order: the batches of `train`.
-      validation: evaluated during training; may be empty.
-      test: evaluated once, at the end.
-    """
+    """What is trained, on what, and for how long."""
 
     task: Task
-    order: Order
-    end: int
+    order: Order  # the batches of `train`
+    end: int  # the last optimizer step
     train: Samples
-    validation: Samples
-    test: Samples
+    validation: Samples  # evaluated during training; may be empty
+    test: Samples  # evaluated once, at the end
 
 
 class KerasTrainer:
     """Trains one model in one run directory; resumes from `run.resumed` if set.
 
-    `progress` overrides ``Log.progress``, the style of the console progress.
-
     Raises:
       CheckpointError: the checkpoint does not fit the model or optimizer.
-      ValueError: a layer would see the padding of the last batch of an epoch.
+      ValueError: a layer would see the padding of a batch, or a batch has no equal parts to accumulate.
     """
 
-    def __init__(self, run: Run, setup: Setup, *, progress: str | None = None) -> None:
+    def __init__(self, run: Run, setup: Setup) -> None:
         self.run, self.setup = run, setup
-        _check_ragged(setup.task, setup.order)
+        _check_batches(setup.task, setup.order)
         self.backend = backend_of(run, setup)
         if run.resumed is None:
             model = {k: v for k, v in self.backend.state().items() if k.startswith("model/")}
@@ -83,15 +75,10 @@ class KerasTrainer:
             learning_rate=self._learning_rate,
             histograms=self._histograms,
             examples_of=self._examples_of,
-            progress=progress,
         )
 
     def fit(self) -> None:
-        """Trains to the end, or until the run is stopped.
-
-        Raises:
-          RunError: the loss is not finite.
-        """
+        """Trains to the end, or until the run is stopped."""
         for step, steps in self.loop.blocks(self.run.config.train.block_steps):
             block = self.setup.order.block(step, steps)
             self.log(block, self.backend.train_block(block, step))
@@ -136,12 +123,10 @@ def backend_of(run: Run, setup: Setup) -> Backend:
         from blacksmith.trainers.jax_backend import JaxBackend
 
         return JaxBackend(task, train.inputs, train.labels, run.config.train.block_steps)
-    if keras.config.backend() == "torch":
-        from blacksmith.trainers.torch_backend import TorchBackend
+    from blacksmith.trainers.torch_backend import TorchBackend
 
-        notify = print if run.mode == "train" else lambda line: None
-        return TorchBackend(task, train.inputs, train.labels, notify)
-    raise ValueError(f"no trainer for the Keras backend {keras.config.backend()!r}: jax or torch")
+    notify = print if run.mode == "train" else lambda line: None
+    return TorchBackend(task, train.inputs, train.labels, notify)
 
 
 def evaluate(backend: Backend, samples: Samples) -> tuple[dict[str, float], np.ndarray]:
@@ -151,23 +136,17 @@ def evaluate(backend: Backend, samples: Samples) -> tuple[dict[str, float], np.n
 
 
 def load_checkpoint(backend: Backend, saved: Saved) -> None:
-    """Loads a checkpoint's weights and optimizer slots.
-
-    Raises:
-      CheckpointError: it cannot be read, or does not fit the model and optimizer.
-    """
+    """Loads a checkpoint's weights and optimizer slots; `CheckpointError` if they do not fit."""
     try:
-        arrays = load_file(saved.path / ARRAYS)
-    except Exception as error:
-        raise CheckpointError(f"{saved.path / ARRAYS} cannot be read: {error}") from error
-    try:
-        backend.load_state(arrays)
+        backend.load_state(load_file(saved.path / ARRAYS))
     except ValueError as error:
         raise CheckpointError(f"{saved.path} does not fit this configuration: {error}") from error
 
 
-def _check_ragged(task: Task, order: Order) -> None:
-    """Refuses layers that mix the samples of a batch, since they would see its padding."""
+def _check_batches(task: Task, order: Order) -> None:
+    """Refuses batches that have no equal parts, and layers that would see the padding of a ragged batch."""
+    if order.batch % task.accumulate:
+        raise ValueError(f"accumulate = {task.accumulate} does not divide the batch of {order.batch} samples")
     if order.size % order.batch == 0:
         return
     for layer in task.model._flatten_layers():

@@ -5,7 +5,7 @@ import re
 import keras
 from keras import ops
 
-from blacksmith.config.settings import OptimizerConfig, ScheduleConfig, check_warmup
+from blacksmith.config.settings import OptimizerConfig, ScheduleConfig
 from blacksmith.run.schedule import decay, decay_length, decay_start
 
 _CLASSES = {name.lower(): kind for name, kind in vars(keras.optimizers).items() if isinstance(kind, type)}
@@ -33,14 +33,9 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 def make_optimizer(
     config: OptimizerConfig, schedule: ScheduleConfig, total_steps: int
 ) -> keras.optimizers.Optimizer:
-    """The configured optimizer, not yet built; a decay without a length ends after `total_steps`.
-
-    Raises:
-      ConfigError: the warm-up is longer than the run.
-    """
+    """The configured optimizer, not yet built; a decay without a length ends after `total_steps`."""
     rate: float | Schedule = config.learning_rate
     if schedule.name != "constant" or schedule.warmup_steps:
-        check_warmup(schedule, total_steps)
         rate = Schedule(schedule, config.learning_rate, total_steps)
     clips = {
         "clipnorm": config.clip_norm,

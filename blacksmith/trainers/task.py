@@ -51,14 +51,9 @@ class Task:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unsupported = {
-            "gradient_accumulation_steps": "use Task.accumulate",
-            "use_ema": "weights are not averaged",
-            "loss_scale_factor": "mixed_bfloat16 does not need it",
-        }
-        for name, remedy in unsupported.items():
+        for name in ("gradient_accumulation_steps", "use_ema", "loss_scale_factor"):
             if getattr(self.optimizer, name):
-                raise ValueError(f"{name} of a Keras optimizer is not supported; {remedy}")
+                raise ValueError(f"{name} of a Keras optimizer is not supported; see Task.accumulate")
         if not self.optimizer.built:
             self.optimizer.build(self.model.trainable_variables)
 
@@ -89,7 +84,7 @@ class Backend(Protocol):
         """Per-sample loss and metrics [samples] by name, and the outputs [samples, ...]."""
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        """Weights and gradients of the block's first batch, by name; changes nothing."""
+        """Weights and gradients of the only batch of `block`, by name; changes nothing."""
 
     def state(self) -> dict[str, np.ndarray]:
         """Model weights (``model/...``) and optimizer slots (``optimizer/...``)."""

@@ -1,8 +1,7 @@
 """The Keras trainer on PyTorch: forward and backward are traced once into a flat graph.
 
 A call of a small Keras model takes longer than its arithmetic. The model is therefore traced into bare tensor
-operations, which run without Keras and autograd. Computing and applying gradients are separate steps, so that
-gradients can be summed over processes in between. Lightning's loop calls both as well.
+operations, which run without Keras and autograd.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from blacksmith.run.order import Block
 from blacksmith.trainers.backend_state import (
     added_loss,
     assign_state,
-    check_parts,
     draw_augmentation,
     evaluate_in_batches,
     read_state,
@@ -53,20 +51,10 @@ class TorchBackend(Backend):
         self._optimizer = make_optimizer_step(task, notify)
 
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        rows = self.rows(block, step)
-        plan = self._optimizer.plan(step, len(block.indices))
-        losses, outputs, labels = [], [], []
-        with torch.no_grad():
-            for i, row in enumerate(rows):
-                loss, output, y, gradients = self.gradients(row)
-                self.apply(gradients, plan[i])
-                losses.append(loss)
-                outputs.append(output)
-                labels.append(y)
-            return self.values(losses, outputs, labels, block.weights)
+        return self.values([self.step(row) for row in self.rows(block, step)], block.weights)
 
     def rows(self, block: Block, step: int) -> list[tuple[Any, ...]]:
-        """What `gradients` needs for each step: indices, weights, augmentation or None, seed."""
+        """What `step` needs for each step: indices, weights, augmentation or None, seed, optimizer's plan."""
         count, batch = block.indices.shape
         indices = torch.from_numpy(block.indices.astype(np.int64)).to(self._device).unbind(0)
         weights = torch.from_numpy(block.weights).to(self._device).unbind(0)
@@ -76,16 +64,18 @@ class TorchBackend(Backend):
             augmentation = torch.from_numpy(drawn).to(self._device).unbind(0)
         # Some of PyTorch's generators take signed and some unsigned 64-bit seeds; 63 bits fit both.
         seeds = (step_seeds(self.task.seed, step, count) >> np.uint64(1)).tolist()
-        return list(zip(indices, weights, augmentation, seeds))
+        return list(zip(indices, weights, augmentation, seeds, self._optimizer.plan(count)))
+
+    def step(self, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Trains on one batch; returns the loss [], the outputs [batch, ...] and the labels [batch]."""
+        with torch.no_grad():
+            loss, outputs, labels, gradients = self.gradients(row)
+            self._optimizer.apply(self._trainable, gradients, row[-1])
+        return loss, outputs, labels
 
     def gradients(self, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensors]:
-        """Forward and backward of one batch; changes no trainable weight.
-
-        Returns:
-          The loss [], the outputs [batch, ...], the labels [batch], and the gradients in the order of the
-          model's trainable variables.
-        """
-        indices, weights, augmentation, seed = row
+        """What `step` returns, and the gradients of the trainable variables; changes no trainable weight."""
+        indices, weights, augmentation, seed, _ = row
         x = self._inputs.index_select(0, indices)
         y = self._labels.index_select(0, indices)
         drawn = [] if augmentation is None else [augmentation]
@@ -107,29 +97,20 @@ class TorchBackend(Backend):
         loss = torch.stack([d[0] for d in done]).sum()
         return loss, torch.cat([d[1] for d in done]), y, total
 
-    def plan(self, step: int, count: int) -> list[Any]:
-        """What `apply` needs for each of `count` steps starting at `step`."""
-        return self._optimizer.plan(step, count)
-
-    def apply(self, gradients: Tensors, planned: Any) -> None:
-        """One optimizer step with `gradients`."""
-        self._optimizer.apply(self._trainable, gradients, planned)
-
     def values(
-        self, losses: Tensors, outputs: Tensors, labels: Tensors, weights: np.ndarray
+        self, done: Sequence[tuple[Tensor, Tensor, Tensor]], weights: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Loss and metrics of several steps, float32 [steps]; one transfer per name."""
-        steps, batch = weights.shape
+        """Loss and metrics, float32 [steps], from what `step` returned; one transfer per name."""
+        losses, outputs, labels = zip(*done)
         found = {"loss": torch.stack(losses).cpu().numpy()}
         if self.task.metrics:
             y, output = torch.cat(labels), torch.cat(outputs)
             for name, metric in self.task.metrics.items():
-                per_sample = metric(y, output).cpu().numpy().reshape(steps, batch)
+                per_sample = metric(y, output).cpu().numpy().reshape(weights.shape)
                 found[name] = (per_sample * weights).sum(axis=1, dtype=np.float32)
         return found
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-
         def forward(inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
             x = torch.from_numpy(np.ascontiguousarray(inputs)).to(self._device)
             y = torch.from_numpy(labels.astype(np.int64)).to(self._device)
@@ -142,15 +123,13 @@ class TorchBackend(Backend):
             return evaluate_in_batches(forward, inputs, labels)
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
-        first = Block(block.indices[:1], block.weights[:1], block.epoch, block.cursor)
         fixed = [t.clone() for t in self._fixed]
         with torch.no_grad():
-            _, _, _, gradients = self.gradients(self.rows(first, step)[0])
+            *_, gradients = self.gradients(self.rows(block, step)[0])
         self._fixed = fixed
         found = {}
         for v, w, g in zip(self.task.model.trainable_variables, self._trainable, gradients):
-            # A copy, because on the CPU the array would share the weights' memory and change with the next
-            # step.
+            # A copy, because on the CPU the array would share the weights' memory.
             found[f"weights/{v.path}"] = np.array(w.detach().cpu())
             found[f"gradients/{v.path}"] = g.cpu().numpy()
         return found
@@ -181,7 +160,6 @@ class TorchBackend(Backend):
         parts = self.task.accumulate
         if parts == 1:
             return [columns]
-        check_parts(parts, len(columns[0]))
         return [list(part) for part in zip(*(column.chunk(parts) for column in columns))]
 
     def _part(self, part: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
@@ -226,10 +204,9 @@ class TorchBackend(Backend):
         return loss, outputs.detach(), gradients, new_fixed
 
     def _has_random_layers(self) -> bool:
-        """Whether the model draws random numbers in training; only PyTorch's own generator is allowed.
+        """Whether the model draws random numbers in training.
 
-        The state of any other generator would be a constant in the graph: every step would draw the same
-        numbers.
+        Only PyTorch's own generator is allowed: the state of any other would be a constant in the graph.
         """
         found = False
         for layer in self.task.model._flatten_layers():

@@ -21,7 +21,7 @@ from blacksmith.trainers.torch_graph import Tensors, copies, trace
 
 def make_optimizer_step(task: Task, notify: Callable[[str], None]) -> "FusedAdam | TracedOptimizer":
     """The fastest way to run the task's optimizer; `notify` takes a line that says which one was chosen."""
-    reason = why_not_fused(task.optimizer, task.model)
+    reason = _why_not_fused(task.optimizer, task.model)
     name = type(task.optimizer).__name__
     if reason is None:
         notify(f"optimizer: {name} in PyTorch's fused kernel")
@@ -30,7 +30,7 @@ def make_optimizer_step(task: Task, notify: Callable[[str], None]) -> "FusedAdam
     return TracedOptimizer(task, notify)
 
 
-def why_not_fused(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> str | None:
+def _why_not_fused(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> str | None:
     """Why PyTorch's fused Adam kernel cannot replace this Keras optimizer, or None if it can."""
     variables = model.trainable_variables
     devices = {v.value.device.type for v in variables}
@@ -76,7 +76,7 @@ class FusedAdam:
         self._iteration = int(self._keras.iterations.value)
         self._steps = torch.tensor(float(self._iteration), device=self._momentums[0].device)
 
-    def plan(self, step: int, count: int) -> list[tuple[float, float, float]]:
+    def plan(self, count: int) -> list[tuple[float, float, float]]:
         """(lr', eps', weight decay') for each of the next `count` steps."""
         optimizer = self._keras
         iterations = np.arange(self._iteration, self._iteration + count)
@@ -134,7 +134,7 @@ class TracedOptimizer:
         """Reads the slots of the Keras optimizer."""
         self._slots = [v.value for v in self._keras.variables]
 
-    def plan(self, step: int, count: int) -> list[None]:
+    def plan(self, count: int) -> list[None]:
         """Nothing: the graph computes everything from the iteration count in the slots."""
         return [None] * count
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
-from blacksmith.errors import CheckpointError, first_line
+from blacksmith.errors import CheckpointError
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -47,7 +46,7 @@ def load_state(
     """Loads what `save_state` wrote into a model and an optimizer of the same kinds, on any device.
 
     Raises:
-      CheckpointError: a file cannot be read, or does not fit the model or optimizer.
+      CheckpointError: the files do not fit the model or optimizer.
     """
     path = directory / MODEL
     try:
@@ -56,19 +55,15 @@ def load_state(
         # PyTorch lists every difference on its own line.
         difference = textwrap.shorten(str(error), 400)
         raise CheckpointError(f"{path} does not fit the model: {difference}") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     if optimizer is None:
         return
-    path = directory / OPTIMIZER
-    try:
-        tensors = load_file(path)
-        record = json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} or {NUMBERS} cannot be read: {first_line(error)}") from error
-    name = type(optimizer).__name__
-    if record["optimizer"] != name:
-        raise CheckpointError(f"{path} is the state of the optimizer {record['optimizer']}, not of {name}")
+    record = json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
+    kind = type(optimizer).__name__
+    if record["optimizer"] != kind:
+        raise CheckpointError(
+            f"{directory} has the state of the optimizer {record['optimizer']}, not of {kind}"
+        )
+    tensors = load_file(directory / OPTIMIZER)
     load_optimizer_state(optimizer, dict(model.named_parameters()), tensors, record["numbers"])
 
 
@@ -78,23 +73,20 @@ def optimizer_state(
     """The state of an optimizer by ``parameter/slot``: its tensors, on the CPU, and its plain numbers.
 
     Raises:
-      TypeError: the optimizer trains a parameter that is not in `parameters`, or keeps something other than
-        tensors and numbers, as LBFGS does.
+      TypeError: the optimizer keeps something other than tensors and numbers, as LBFGS does.
     """
     names = {parameter: name for name, parameter in parameters.items()}
-    kind = type(optimizer).__name__
     tensors, numbers = {}, {}
     for parameter, slots in optimizer.state.items():
-        if parameter not in names:
-            raise TypeError(f"{kind} trains a parameter of shape {tuple(parameter.shape)} without a name")
         for slot, value in slots.items():
             key = f"{names[parameter]}/{slot}"
             if isinstance(value, Tensor):
                 tensors[key] = value.detach().cpu().contiguous()
-            elif isinstance(value, (bool, int, float)):
+            elif isinstance(value, (int, float)):
                 numbers[key] = value
             elif value is not None:
-                raise TypeError(f"{kind} keeps {slot!r} as a {type(value).__name__}, which cannot be saved")
+                kind, found = type(optimizer).__name__, type(value).__name__
+                raise TypeError(f"{kind} keeps {slot!r} as a {found}, which cannot be saved")
     return tensors, numbers
 
 
@@ -144,9 +136,6 @@ def weights_and_gradients(parameters: Mapping[str, Tensor]) -> dict[str, np.ndar
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of all parameter groups, in place if it is a tensor."""
+    """Sets the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = rate

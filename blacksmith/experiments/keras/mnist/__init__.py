@@ -6,11 +6,7 @@ EXPERIMENT = Experiment(
     name="keras/mnist",
     summary="MNIST MLP written once on Keras 3, on JAX or PyTorch",
     configs=f"{__name__}.configs",
-    modes={
-        "train": f"{__name__}.train:train",
-        "eval": f"{__name__}.evaluate:evaluate",
-        "export": f"{__name__}.evaluate:export",
-    },
+    modes=dict.fromkeys(("train", "eval", "export"), f"{__name__}.train:main"),
     backends={
         "jax": Needs("jax", ("keras", "jax")),
         "torch": Needs("torch", ("keras", "torch")),

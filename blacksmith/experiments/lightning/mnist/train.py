@@ -1,84 +1,50 @@
 """The MNIST MLP of `keras/mnist`, the same Keras 3 model, inside Lightning's Trainer.
 
-Lightning owns the loop: its Trainer fetches batches and calls `training_step`, which runs the backend's
-traced forward and backward, and then the optimizer, under manual optimization. Batches, metrics, checkpoints
-and the final test are the same as in `keras/mnist`, so the runs can be compared step by step.
+Lightning's Trainer fetches batches and calls `training_step`, which takes a step of the PyTorch backend.
+Batches, metrics, checkpoints and the final test are those of `keras/mnist`, so runs can be compared.
 """
 
-import dataclasses
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 
-from blacksmith.datasets import mnist
-from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Block
 from blacksmith.run.run import Run
-from blacksmith.trainers.augmentation import ShiftAndRotate
-from blacksmith.trainers.classification import make_setup, score_classifier
-from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, Setup
+from blacksmith.trainers.classification import run_classifier
+from blacksmith.trainers.keras_trainer import KerasTrainer
 from blacksmith.trainers.lightning import make_trainer
+from blacksmith.trainers.mnist import mnist_setup
 
 
 def train(run: Run) -> int:
     """Trains the model and tests the best checkpoint; returns the exit status."""
-    setup = prepare(run)
-    style = run.config.log.progress
-    bar = style == "bar" or (style == "auto" and sys.stderr.isatty())
-    trainer = KerasTrainer(run, setup, progress="off" if bar else style)
-    run.begin()
-    if trainer.loop.between():
-        fit(trainer, bar=bar)
-    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test, run.directory / "images"))
+    return run_classifier(run, mnist_setup(run), fit=fit)
 
 
-def prepare(run: Run) -> Setup:
-    """Data, model and optimizer."""
-    config, settings = run.config, run.config.data
-    data = settings.load(config.run.seed)
-    run.use_data(data.info)
-    splits = [
-        Samples(*mnist.prepare(split, settings.scale, settings.mean, settings.std), split.images)
-        for split in (data.train, data.validation, data.test)
-    ]
-    augmentation = None
-    if settings.shift or settings.rotate:
-        augmentation = ShiftAndRotate(settings.shift, settings.rotate, -settings.mean / settings.std)
-
-    def build() -> keras.Model:
-        return mlp(**dataclasses.asdict(config.model), num_classes=data.info.classes)
-
-    return make_setup(config, build, splits, augmentation)
-
-
-def fit(trainer: KerasTrainer, *, bar: bool) -> None:
+def fit(trainer: KerasTrainer) -> None:
     """Runs Lightning's Trainer until training is done or the run is stopped."""
     run, loop, order = trainer.run, trainer.loop, trainer.setup.order
+    run.begin()
+    if not loop.between():
+        return
     batches = Batches(trainer)
-    module = MnistModule(trainer, batches)
     make_trainer(
         run.device,
         run.directory,
         max_epochs=math.ceil(loop.end / order.steps_per_epoch) - order.position(loop.step)[0],
         # Lightning asks for a loader's length only once, but the first epoch after a resume is shorter.
         reload_dataloaders_every_n_epochs=1,
-        enable_progress_bar=bar,
-        callbacks=[EpochBar(module)] if bar else [],
-    ).fit(module, batches)
+    ).fit(MnistModule(trainer, batches), batches)
 
 
 class Batches:
     """The training batches from the loop's position on, one epoch per iteration.
 
-    Yields what `TorchBackend.gradients` takes for one step. The length is the rest of the epoch: Lightning
-    does not prefetch from a loader of known length, so it requests a block only after the previous one is
-    logged.
+    Yields what `TorchBackend.step` takes. Lightning does not prefetch from a loader of known length, so it
+    requests a block only after the previous one is logged.
     """
 
     def __init__(self, trainer: KerasTrainer) -> None:
@@ -106,11 +72,8 @@ class MnistModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model = trainer.setup.task.model
-        self.keras_trainer = trainer
-        self._backend, self._batches = trainer.backend, batches
+        self.keras_trainer, self._batches = trainer, batches
         self._done: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._plan: list[Any] = []
-        self.shown: dict[str, float] = {}
 
     def on_train_start(self) -> None:
         """Takes SIGTERM back: Lightning's own handler would end the run in the middle of a block."""
@@ -126,34 +89,11 @@ class MnistModule(L.LightningModule):
         move a batch to the device; ours is already there.
         """
         row, _, _ = next(dataloader_iter)
-        if not self._done:
-            step, steps = self.keras_trainer.loop.step, len(self._batches.block.indices)
-            self._plan = self._backend.plan(step, steps)
-        with torch.no_grad():
-            loss, outputs, labels, gradients = self._backend.gradients(row)
-            self._backend.apply(gradients, self._plan[len(self._done)])
-        self._done.append((loss, outputs, labels))
-        if len(self._done) == len(self._plan):
-            self._log()
-
-    def _log(self) -> None:
-        block, done = self._batches.block, self._done
-        self._done = []
-        values = self._backend.values(*map(list, zip(*done)), block.weights)
-        self.keras_trainer.log(block, values)
-        loop = self.keras_trainer.loop
-        # Here, because Lightning does not ask the loader for a next batch after the last one of an epoch.
-        self.trainer.should_stop = not loop.between()
-        self.shown = {name: float(v[-1]) for name, v in values.items()} | loop.position.validation
-
-
-class EpochBar(TQDMProgressBar):
-    """Lightning's progress bar with the loop's metrics, refreshed once per block."""
-
-    def __init__(self, module: MnistModule) -> None:
-        super().__init__(refresh_rate=module.keras_trainer.run.config.train.block_steps)
-        self._module = module
-
-    def get_metrics(self, *_: Any) -> dict[str, str]:
-        """Loss and metrics of the last step, and the latest validation metrics."""
-        return {name: f"{value:.4f}" for name, value in self._module.shown.items()}
+        trainer, block = self.keras_trainer, self._batches.block
+        self._done.append(trainer.backend.step(row))
+        if len(self._done) == len(block.indices):
+            values = trainer.backend.values(self._done, block.weights)
+            self._done = []
+            trainer.log(block, values)
+            # Here, because Lightning does not ask the loader for a next batch after the last one of an epoch.
+            self.trainer.should_stop = not trainer.loop.between()

@@ -148,14 +148,14 @@ def np_rows(count, size):
 def make_trainer(width, batch, inputs, labels):
     """Our trainer with a run directory."""
     from blacksmith.models.keras.mnist.mlp import mlp
-    from blacksmith.run.order import Order
-    from blacksmith.trainers.classification import make_task
-    from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, Setup
+    from blacksmith.trainers.classification import make_setup
+    from blacksmith.trainers.keras_trainer import KerasTrainer, Samples
 
     params = [
         'Run.experiment = "keras/mnist"',
         f'Run.backend = "{os.environ["KERAS_BACKEND"]}"',
         f"mnist.Train.batch_size = {batch}",
+        "mnist.Train.steps = 100000000",
         "Checkpoint.every_epochs = None",
         "Log.tensorboard = False",
         'Log.progress = "off"',
@@ -163,11 +163,9 @@ def make_trainer(width, batch, inputs, labels):
     directory = OPEN_RUNS.enter_context(tempfile.TemporaryDirectory())
     run = open_run([], params, directory)
     OPEN_RUNS.enter_context(run.opened())
-    end = 10**8
-    task = make_task(run.config, lambda: mlp((width, width), activation="relu"), end)
     none = Samples(inputs[:0], labels[:0])
-    setup = Setup(task, Order(len(inputs), batch, 0), end, Samples(inputs, labels), none, none)
-    return KerasTrainer(run, setup)
+    splits = Samples(inputs, labels), none, none
+    return KerasTrainer(run, make_setup(run.config, lambda: mlp((width, width), activation="relu"), splits))
 
 
 def ours(width, batch, inputs, labels, steps):

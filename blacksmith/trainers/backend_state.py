@@ -34,11 +34,7 @@ def read_state(task: Task) -> dict[str, np.ndarray]:
 
 
 def assign_state(task: Task, state: Mapping[str, np.ndarray]) -> None:
-    """Assigns what `read_state` returned to the Keras variables.
-
-    Raises:
-      ValueError: names or shapes differ from the task's.
-    """
+    """Assigns what `read_state` returned; raises ValueError if names or shapes differ from the task's."""
     variables = named_state(task)
     expected = {name: tuple(variable.shape) for name, variable in variables.items()}
     found = {name: array.shape for name, array in state.items()}
@@ -58,10 +54,7 @@ def added_loss(added: Sequence[object]) -> object:
 
 
 def step_seeds(seed: int, first: int, count: int) -> np.ndarray:
-    """Seeds of `count` steps starting at step `first`: uint64 [count].
-
-    They depend only on (seed, step), so a resumed run draws the same dropout masks as an uninterrupted one.
-    """
+    """Seeds of `count` steps starting at step `first`, functions of (seed, step) alone: uint64 [count]."""
     base = np.uint64(seed_int(seed, "step"))
     # splitmix64 (Steele, Lea and Flood 2014), whose neighboring outputs are unrelated. It wraps by design.
     with np.errstate(over="ignore"):
@@ -71,10 +64,8 @@ def step_seeds(seed: int, first: int, count: int) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def draw_augmentation(task: Task, first: int, steps: int, batch: int) -> np.ndarray | None:
-    """The augmentation's parameters for `steps` steps: float32 [steps, batch, parameters], or None."""
-    if task.augmentation is None:
-        return None
+def draw_augmentation(task: Task, first: int, steps: int, batch: int) -> np.ndarray:
+    """The augmentation's parameters for `steps` steps: float32 [steps, batch, parameters]."""
     return np.stack(
         [
             task.augmentation.draw(np.random.Generator(np.random.PCG64(int(seed))), batch)
@@ -89,10 +80,7 @@ def evaluate_in_batches(
     inputs: np.ndarray,
     labels: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Applies `forward` to at most `EVALUATION_BATCH` samples at a time and joins the results.
-
-    `forward` maps inputs and labels to per-sample values [samples] by name, and outputs [samples, ...].
-    """
+    """Joins what `forward`, see `Backend.evaluate`, returns for `EVALUATION_BATCH` samples at a time."""
     size = EVALUATION_BATCH
     parts = [forward(inputs[i : i + size], labels[i : i + size]) for i in range(0, len(inputs), size)]
     values, outputs = zip(*parts)

@@ -13,6 +13,7 @@ from blacksmith.files import write_json
 from blacksmith.run.order import Order
 from blacksmith.run.run import Run
 from blacksmith.trainers import losses
+from blacksmith.trainers.augmentation import ShiftAndRotate
 from blacksmith.trainers.export import export_model
 from blacksmith.trainers.initial_weights import initialize
 from blacksmith.trainers.keras_trainer import (
@@ -24,7 +25,7 @@ from blacksmith.trainers.keras_trainer import (
     load_checkpoint,
 )
 from blacksmith.trainers.optimizers import make_optimizer
-from blacksmith.trainers.task import Augmentation, Backend, Task
+from blacksmith.trainers.task import Backend, Task
 
 WORST = 48
 
@@ -33,7 +34,7 @@ def make_setup(
     config: Any,
     build: Callable[[], keras.Model],
     splits: Sequence[Samples],
-    augmentation: Augmentation | None = None,
+    augmentation: ShiftAndRotate | None = None,
 ) -> Setup:
     """Batches, model, optimizer and loss of a classifier.
 
@@ -53,18 +54,11 @@ def make_setup(
         )
     order = Order(samples, batch, config.run.seed)
     end = config.train.total_steps(order.steps_per_epoch)
-    return Setup(make_task(config, build, end, augmentation), order, end, *splits)
-
-
-def make_task(
-    config: Any, build: Callable[[], keras.Model], end: int, augmentation: Augmentation | None = None
-) -> Task:
-    """The initialized model, its optimizer and its loss, see `make_setup`; `end` is the last step."""
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(config.train.precision)
     model = build()
     initialize(model, config.run.seed)
-    return Task(
+    task = Task(
         model=model,
         optimizer=make_optimizer(config.optimizer, config.schedule, end),
         loss=losses.LOSSES[config.train.loss],
@@ -73,6 +67,7 @@ def make_task(
         accumulate=config.train.accumulate,
         seed=config.run.seed,
     )
+    return Setup(task, order, end, *splits)
 
 
 def run_classifier(

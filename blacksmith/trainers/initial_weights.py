@@ -1,7 +1,6 @@
 """Initial weights from NumPy: the same bytes on every backend, for any Keras model.
 
-Keras's own initializers draw different numbers on each backend. `initialize` therefore draws every random
-variable again with NumPy, from the distribution of its initializer.
+Keras's own initializers draw different numbers on each backend.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ _TRUNCATED_STD = 0.87962566103423978  # of a standard normal truncated at two st
 
 
 def initialize(model: keras.Model, seed: int) -> None:
-    """Sets the random weights of `model`, determined by (seed, variable name); constants stay.
+    """Draws the random weights of `model` again, from (seed, variable name); constants stay.
 
     Raises:
       ValueError: a variable's initializer has no NumPy counterpart here, or two variables share a name.

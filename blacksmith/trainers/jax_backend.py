@@ -21,17 +21,16 @@ from blacksmith.trainers.backend_state import (
 )
 from blacksmith.trainers.task import Backend, Task
 
+Arrays = dict[str, jax.Array]
+Data = tuple[jax.Array, jax.Array]  # inputs and labels
+
 
 class JaxBackend(Backend):
-    """Runs a `Task` on JAX, in blocks of at most `block_steps` steps.
-
-    Training inputs are [samples, ...] and labels [samples].
-    """
+    """Runs a `Task` on JAX, in blocks of at most `block_steps` steps."""
 
     def __init__(self, task: Task, inputs: np.ndarray, labels: np.ndarray, block_steps: int = 128) -> None:
         self.task = task
-        self._inputs = jnp.asarray(inputs)
-        self._labels = jnp.asarray(labels)
+        self._data = jnp.asarray(inputs), jnp.asarray(labels)
         self._capacity = block_steps
         seeds = {id(v) for v in seed_states(task.model)}
         self._seeds = [i for i, v in enumerate(task.model.non_trainable_variables) if id(v) in seeds]
@@ -44,7 +43,7 @@ class JaxBackend(Backend):
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
         count = len(block.indices)
         rows = self._rows(block, step, self._capacity)
-        self._state, values = self._run(self._state, self._inputs, self._labels, rows, count)
+        self._state, values = self._run(self._state, self._data, rows, count)
         # Sliced in NumPy, because JAX would compile a slice for every new length.
         return {name: np.asarray(values[name])[:count] for name in self.task.value_names}
 
@@ -64,7 +63,7 @@ class JaxBackend(Backend):
 
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
         rows = jax.tree.map(lambda a: a[0], self._rows(block, step, 1))
-        gradients = self._gradients(self._state, self._inputs, self._labels, rows)
+        gradients = self._gradients(self._state, self._data, rows)
         found = {}
         for v, w, g in zip(self.task.model.trainable_variables, self._state[0], gradients):
             found[f"weights/{v.path}"] = np.asarray(w)
@@ -100,19 +99,15 @@ class JaxBackend(Backend):
         rows = {"indices": block.indices, "weights": block.weights}
         if self._seeds:
             rows["seeds"] = step_seeds(self.task.seed, step, count)[:, None].view(np.uint32)
-        augmentation = draw_augmentation(self.task, step, count, batch)
-        if augmentation is not None:
-            rows["augmentation"] = augmentation
-
+        if self.task.augmentation is not None:
+            rows["augmentation"] = draw_augmentation(self.task, step, count, batch)
         return {n: np.pad(a, [(0, capacity - count)] + [(0, 0)] * (a.ndim - 1)) for n, a in rows.items()}
 
-    def _block(
-        self, state: Any, inputs: jax.Array, labels: jax.Array, rows: dict, count: jax.Array
-    ) -> tuple[Any, dict[str, jax.Array]]:
+    def _block(self, state: Any, data: Data, rows: Arrays, count: jax.Array) -> tuple[Any, Arrays]:
         """Runs the first `count` steps of `rows`.
 
-        With `lax.scan`, `count` would be a shape. As a value, it lets one compiled program run blocks of any
-        length, so the results are the same bits however an epoch is cut into blocks.
+        With `lax.scan`, `count` would be a shape. As a value, it lets one program run blocks of any length,
+        so cutting an epoch into other blocks changes no bit.
         """
         capacity = rows["indices"].shape[0]
         values = {name: jnp.zeros(capacity, jnp.float32) for name in self.task.value_names}
@@ -120,16 +115,14 @@ class JaxBackend(Backend):
         def body(i: jax.Array, carry: Any) -> Any:
             state, values = carry
             row = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
-            gradients, fixed, one = self._batch_gradients(state, inputs, labels, row)
+            gradients, fixed, one = self._batch_gradients(state, data, row)
             trainable, slots = self.task.optimizer.stateless_apply(state[2], gradients, state[0])
             update = jax.lax.dynamic_update_index_in_dim
             return (trainable, fixed, slots), {k: update(values[k], one[k], i, 0) for k in values}
 
         return jax.lax.fori_loop(0, count, body, (state, values))
 
-    def _batch_gradients(
-        self, state: Any, inputs: jax.Array, labels: jax.Array, row: dict
-    ) -> tuple[Any, Any, dict[str, jax.Array]]:
+    def _batch_gradients(self, state: Any, data: Data, row: Arrays) -> tuple[Any, Any, Arrays]:
         """Gradients, non-trainable variables and values of one batch, summed over its `accumulate` parts."""
         trainable, fixed, _ = state
         fixed = list(fixed)
@@ -143,7 +136,7 @@ class JaxBackend(Backend):
         total, values = None, None
         for start in range(0, size * parts, size):
             columns = {name: a[start : start + size] for name, a in per_sample.items()}
-            (loss, (fixed, one)), g = gradient(trainable, fixed, inputs, labels, columns)
+            (loss, (fixed, one)), g = gradient(trainable, fixed, data, columns)
             one = {"loss": loss, **one}
             # Plain sums, because the loss already contains the weights of the whole batch.
             total = g if total is None else jax.tree.map(jnp.add, total, g)
@@ -151,11 +144,11 @@ class JaxBackend(Backend):
         return total, fixed, values
 
     def _loss(
-        self, trainable: Any, fixed: Any, inputs: jax.Array, labels: jax.Array, columns: dict
-    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        self, trainable: Any, fixed: Any, data: Data, columns: Arrays
+    ) -> tuple[jax.Array, tuple[Any, Arrays]]:
         task = self.task
         # Indices of an `Order` are never out of bounds, and checking each of them takes time.
-        x, y = (a.at[columns["indices"]].get(mode="promise_in_bounds") for a in (inputs, labels))
+        x, y = (a.at[columns["indices"]].get(mode="promise_in_bounds") for a in data)
         if task.augmentation is not None:
             x = task.augmentation.apply(x, columns["augmentation"])
         outputs, fixed, added = task.model.stateless_call(
@@ -170,9 +163,7 @@ class JaxBackend(Backend):
         values = {name: jnp.sum(f(y, outputs) * weights) for name, f in task.metrics.items()}
         return loss, (fixed, values)
 
-    def _evaluation_batch(
-        self, trainable: Any, fixed: Any, x: jax.Array, y: jax.Array
-    ) -> tuple[dict[str, jax.Array], jax.Array]:
+    def _evaluation_batch(self, trainable: Any, fixed: Any, x: Any, y: Any) -> tuple[Arrays, jax.Array]:
         outputs, _ = self.task.model.stateless_call(trainable, fixed, x, training=False)
         outputs = ops.cast(outputs, "float32")
         return self.task.per_sample(y, outputs), outputs

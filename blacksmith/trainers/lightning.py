@@ -10,16 +10,11 @@ import torch
 
 
 def make_trainer(device: str, directory: Path, **options: Any) -> L.Trainer:
-    """Lightning's Trainer on one device, without its own logger, checkpoints, summary and progress bar.
+    """Lightning's Trainer on one device, such as ``cuda:1``, without logger, checkpoints and progress bar.
 
-    Silences Lightning's hints for this process: it recommends data loader workers and a logger, but the data
-    is on the device already and the run writes the metrics.
-
-    Args:
-      device: a torch device by name, such as ``cpu`` or ``cuda:1``.
-      directory: where Lightning writes if it has to.
-      **options: of `L.Trainer`; they take precedence.
+    `options` of `L.Trainer` take precedence; Lightning writes into `directory` if it has to.
     """
+    # Lightning recommends data loader workers and a logger, which a run does not need.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
     kind, index = torch.device(device).type, torch.device(device).index

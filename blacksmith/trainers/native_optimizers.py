@@ -21,14 +21,12 @@ def make_optimizer(
     `parameters` are tensors, or PyTorch's parameter groups, which may have their own learning rates.
     """
     kind, parameters = _CLASSES[config.name], list(parameters)
-    taken = inspect.signature(kind).parameters
-    options = config.own_settings()
     # PyTorch's names; its RMSprop calls rho alpha.
     renamed = {"epsilon": "eps", "rho": "alpha" if config.name == "rmsprop" else "rho"}
-    betas = (options.pop("beta_1", None), options.pop("beta_2", None))
-    options = {renamed.get(name, name): value for name, value in options.items()}
-    if betas != (None, None):
-        options["betas"] = tuple(b if b is not None else d for b, d in zip(betas, taken["betas"].default))
+    options = {renamed.get(name, name): value for name, value in config.own_settings().items()}
+    if options.keys() & {"beta_1", "beta_2"}:
+        beta_1, beta_2 = inspect.signature(kind).parameters["betas"].default
+        options["betas"] = (options.pop("beta_1", beta_1), options.pop("beta_2", beta_2))
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
     # Only these: with bfloat16 parameters PyTorch's fused SGD on the CPU reads memory that was never written.
     if config.name in ("adam", "adamw") and first.device.type in ("cpu", "cuda"):

@@ -48,9 +48,8 @@ def make_optimizer(
 def named_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> dict[str, keras.Variable]:
     """The optimizer's variables by backend-neutral names such as ``hidden_1_kernel_momentum``.
 
-    Names leave out the optimizer and the model. If Keras gives two variables the same name, the second
-    becomes ``name.2``. A numbered variable (``variable_7``) loses its number, which depends on what the
-    process created before.
+    The second variable of a name becomes ``name.2``. A numbered one (``variable_7``) loses its number, which
+    depends on what the process created before.
     """
     named: dict[str, keras.Variable] = {}
     for variable in optimizer.variables:

@@ -1,7 +1,7 @@
 """What the Keras trainer trains (`Task`) and what it needs from a framework (`Backend`).
 
-A backend keeps the training data on the device and runs a block of steps per call. Its state is read and
-loaded as NumPy arrays with the same names on every backend, so that a checkpoint fits all of them.
+A backend keeps the training data on the device and runs a block of steps per call. The arrays of its state
+have the same names on every backend, so that a checkpoint fits all of them.
 """
 
 from collections.abc import Mapping
@@ -12,43 +12,25 @@ import keras
 import numpy as np
 
 from blacksmith.run.order import Block
+from blacksmith.trainers.augmentation import ShiftAndRotate
 from blacksmith.trainers.losses import PerSample
-
-
-class Augmentation(Protocol):
-    """A random change of the training inputs: NumPy draws the parameters, the compiled step applies them."""
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Random parameters, float32 [count, parameters]."""
-
-    def apply(self, inputs: object, parameters: object) -> object:
-        """The changed inputs, in `keras.ops`: [batch, ...], [batch, parameters] -> [batch, ...]."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A model and how it is trained, without the data.
 
-    Attributes:
-      model: any Keras 3 model with named layers, from inputs [batch, ...] to outputs [batch, ...].
-      optimizer: a Keras optimizer; built here if necessary.
-      loss: from (labels, outputs) to one value per sample.
-      metrics: more per-sample values by name.
-      augmentation: changes the training inputs.
-      accumulate: how many equal parts a batch is computed in.
-      seed: determines everything random in a step.
-
     Raises:
       ValueError: the optimizer has a setting that the trainer does not support.
     """
 
-    model: keras.Model
-    optimizer: keras.optimizers.Optimizer
-    loss: PerSample
-    metrics: Mapping[str, PerSample] = field(default_factory=dict)
-    augmentation: Augmentation | None = None
-    accumulate: int = 1
-    seed: int = 0
+    model: keras.Model  # any with named layers, from inputs [batch, ...] to outputs [batch, ...]
+    optimizer: keras.optimizers.Optimizer  # built here if necessary
+    loss: PerSample  # from (labels, outputs) to one value per sample
+    metrics: Mapping[str, PerSample] = field(default_factory=dict)  # more values per sample by name
+    augmentation: ShiftAndRotate | None = None  # of training inputs; any object with the same two methods
+    accumulate: int = 1  # how many equal parts a batch is computed in
+    seed: int = 0  # determines everything random in a step
 
     def __post_init__(self) -> None:
         for name in ("gradient_accumulation_steps", "use_ema", "loss_scale_factor"):
@@ -70,14 +52,12 @@ class Task:
 
 
 class Backend(Protocol):
-    """One framework's way of running a `Task`."""
+    """One framework's way of running a `Task` on training inputs [samples, ...] and labels [samples]."""
 
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
         """Runs the steps of `block`, the first of which has the number `step`.
 
-        Returns:
-          ``loss`` and each metric, float32 [steps]: weighted means over the batch. The host waits for the
-          device once per block.
+        Returns ``loss`` and each metric as weighted means over the batch, float32 [steps].
         """
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -90,11 +70,7 @@ class Backend(Protocol):
         """Model weights (``model/...``) and optimizer slots (``optimizer/...``)."""
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Replaces the state by one that `state` returned, on any backend.
-
-        Raises:
-          ValueError: names or shapes differ.
-        """
+        """Loads what `state` returned on any backend; raises ValueError if names or shapes differ."""
 
     def sync(self) -> None:
         """Copies the current state into the Keras model and optimizer."""

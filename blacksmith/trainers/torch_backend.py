@@ -1,7 +1,7 @@
 """The Keras trainer on PyTorch: forward and backward are traced once into a flat graph.
 
-A call of a small Keras model takes longer than its arithmetic. The model is therefore traced into bare tensor
-operations, which run without Keras and autograd.
+A call of a small Keras model takes longer than its arithmetic; the traced tensor operations run without Keras
+and autograd.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +31,8 @@ from blacksmith.trainers.torch_optimizer import make_optimizer_step, write_back
 class TorchBackend(Backend):
     """Runs a `Task` on PyTorch; `notify` takes lines for the user.
 
-    Training inputs are [samples, ...] and labels [samples]. Weights and slots that the optimizer updates in
-    place are the tensors of the Keras variables themselves; `sync` copies back those that it replaces.
+    Weights and slots that the optimizer updates in place are the tensors of the Keras variables themselves;
+    `sync` copies back those that it replaces.
 
     Raises:
       ValueError: the model has a random layer that cannot be traced.
@@ -43,8 +43,7 @@ class TorchBackend(Backend):
     ) -> None:
         self.task = task
         self._device = task.model.trainable_variables[0].value.device
-        self._inputs = torch.from_numpy(np.ascontiguousarray(inputs)).to(self._device)
-        self._labels = torch.from_numpy(labels.astype(np.int64)).to(self._device)
+        self._data = self._on_device(inputs), self._on_device(labels.astype(np.int64))
         self._random = self._has_random_layers()
         self._graph: Callable[..., Any] | None = None
         self._pull()
@@ -54,17 +53,15 @@ class TorchBackend(Backend):
         return self.values([self.step(row) for row in self.rows(block, step)], block.weights)
 
     def rows(self, block: Block, step: int) -> list[tuple[Any, ...]]:
-        """What `step` needs for each step: indices, weights, augmentation or None, seed, optimizer's plan."""
+        """What `step` needs for each step: indices, weights and augmentation; seed; the optimizer's plan."""
         count, batch = block.indices.shape
-        indices = torch.from_numpy(block.indices.astype(np.int64)).to(self._device).unbind(0)
-        weights = torch.from_numpy(block.weights).to(self._device).unbind(0)
-        drawn = draw_augmentation(self.task, step, count, batch)
-        augmentation: Sequence[Any] = [None] * count
-        if drawn is not None:
-            augmentation = torch.from_numpy(drawn).to(self._device).unbind(0)
+        columns = [block.indices.astype(np.int64), block.weights]
+        if self.task.augmentation is not None:
+            columns.append(draw_augmentation(self.task, step, count, batch))
+        tensors = [self._on_device(column).unbind(0) for column in columns]
         # Some of PyTorch's generators take signed and some unsigned 64-bit seeds; 63 bits fit both.
         seeds = (step_seeds(self.task.seed, step, count) >> np.uint64(1)).tolist()
-        return list(zip(indices, weights, augmentation, seeds, self._optimizer.plan(count)))
+        return list(zip(zip(*tensors), seeds, self._optimizer.plan(count)))
 
     def step(self, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Trains on one batch; returns the loss [], the outputs [batch, ...] and the labels [batch]."""
@@ -75,18 +72,15 @@ class TorchBackend(Backend):
 
     def gradients(self, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensors]:
         """What `step` returns, and the gradients of the trainable variables; changes no trainable weight."""
-        indices, weights, augmentation, seed, _ = row
-        x = self._inputs.index_select(0, indices)
-        y = self._labels.index_select(0, indices)
-        drawn = [] if augmentation is None else [augmentation]
-        parts = self._parts([x, y, weights, *drawn])
+        (indices, *drawn), seed, _ = row
+        x, y = (data.index_select(0, indices) for data in self._data)
+        columns, count = [x, y, *drawn], self.task.accumulate
+        parts = [columns] if count == 1 else [list(p) for p in zip(*(c.chunk(count) for c in columns))]
         if self._graph is None:
-            # One graph serves every step: a ragged last batch is padded to the shape of the others with
-            # samples of weight 0.
+            # One graph serves every step: a ragged last batch is padded with samples of weight 0.
             self._graph = simplify(trace(self._forward_backward, (self._trainable, self._fixed, parts[0])))
         if self._random:
-            # After tracing, which draws random numbers too: a resumed run traces at a different step, but
-            # must get the same masks.
+            # After tracing, which draws random numbers too, and a resumed run traces at a different step.
             self._reseed(seed)
         if len(parts) == 1:
             return self._part(parts[0])
@@ -112,8 +106,7 @@ class TorchBackend(Backend):
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         def forward(inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-            x = torch.from_numpy(np.ascontiguousarray(inputs)).to(self._device)
-            y = torch.from_numpy(labels.astype(np.int64)).to(self._device)
+            x, y = self._on_device(inputs), self._on_device(labels.astype(np.int64))
             outputs = ops.cast(self.task.model(x, training=False), "float32")
             values = self.task.per_sample(y, outputs)
             return {name: v.cpu().numpy() for name, v in values.items()}, outputs.cpu().numpy()
@@ -150,17 +143,13 @@ class TorchBackend(Backend):
             write_back(self.task.model.non_trainable_variables, self._fixed)
             self._optimizer.sync()
 
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
     def _pull(self) -> None:
         model = self.task.model
         self._trainable = [v.value.detach() for v in model.trainable_variables]
         self._fixed = [v.value.detach() for v in model.non_trainable_variables]
-
-    def _parts(self, columns: Tensors) -> list[Tensors]:
-        """The columns of a batch, split into its `accumulate` parts."""
-        parts = self.task.accumulate
-        if parts == 1:
-            return [columns]
-        return [list(part) for part in zip(*(column.chunk(parts) for column in columns))]
 
     def _part(self, part: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
         loss, outputs, *rest = self._graph(*self._trainable, *self._fixed, *part)
@@ -195,8 +184,7 @@ class TorchBackend(Backend):
         # The fused kernel ignores strides, so a transposed gradient would be scrambled.
         gradients = [g.contiguous() for g in gradients]
         seeds = {id(v) for v in seed_states(task.model)}
-        # Layers without their own seed draw from PyTorch's generator, so their Keras seed states must not
-        # change.
+        # Layers without their own seed draw from PyTorch's generator: their Keras seed states stay.
         new_fixed = [
             old if id(v) in seeds else new.detach()
             for v, old, new in zip(task.model.non_trainable_variables, fixed, new_fixed)

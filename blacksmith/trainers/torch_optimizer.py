@@ -1,7 +1,7 @@
 """The optimizer step on PyTorch: Adam and AdamW in the fused kernel, all other optimizers traced.
 
-Both classes have the same methods: `plan` prepares a block of steps on the host, `apply` takes one step,
-`pull` reads the state of the Keras optimizer, and `sync` writes it back.
+Both classes have the same methods: `plan` prepares the next steps on the host, `apply` takes one step, `pull`
+reads the state of the Keras optimizer, and `sync` writes it back.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,27 +32,22 @@ def make_optimizer_step(task: Task, notify: Callable[[str], None]) -> "FusedAdam
 
 def _why_not_fused(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> str | None:
     """Why PyTorch's fused Adam kernel cannot replace this Keras optimizer, or None if it can."""
-    variables = model.trainable_variables
-    devices = {v.value.device.type for v in variables}
     if not isinstance(optimizer, keras.optimizers.Adam) or isinstance(optimizer, keras.optimizers.Nadam):
         return "not Adam or AdamW"
-    if optimizer.amsgrad:
-        return "AMSGrad"
-    if optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue:
-        return "gradient clipping"
-    if optimizer.weight_decay and not isinstance(optimizer, keras.optimizers.AdamW):
-        return "weight decay outside AdamW"
-    if optimizer.weight_decay and any(not optimizer._use_weight_decay(v) for v in variables):
-        return "weights excluded from weight decay"
-    if any(v.constraint is not None for v in variables):
-        return "weight constraints"
-    if any(v.value.dtype != torch.float32 for v in variables):
-        return "weights that are not float32"
-    if not all(v.value.is_contiguous() for v in variables):
-        return "weights that are transposed in memory"
-    if not devices <= {"cpu", "cuda", "mps"}:
-        return f"no such kernel on {', '.join(devices)}"
-    return None
+    variables, decay = model.trainable_variables, optimizer.weight_decay
+    values = [v.value for v in variables]
+    obstacles = {
+        "AMSGrad": optimizer.amsgrad,
+        "gradient clipping": optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue,
+        "weight decay outside AdamW": decay and not isinstance(optimizer, keras.optimizers.AdamW),
+        "weights excluded from weight decay": decay
+        and not all(optimizer._use_weight_decay(v) for v in variables),
+        "weight constraints": any(v.constraint is not None for v in variables),
+        "weights that are not float32": any(value.dtype != torch.float32 for value in values),
+        "weights that are transposed in memory": not all(value.is_contiguous() for value in values),
+        "no such kernel on the device": any(v.device.type not in ("cpu", "cuda", "mps") for v in values),
+    }
+    return next((reason for reason, applies in obstacles.items() if applies), None)
 
 
 class FusedAdam:
@@ -70,7 +65,6 @@ class FusedAdam:
         self.pull()
 
     def pull(self) -> None:
-        """Reads the slots and the step count of the Keras optimizer."""
         self._momentums = [v.value for v in self._keras._momentums]
         self._velocities = [v.value for v in self._keras._velocities]
         self._iteration = int(self._keras.iterations.value)
@@ -131,7 +125,6 @@ class TracedOptimizer:
         self.pull()
 
     def pull(self) -> None:
-        """Reads the slots of the Keras optimizer."""
         self._slots = [v.value for v in self._keras.variables]
 
     def plan(self, count: int) -> list[None]:

@@ -1,8 +1,7 @@
 """Saves and restores any PyTorch model and optimizer as safetensors, bit for bit and without pickle.
 
-`save_state` and `load_state` are for a whole model in a checkpoint directory. An experiment that stores
-weights in its own files uses `optimizer_state` and `load_optimizer_state`. Hyperparameters of an optimizer
-are not saved, since they come from the configuration.
+An experiment that stores weights in its own files uses only `optimizer_state` and `load_optimizer_state`.
+Hyperparameters of an optimizer are not saved, since they come from the configuration.
 """
 
 import json
@@ -25,13 +24,7 @@ NUMBERS = "optimizer.json"
 def save_state(
     directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Writes `model.safetensors` and, with an optimizer, `optimizer.safetensors` and `optimizer.json`.
-
-    Weights that are shared between layers are written once.
-
-    Raises:
-      TypeError: see `optimizer_state`.
-    """
+    """Writes a model, shared weights once, and its optimizer; raises TypeError as `optimizer_state` does."""
     save_model(model, str(directory / MODEL))
     if optimizer is not None:
         tensors, numbers = optimizer_state(optimizer, dict(model.named_parameters()))
@@ -43,17 +36,12 @@ def save_state(
 def load_state(
     directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Loads what `save_state` wrote into a model and an optimizer of the same kinds, on any device.
-
-    Raises:
-      CheckpointError: the files do not fit the model or optimizer.
-    """
+    """Loads what `save_state` wrote, on any device; raises CheckpointError if it does not fit."""
     path = directory / MODEL
     try:
         load_model(model, path)
     except RuntimeError as error:
-        # PyTorch lists every difference on its own line.
-        difference = textwrap.shorten(str(error), 400)
+        difference = textwrap.shorten(str(error), 400)  # PyTorch lists each on its own line
         raise CheckpointError(f"{path} does not fit the model: {difference}") from error
     if optimizer is None:
         return
@@ -110,9 +98,7 @@ def load_optimizer_state(
         name, _, slot = key.rpartition("/")
         parameter = parameters.get(name)
         if id(parameter) not in groups:
-            raise CheckpointError(
-                f"the optimizer's state is for a parameter {name!r}, which it does not train"
-            )
+            raise CheckpointError(f"the state has a parameter {name!r}, which the optimizer does not train")
         if isinstance(value, Tensor):
             value = _placed(value, slot, parameter, groups[id(parameter)])
         optimizer.state[parameter][slot] = value

@@ -1,7 +1,6 @@
 """TFDS sets: prepared and read without TensorFlow, cached as arrays, refused if they do not fit."""
 
 import gzip
-import importlib.util
 import os
 import shutil
 import struct
@@ -177,8 +176,8 @@ def test_a_set_that_cannot_be_prepared_here_is_refused():
 
 
 def test_a_missing_package_is_named_with_the_command(prepared, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "array_record" else name)
-    _refused(r"needs array_record; run pip install '\.\[tfds\]'", prepared, validation=8)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    _refused(r"needs tensorflow_datasets; run pip install '\.\[tfds\]'", prepared, validation=8)
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
     assert mnist.load().info.source == "mnist5k"
 

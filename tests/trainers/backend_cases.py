@@ -117,19 +117,12 @@ def traces(steps, **setup):
     return {"traced": found}
 
 
-def oversized_block(block_steps, length):
-    """Runs a block that may be longer than the capacity."""
-    made = Setup(block_steps=block_steps)
-    made.backend.train_block(made.order.block(0, length), 0)
-    return {}
-
-
 def distributions_between(steps, **setup):
     """Training with and without reading the distributions in the middle, and what was read."""
     plain, read = Setup(**setup), Setup(**setup)
     first = plain.run([steps]), read.run([steps])
     before = read.backend.state()
-    seen = read.backend.distributions(read.order.block(steps, 2), steps)
+    seen = read.backend.distributions(read.order.block(steps, 1), steps)
     after = read.backend.state()
     second = plain.run([steps], steps), read.run([steps], steps)
     return {
@@ -318,12 +311,6 @@ def optimizer_settings(**settings):
     return {"class": type(made).__name__, **made.get_config()}
 
 
-def optimizer_refusal(total_steps, schedule):
-    """Makes an optimizer whose schedule does not fit."""
-    make_optimizer(OptimizerConfig(), ScheduleConfig(**schedule), total_steps)
-    return {}
-
-
 def augment(images, parameters, background):
     """Images changed by given parameters."""
     change = ShiftAndRotate(1.0, 1.0, background)
@@ -447,7 +434,7 @@ def train_untraceable(steps):
 
 def export(directory, steps, batches, **setup):
     """Trains, exports in the backend's own format and as ``.keras``, and evaluates some batches."""
-    from blacksmith.trainers.export import export_stablehlo, export_torch
+    from blacksmith.trainers.export import export_model
 
     made = Setup(**setup)
     made.run([steps])
@@ -455,11 +442,7 @@ def export(directory, steps, batches, **setup):
     model = made.task.model
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    model.save(directory / "model.keras")
-    if keras.config.backend() == "jax":
-        export_stablehlo(model, directory / "model.exported")
-    else:
-        export_torch(model, directory / "model.exported")
+    export_model(model, directory)
     for batch in batches:
         inputs, labels = make_data(model, batch, seed=batch)
         _, outputs = made.backend.evaluate(inputs, labels)

@@ -27,13 +27,6 @@ def test_block_capacity_changes_no_bit(backend):
         assert wide[name].tobytes() == narrow[name].tobytes(), name
 
 
-def test_a_block_above_capacity_is_refused(backends):
-    # By JAX, whose program has a fixed capacity. PyTorch takes any length.
-    with pytest.raises(backends.Error, match=r"ValueError: a block of 5 steps .* block_steps = 4"):
-        backends.on("jax", "oversized_block", block_steps=4, length=5)
-    backends.on("torch", "oversized_block", block_steps=4, length=5)
-
-
 @pytest.mark.parametrize(("optimizer", "traced"), [("adam", 1), ("lion", 2)])
 def test_pytorch_traces_only_in_the_first_step(backends, optimizer, traced):
     # Rates and the time left exclude the first step. No later one may trace, not even with a ragged batch.
@@ -60,8 +53,3 @@ def test_accumulation_equals_the_whole_batch(backend):
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-6)
     for name, array in whole.under("state/model/").items():
         np.testing.assert_allclose(parts[f"state/model/{name}"], array, rtol=0, atol=1e-6, err_msg=name)
-
-
-def test_accumulate_must_divide_the_batch(backends, backend):
-    with pytest.raises(backends.Error, match=r"ValueError: accumulate = 3 does not divide .* 8"):
-        backend.run("train", lengths=[1], accumulate=3)

@@ -24,11 +24,12 @@ def load(path):
     return lambda x: program(torch.from_numpy(x)).detach()
 """,
 }
+EXPORTED = {"jax": "model.stablehlo", "torch": "model.pt2"}
 READ = """
 import sys
 import numpy as np
 {reader}
-exported = {{name: load(name + "/model.exported") for name in {models}}}
+exported = {{name: load(name + "/{exported}") for name in {models}}}
 assert "keras" not in sys.modules
 import keras
 for name in {models}:
@@ -59,7 +60,11 @@ def exports(backends, tmp_path_factory):
             arguments = {"steps": 5, "batches": BATCHES, "model": model, "dropout": 0.3}
             backends.on(name, "export", **arguments, directory=str(root / name / model))
         readers[name] = subprocess.Popen(
-            [sys.executable, "-c", READ.format(reader=READERS[name], models=MODELS, batches=BATCHES)],
+            [
+                sys.executable,
+                "-c",
+                READ.format(reader=READERS[name], exported=EXPORTED[name], models=MODELS, batches=BATCHES),
+            ],
             cwd=root / name,
             stderr=subprocess.PIPE,
             text=True,

@@ -65,15 +65,9 @@ def test_names_of_a_state_do_not_depend_on_the_process(backend):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "the checkpoint lacks optimizer/hidden_1_kernel_momentum"),
-        (
-            "foreign",
-            "the checkpoint has optimizer/hidden_9_kernel_momentum, which is not part of this model",
-        ),
-        (
-            "shape",
-            r"the checkpoint's optimizer/hidden_1_kernel_momentum has the shape \(35, 8\), not \(36, 8\)",
-        ),
+        ("missing", r"optimizer/hidden_1_kernel_momentum has the shape \(missing\) .*, \(36, 8\) in this"),
+        ("foreign", r"optimizer/hidden_9_kernel_momentum has the shape \(36, 8\) .*, \(missing\) in this"),
+        ("shape", r"optimizer/hidden_1_kernel_momentum has the shape \(35, 8\) .*, \(36, 8\) in this"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(backends, backend, kind, message):
@@ -84,7 +78,7 @@ def test_a_state_that_does_not_fit_is_refused(backends, backend, kind, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps .* use Task.accumulate"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps .* see Task.accumulate"),
         ({"use_ema": True}, "use_ema .* not supported"),
         ({"loss_scale_factor": 2.0}, "loss_scale_factor .* not supported"),
     ],

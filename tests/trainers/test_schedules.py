@@ -82,9 +82,3 @@ def test_weights_change_at_the_rate_of_the_schedule(backends, optimizer, setting
         # A weight below 1 is kept to 6e-8, before and after; Adam's epsilon is 3e-6 of the first gradient.
         np.testing.assert_allclose(-found["change"], rates, rtol=1e-5, atol=1.2e-7)
         assert (found["spread"] == 0).all()
-
-
-def test_a_warm_up_that_leaves_no_step_is_refused(backends):
-    schedule = {"name": "cosine", "warmup_steps": 20}
-    with pytest.raises(backends.Error, match=r"ConfigError: Schedule.warmup_steps = 20 leaves no step"):
-        backends.on("torch", "optimizer_refusal", total_steps=20, schedule=schedule)

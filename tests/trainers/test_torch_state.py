@@ -11,7 +11,6 @@ from torch import nn
 from blacksmith.errors import CheckpointError
 from blacksmith.trainers.torch_state import (
     MODEL,
-    OPTIMIZER,
     load_state,
     optimizer_state,
     save_state,
@@ -189,33 +188,17 @@ def test_a_different_model_or_optimizer_is_refused(tmp_path):
         load_state(tmp_path, part, torch.optim.AdamW(part.norm.parameters()))
 
 
-@pytest.mark.parametrize("file", [MODEL, OPTIMIZER, "optimizer.json"])
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, file, damage):
-    model, optimizer = make(0)
-    train(model, optimizer, range(1))
-    save_state(tmp_path, model, optimizer)
-    path = tmp_path / file
-    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(CheckpointError, match=rf"{file}.* cannot be read: .") as caught:
-        load_state(tmp_path, model, optimizer)
-    assert "\n" not in str(caught.value)
-
-
-def test_state_that_cannot_be_saved_is_refused(tmp_path):
+def test_state_that_cannot_be_saved_is_refused():
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.LBFGS([weight])
     optimizer.state[weight] = {"old_dirs": [torch.ones(2)]}
     with pytest.raises(TypeError, match="LBFGS keeps 'old_dirs' as a list"):
         optimizer_state(optimizer, {"weight": weight})
-    with pytest.raises(TypeError, match=r"LBFGS trains a parameter of shape \(2,\) without a name"):
-        save_state(tmp_path, nn.Linear(1, 1), optimizer)
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_the_learning_rate_of_every_group_is_set(kind):
+def test_the_learning_rate_of_every_group_is_set():
     weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
-    groups = [{"params": [w], "lr": kind(0.5)} for w in weights]
+    groups = [{"params": [w], "lr": 0.5} for w in weights]
     optimizer = torch.optim.SGD(groups, lr=0.5, foreach=False)
     set_learning_rate(optimizer, 0.25)
     for weight in weights:

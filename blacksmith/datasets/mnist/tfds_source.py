@@ -28,8 +28,6 @@ from blacksmith.network import why_unreachable
 # Class names in tensorflow_datasets.image_classification.mnist; all download idx files.
 PREPARABLE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
-_PACKAGES = ("tensorflow_datasets", "array_record", "importlib_resources")
-
 
 def default_data_dir() -> Path:
     """TFDS's own default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
@@ -77,8 +75,8 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
 
 
 def readable(prepared: Path) -> bool:
-    """Whether the set is in the array cache or the packages that read it are installed."""
-    return _cache_path(prepared).exists() or not _missing_packages()
+    """Whether the set is in the array cache or TFDS is installed."""
+    return _cache_path(prepared).exists() or importlib.util.find_spec("tensorflow_datasets") is not None
 
 
 def _cache_path(prepared: Path) -> Path:
@@ -134,10 +132,9 @@ def _tfrecords(path: Path) -> Iterator[bytes]:
 
 
 def prepare(name: str, data_dir: Path) -> Path:
-    """Downloads one of `PREPARABLE` with TFDS, which verifies checksums, and writes it as array_record.
+    """Downloads one of `PREPARABLE`, writes it as array_record and returns its directory.
 
-    Returns:
-      The directory of the prepared set, such as `data_dir/mnist/3.0.1`.
+    TFDS verifies the checksums.
     """
     if name not in PREPARABLE:
         raise DataError(
@@ -161,11 +158,8 @@ def prepare(name: str, data_dir: Path) -> Path:
 
         class Builder(stock_builder):
             def _split_generators(self, dl_manager: Any) -> dict[str, Iterable]:
-                got = dl_manager.download({stem: f"{self.URL}{stem}.gz" for stem in idx.NAMES})
-                return {
-                    "train": _examples(got[idx.TRAIN_IMAGES], got[idx.TRAIN_LABELS]),
-                    "test": _examples(got[idx.TEST_IMAGES], got[idx.TEST_LABELS]),
-                }
+                paths = dl_manager.download([f"{self.URL}{name}.gz" for name in idx.NAMES])
+                return {"train": _examples(*paths[:2]), "test": _examples(*paths[2:])}
 
     Builder.name = name
     downloader.MAX_RETRIES = 2  # TFDS's 10 retries with growing delays take over 200 s
@@ -188,15 +182,11 @@ def _examples(images_path: Path, labels_path: Path) -> Iterator[tuple[int, dict[
 
 
 def _import_tfds() -> ModuleType:
-    if missing := _missing_packages():
-        raise DataError(f"source 'tfds' needs {', '.join(missing)}; run pip install '.[tfds]'")
-    import tensorflow_datasets
-
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise DataError(f"source 'tfds' needs {error.name}; run pip install '.[tfds]'") from error
     return tensorflow_datasets
-
-
-def _missing_packages() -> list[str]:
-    return [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def _summary(error: Exception) -> str:

@@ -16,22 +16,15 @@ def mlp(
 ) -> keras.Model:
     """An MLP from images, float [batch, height, width], to logits [batch, num_classes].
 
-    Model and layers are named, so that variables have the same names in every process.
-
-    Args:
-      hidden: widths of the hidden layers; empty makes a linear classifier.
-      activation: of the hidden layers.
-      dropout: probability of dropping a hidden unit in training.
-      bias: whether the layers have a bias.
-      num_classes: width of the output.
-      image_shape: height and width of an image.
+    `hidden` are the widths of the hidden layers; without any, it is a linear classifier. Model and layers are
+    named, so that variables have the same names in every process.
     """
     inputs = keras.Input(image_shape, name="image")
     x = keras.layers.Flatten(name="flatten")(inputs)
     for number, width in enumerate(hidden, start=1):
         x = keras.layers.Dense(width, activation=activation, use_bias=bias, name=f"hidden_{number}")(x)
         if dropout:
-            # Without its own seed, because the trainer reseeds at every step.
+            # No seed of its own, because the trainer reseeds at every step.
             x = keras.layers.Dropout(dropout, name=f"dropout_{number}")(x)
     logits = keras.layers.Dense(num_classes, use_bias=bias, name="logits")(x)
     return keras.Model(inputs, logits, name="mlp")

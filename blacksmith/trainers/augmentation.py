@@ -5,12 +5,9 @@ from keras import ops
 
 
 class ShiftAndRotate:
-    """Shifts and rotates each image by its own random amount, with bilinear interpolation.
+    """Moves each image by up to `shift` pixels along each axis and rotates it by up to `rotate` degrees.
 
-    Args:
-      shift: the largest shift along each axis, in pixels.
-      rotate: the largest rotation, in degrees.
-      background: value of the pixels that come in from outside.
+    Interpolation is bilinear. Pixels that come in from outside have the value `background`.
     """
 
     def __init__(self, shift: float, rotate: float, background: float = 0.0) -> None:

@@ -21,8 +21,7 @@ def initialize(model: keras.Model, seed: int) -> None:
       ValueError: a variable's initializer has no NumPy counterpart here, or two variables share a name.
     """
     names = [variable_name(model, v) for v in model.variables]
-    duplicates = {n for n in names if names.count(n) > 1}
-    if duplicates:
+    if duplicates := {n for n in names if names.count(n) > 1}:
         raise ValueError(f"variables share a name: {sorted(duplicates)}; name every layer")
     for layer in model._flatten_layers():
         for variable in layer._trainable_variables:

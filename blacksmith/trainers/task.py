@@ -18,11 +18,7 @@ from blacksmith.trainers.losses import PerSample
 
 @dataclass(frozen=True)
 class Task:
-    """A model and how it is trained, without the data.
-
-    Raises:
-      ValueError: the optimizer has a setting that the trainer does not support.
-    """
+    """A model and how it is trained; raises ValueError if a setting of the optimizer is not supported."""
 
     model: keras.Model  # any with named layers, from inputs [batch, ...] to outputs [batch, ...]
     optimizer: keras.optimizers.Optimizer  # built here if necessary

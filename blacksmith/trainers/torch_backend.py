@@ -32,10 +32,7 @@ class TorchBackend(Backend):
     """Runs a `Task` on PyTorch; `notify` takes lines for the user.
 
     Weights and slots that the optimizer updates in place are the tensors of the Keras variables themselves;
-    `sync` copies back those that it replaces.
-
-    Raises:
-      ValueError: the model has a random layer that cannot be traced.
+    `sync` copies back those that it replaces. Raises ValueError for a random layer that cannot be traced.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ def copies(tensors: Any) -> Any:
 
 
 def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
-    """The graph of `function` for arguments of these shapes, which it takes as one tuple.
+    """The graph of `function`, which takes its arguments as one tuple.
 
     The function runs once, on copies, because it may update tensors in place.
     """

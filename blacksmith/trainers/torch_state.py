@@ -60,8 +60,7 @@ def optimizer_state(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The state of an optimizer by ``parameter/slot``: its tensors, on the CPU, and its plain numbers.
 
-    Raises:
-      TypeError: the optimizer keeps something other than tensors and numbers, as LBFGS does.
+    Raises TypeError if it keeps anything else, as LBFGS does.
     """
     names = {parameter: name for name, parameter in parameters.items()}
     tensors, numbers = {}, {}
@@ -85,11 +84,7 @@ def load_optimizer_state(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, float],
 ) -> None:
-    """Replaces an optimizer's state by what `optimizer_state` returned.
-
-    Raises:
-      CheckpointError: the state has a parameter that this optimizer does not train.
-    """
+    """Replaces an optimizer's state by that of `optimizer_state`; CheckpointError if it does not fit."""
     # Not by `Optimizer.load_state_dict`, which casts every slot to the dtype of its parameter and so rounds
     # float32 slots of bfloat16 parameters.
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

@@ -64,7 +64,7 @@ class Mnist:
 
     train: Split  # in an order shuffled by the seed
     validation: Split  # held out of the official training set, or the test split itself
-    test: Split  # the official test set in stored order, the same for every seed
+    test: Split  # the official test set in stored order
     info: Info
 
 
@@ -89,12 +89,9 @@ def load(
       source: one of these.
       path: the directory of the idx files, or TFDS's data directory; None for the cache or TFDS's default.
       name: TFDS name, with the configuration if the set has any (`emnist/balanced`).
-      validation: how many images of the official training set to hold out, or "test" to validate on the test
-        set. The default of 5,000 means 500 on mnist5k.
+      validation: how many training images to hold out, or "test" to validate on the test set. The default of
+        5,000 means 500 on mnist5k.
       seed: decides which images are held out, and the order of the train split.
-
-    Returns:
-      The splits, disjoint unless `validation` is "test", and the same for a seed on every machine.
 
     Raises:
       DataError: the source is missing or broken, or `validation` leaves nothing to train on.

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-SIDE = 28
-"""Height and width of an image, in pixels."""
+SIDE = 28  # height and width of an image, in pixels
 
 
 class Arrays(NamedTuple):
@@ -19,10 +18,7 @@ class Arrays(NamedTuple):
     classes: int
 
     def sha256(self) -> str:
-        """A hash of the content, independent of the files it was read from.
-
-        It covers, for each array in turn, the shape as text and the bytes in stored order.
-        """
+        """A hash of each array's shape as text and bytes in stored order, whatever files they come from."""
         digest = hashlib.sha256()
         for array in self[:4]:
             digest.update(f"{array.shape}".encode())

@@ -51,7 +51,7 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
       The arrays, in TFDS's own shuffled order, and the directory of the prepared set.
 
     Raises:
-      DataError: a missing package, or a set that cannot be prepared or read or is not 28x28 grayscale.
+      DataError: TFDS is missing, or the set cannot be prepared or read or is not 28x28 grayscale.
     """
     prepared = find_prepared(name, data_dir) or prepare(name, data_dir)
     cached = _cache_path(prepared)
@@ -119,7 +119,7 @@ def _tfrecords(path: Path) -> Iterator[bytes]:
     """Yields the records of a TFRecord file, TFDS's default format, which TFDS reads only with TensorFlow.
 
     A record is its length (8 bytes), the length's CRC (4), the data and the data's CRC (4). The CRCs are not
-    checked: the standard library has no CRC-32C, every PNG has its own checksum, and records are counted.
+    checked: every PNG has its own checksum, and records are counted.
     """
     content = path.read_bytes()
     at = 0

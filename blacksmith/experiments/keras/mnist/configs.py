@@ -1,14 +1,16 @@
 """The configuration of the MNIST experiments on JAX, PyTorch and Lightning. Loads no framework."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from blacksmith.config.conditions import Is
 from blacksmith.config.sections import section, setting
 from blacksmith.config.settings import CheckpointConfig, KerasConfig, KerasTrainConfig, check_warmup
-from blacksmith.datasets import mnist
+
+if TYPE_CHECKING:
+    from blacksmith.datasets import mnist
 
 _VALIDATION = {"mnist.Data.validation": Is("not 0", lambda samples: samples != 0)}
 
@@ -44,8 +46,10 @@ class Data:
     shift: float = setting(0.0, "shift training images randomly by up to this many pixels", ge=0, le=14)
     rotate: float = setting(0.0, "rotate training images randomly by up to this many degrees", ge=0, le=180)
 
-    def load(self, seed: int) -> mnist.Mnist:
+    def load(self, seed: int) -> "mnist.Mnist":
         """Reads the images and holds out validation images by the seed; `DataError` if that fails."""
+        from blacksmith.datasets import mnist
+
         return mnist.load(self.source, self.path, name=self.name, validation=self.validation, seed=seed)
 
 

@@ -31,9 +31,9 @@ def find(directory: Path, name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def present(directory: Path) -> int:
-    """How many of the four files the directory has."""
-    return sum(find(directory, name) is not None for name in NAMES)
+def present(directory: Path) -> bool:
+    """Whether the directory has any of the four files."""
+    return any(find(directory, name) for name in NAMES)
 
 
 def load(directory: Path) -> Arrays:

@@ -30,10 +30,10 @@ def epsilon(run):
     from blacksmith.experiments.keras.mnist import train
     from blacksmith.trainers.torch_optimizer import FusedAdam
     plan = FusedAdam.plan
-    FusedAdam.plan = lambda self, step, count: [
-        (rate, self._keras.epsilon * 100, decay) for rate, _, decay in plan(self, step, count)
+    FusedAdam.plan = lambda self, count: [
+        (rate, self._keras.epsilon * 100, decay) for rate, _, decay in plan(self, count)
     ]
-    return train.train(run)
+    return train.main(run)
 
 def batches(run):
     """Batches one step late."""
@@ -41,7 +41,7 @@ def batches(run):
     from blacksmith.run.order import Order
     block = Order.block
     Order.block = lambda self, step, steps: block(self, step + 1, steps)
-    return train.train(run)
+    return train.main(run)
 
 for name in ("epsilon", "batches"):
     registry.add(

@@ -70,29 +70,18 @@ def make_setup(
     return Setup(task, order, end, *splits)
 
 
-def run_classifier(
-    run: Run,
-    setup: Setup,
-    preparation: Mapping[str, Any] | None = None,
-    fit: Callable[[KerasTrainer], None] = KerasTrainer.fit,
-) -> int:
+def run_classifier(run: Run, setup: Setup, preparation: Mapping[str, Any] | None = None) -> int:
     """Trains, evaluates or exports a classifier, depending on the run's mode; returns the exit status.
 
-    `preparation` says how inputs are prepared, for `export.json`; `fit` is the loop that trains.
+    `preparation` says how inputs are prepared, for `export.json`.
     """
-    if run.mode == "train":
-        trainer = KerasTrainer(run, setup)
-        fit(trainer)
-        worst_to = None if setup.test.images is None else run.directory / "images"
-        return trainer.finish(lambda: score_classifier(trainer.backend, setup.test, worst_to))
-    backend = backend_of(run, setup)
-    load_checkpoint(backend, run.resumed)
     if run.mode == "eval":
-        _evaluate(run, setup, backend)
-    else:
-        backend.sync()
-        _export(run, setup.task.model, preparation or {})
-    return 0
+        return evaluate_checkpoint(run, setup)
+    if run.mode == "export":
+        return export_checkpoint(run, setup, preparation or {})
+    trainer = KerasTrainer(run, setup)
+    trainer.fit()
+    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test))
 
 
 def score_classifier(backend: Backend, samples: Samples, worst_to: Path | None = None) -> dict[str, Any]:
@@ -129,11 +118,13 @@ def _save_worst(directory: Path, samples: Samples, logits: np.ndarray) -> None:
         Image.fromarray(samples.images[index]).save(directory / f"test_worst_{rank:02d}.png", pnginfo=texts)
 
 
-def _evaluate(run: Run, setup: Setup, backend: Backend) -> None:
-    """Evaluates the validation and test sets and writes `eval.json`.
+def evaluate_checkpoint(run: Run, setup: Setup) -> int:
+    """Evaluates the validation and test sets, writes `eval.json` and returns the exit status.
 
     On data other than the training data, only the test set, since no validation set was held out of it.
     """
+    backend = backend_of(run, setup)
+    load_checkpoint(backend, run.resumed)
     result: dict[str, Any] = {"checkpoint": str(run.resumed.path), "data": run.data}
     if run.trained_on_this_data() and len(setup.validation):
         result["val"] = evaluate(backend, setup.validation)[0]
@@ -143,10 +134,15 @@ def _evaluate(run: Run, setup: Setup, backend: Backend) -> None:
         if split in result:
             print(f"{split}: " + "  ".join(f"{k} {result[split][k]:.6f}" for k in ("loss", "accuracy")))
     print(run.directory / "eval.json")
+    return 0
 
 
-def _export(run: Run, model: keras.Model, preparation: Mapping[str, Any]) -> None:
-    """Writes the model and `export.json`, which describes it, into ``export/``."""
+def export_checkpoint(run: Run, setup: Setup, preparation: Mapping[str, Any]) -> int:
+    """Writes the model and `export.json`, which describes it, into ``export/``; returns the exit status."""
+    backend = backend_of(run, setup)
+    load_checkpoint(backend, run.resumed)
+    backend.sync()
+    model = setup.task.model
     directory = run.directory / "export"
     directory.mkdir(exist_ok=True)
     files = export_model(model, directory)
@@ -160,6 +156,7 @@ def _export(run: Run, model: keras.Model, preparation: Mapping[str, Any]) -> Non
     write_json(directory / "export.json", content)
     for name in [*files, "export.json"]:
         print(directory / name)
+    return 0
 
 
 def _with_batch(shape: tuple[int | None, ...]) -> str:

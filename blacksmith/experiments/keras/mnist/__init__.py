@@ -6,7 +6,11 @@ EXPERIMENT = Experiment(
     name="keras/mnist",
     summary="MNIST MLP written once on Keras 3, on JAX or PyTorch",
     configs=f"{__name__}.configs",
-    modes=dict.fromkeys(("train", "eval", "export"), f"{__name__}.train:main"),
+    modes={
+        "train": f"{__name__}.train:train",
+        "eval": f"{__name__}.evaluate:evaluate",
+        "export": f"{__name__}.evaluate:export",
+    },
     backends={
         "jax": Needs("jax", ("keras", "jax")),
         "torch": Needs("torch", ("keras", "torch")),

@@ -8,8 +8,8 @@ EXPERIMENT = Experiment(
     configs="blacksmith.experiments.keras.mnist.configs",
     modes={
         "train": f"{__name__}.train:train",
-        "eval": "blacksmith.experiments.keras.mnist.train:main",
-        "export": "blacksmith.experiments.keras.mnist.train:main",
+        "eval": "blacksmith.experiments.keras.mnist.evaluate:evaluate",
+        "export": "blacksmith.experiments.keras.mnist.evaluate:export",
     },
     backends={"torch": Needs("lightning", ("keras", "torch", "lightning"))},
     checkpoint_format="keras-arrays-2",

@@ -4,24 +4,50 @@ Lightning's Trainer fetches batches and calls `training_step`, which takes a ste
 Batches, metrics, checkpoints and the final test are those of `keras/mnist`, so runs can be compared.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import lightning as L
 import torch
 
+from blacksmith.datasets import mnist
+from blacksmith.models.keras.mnist.mlp import mlp
 from blacksmith.run.order import Block
 from blacksmith.run.run import Run
-from blacksmith.trainers.classification import run_classifier
-from blacksmith.trainers.keras_trainer import KerasTrainer
+from blacksmith.trainers.augmentation import ShiftAndRotate
+from blacksmith.trainers.classification import make_setup, score_classifier
+from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, Setup
 from blacksmith.trainers.lightning import make_trainer
-from blacksmith.trainers.mnist import mnist_setup
 
 
 def train(run: Run) -> int:
     """Trains the model and tests the best checkpoint; returns the exit status."""
-    return run_classifier(run, mnist_setup(run), fit=fit)
+    setup = prepare(run)
+    trainer = KerasTrainer(run, setup)
+    fit(trainer)
+    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test, run.directory / "images"))
+
+
+def prepare(run: Run) -> Setup:
+    """Data, model and optimizer."""
+    config, settings = run.config, run.config.data
+    data = settings.load(config.run.seed)
+    run.use_data(data.info)
+    splits = [
+        Samples(*mnist.prepare(split, settings.scale, settings.mean, settings.std), split.images)
+        for split in (data.train, data.validation, data.test)
+    ]
+    augmentation = None
+    if settings.shift or settings.rotate:
+        augmentation = ShiftAndRotate(settings.shift, settings.rotate, -settings.mean / settings.std)
+
+    def build() -> keras.Model:
+        return mlp(**dataclasses.asdict(config.model), num_classes=data.info.classes)
+
+    return make_setup(config, build, splits, augmentation)
 
 
 def fit(trainer: KerasTrainer) -> None:

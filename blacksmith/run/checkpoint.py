@@ -1,8 +1,6 @@
-"""Checkpoints as directories that are complete or absent: atomic, verified, retained.
+"""Checkpoints ``step_XXXXXXXX/`` that are complete or absent: ``state.json`` and the experiment's files.
 
-``checkpoints/step_XXXXXXXX/`` holds ``state.json`` and the experiment's files. This module owns writing
-them through a temporary sibling, hashing, choosing which to keep and falling back to the newest intact
-one; what the files mean is the experiment's business. No pickle, no framework.
+This module writes them atomically, verifies their hashes and decides which to keep.
 """
 
 import hashlib
@@ -21,7 +19,7 @@ from blacksmith.errors import CheckpointError
 from blacksmith.files import file_sha256
 
 FORMAT_VERSION = 2
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Checkpoints:
         metric: str = "val_loss",
         mode: str = "auto",
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = directory
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.metric = metric
@@ -75,17 +73,14 @@ class Checkpoints:
         write: Callable[[Path], Mapping[str, Any] | None],
         metrics: Mapping[str, float] | None = None,
     ) -> Path:
-        """Writes one checkpoint, then removes those that are no longer kept.
+        """Writes one checkpoint, then removes those that are no longer kept; returns its directory.
 
         Args:
           step: optimizer steps taken.
           state: JSON values to find again in `Saved.state`.
-          write: puts the experiment's files into the (existing, empty) directory it is given; returns JSON
-            values to find again in `Saved.own`.
-          metrics: the latest validation metrics, for `keep_best`.
-
-        Returns:
-          The checkpoint's directory.
+          write: puts the experiment's files into the empty directory it is given; returns JSON values to find
+            again in `Saved.own`.
+          metrics: validation metrics of these weights, for `keep_best`.
 
         Raises:
           OSError: it could not be written (a full disk, say); every older checkpoint is left as it was.
@@ -129,13 +124,11 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """All checkpoint directories, oldest first; not verified."""
-        if not self.directory.is_dir():
-            return []
-        found = [p for p in self.directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
-        return sorted(found, key=lambda p: int(_STEP.fullmatch(p.name)[1]))
+        found = (p for p in self.directory.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir())
+        return sorted(found, key=_step_of)
 
     def newest(self) -> Saved | None:
-        """The newest intact checkpoint; broken newer ones are named in a warning.
+        """The newest intact checkpoint, with a warning for each broken newer one; None if there is none.
 
         Raises:
           CheckpointError: there are checkpoints and none is intact.
@@ -144,8 +137,6 @@ class Checkpoints:
 
     def best_or_newest(self) -> Saved | None:
         """What is tested, evaluated and exported: the best checkpoint if the best are kept, else the newest.
-
-        Broken ones are named in a warning and passed over.
 
         Raises:
           CheckpointError: there are checkpoints and none is intact.
@@ -160,8 +151,6 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Removes what an interrupted `save` left; call it only while the run's lock is held."""
-        if not self.directory.is_dir():
-            return
         for old in self.directory.glob(".step_*.old-*"):
             target = self.directory / old.name[1:].partition(".old-")[0]
             if target.exists():
@@ -174,19 +163,17 @@ class Checkpoints:
     def remove_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: they belong to a history that a resume gave up."""
         for path in self.steps():
-            if int(_STEP.fullmatch(path.name)[1]) > step:
+            if _step_of(path) > step:
                 self._remove(path)
 
     def _first_intact(self, candidates: list[Path]) -> Saved | None:
         problems = []
         for path in candidates:
             try:
-                saved = load(path)
+                return load(path)
             except CheckpointError as error:
-                problems.append(str(error))
+                problems.append(error)
                 print(f"warning: {error}; trying another", file=sys.stderr)
-                continue
-            return saved
         if problems:
             raise CheckpointError(f"no intact checkpoint in {self.directory}: {problems[0]}")
         return None
@@ -204,7 +191,7 @@ class Checkpoints:
 
     def _retain(self, newest: Path) -> None:
         steps = self.steps()
-        keep = set(steps[-self.keep_last :]) | {newest} | set(self._by_metric()[: self.keep_best])
+        keep = {newest, *steps[-self.keep_last :], *self._by_metric()[: self.keep_best]}
         for path in steps:
             if path not in keep:
                 self._remove(path)
@@ -228,8 +215,12 @@ class Checkpoints:
         shutil.rmtree(removed)
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def direction(metric: str, mode: str) -> str:
-    """``min`` or ``max``: `mode`, or where that is ``auto``, ``min`` for metrics that end in ``loss``."""
+    """``min`` or ``max``; the mode ``auto`` means ``min`` for metrics that end in ``loss``."""
     if mode != "auto":
         return mode
     return "min" if metric.endswith("loss") else "max"
@@ -237,27 +228,24 @@ def direction(metric: str, mode: str) -> str:
 
 def checkpoints_dir(path: Path) -> Path:
     """Where a path has its ``step_*``: itself, or in its ``checkpoints/``, if it is a run directory."""
-    within = Path(path) / "checkpoints"
-    return within if within.is_dir() and not Checkpoints(path).steps() else Path(path)
+    within = path / "checkpoints"
+    return within if within.is_dir() and not Checkpoints(path).steps() else path
 
 
 def find(path: Path) -> Saved:
-    """The checkpoint that a user's path means: itself, or the newest of a run directory.
+    """The checkpoint at a user's path: itself, or the newest of a run directory.
 
     Raises:
       CheckpointError: there is none, or it is broken.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
     if (path / "state.json").is_file():
         return load(path)
     saved = Checkpoints(checkpoints_dir(path)).newest()
-    if saved is not None:
-        return saved
-    raise CheckpointError(
-        f"no checkpoint at {path}: expected a run directory, its checkpoints/ or one of its step_*"
-    )
+    if saved is None:
+        raise CheckpointError(
+            f"no checkpoint at {path}: expected a run directory, its checkpoints/ or one of its step_*"
+        )
+    return saved
 
 
 def load(path: Path) -> Saved:
@@ -280,10 +268,8 @@ def load(path: Path) -> Saved:
         )
     for name, expected in state["sha256"].items():
         part = path / name
-        if not part.is_file():
-            raise CheckpointError(f"{part} is missing")
-        if file_sha256(part) != expected:
-            raise CheckpointError(f"{part} has changed since it was written")
+        if not part.is_file() or file_sha256(part) != expected:
+            raise CheckpointError(f"{part} is missing or has changed since it was written")
     return Saved(path, state)
 
 

@@ -1,7 +1,4 @@
-"""What an experiment is handed: one run directory with its metrics, checkpoints, stop flag and provenance.
-
-The launcher opens a `Run` and passes it to the experiment. Nothing here knows a framework or an experiment.
-"""
+"""What the launcher hands to an experiment: a run directory with its metrics, checkpoints and stop flag."""
 
 import contextlib
 import dataclasses
@@ -36,7 +33,7 @@ class Run:
       experiment: its name.
       checkpoint_format: the format of its checkpoints.
       backend: ``jax`` or ``torch``.
-      device: the device in the framework's words.
+      device: the framework's name of the device.
       mode: ``train``, ``eval``, ``export`` or ``view``.
       resumed: the checkpoint that this run starts from, or None.
       external_weights: a directory of weights that no run wrote, to be evaluated or exported, or None.
@@ -96,17 +93,16 @@ class Run:
 
     @contextlib.contextmanager
     def opened(self, checkpoints: Sequence[Path] | None = None) -> Iterator["Run"]:
-        """Makes and locks the directory and handles signals, until the block ends.
+        """Makes and locks the directory and handles signals until the block ends.
 
-        A run that is refused (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: directories
-        that it made are removed, and one that it was to resume in stays as it was. After any other failure
-        `result.json` says what happened.
+        A refused run (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: directories that it
+        made are removed. After any other failure `result.json` says what happened.
 
         Args:
           checkpoints: those that were there when `resumed` was chosen; None: not checked.
 
         Raises:
-          ConfigError: another process is running in this directory, or was since `checkpoints` were listed.
+          ConfigError: another run uses this directory, or changed it since `checkpoints` were listed.
           RunError: the disk is full.
         """
         made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
@@ -148,9 +144,8 @@ class Run:
     def begin(self) -> None:
         """Takes the directory for this run; a second call does nothing.
 
-        Results and checkpoints of a history that the run does not continue are removed, and `metrics.jsonl`
-        is cut off where the checkpoint was written. Until then a directory that is resumed stays as it was,
-        so that a refused run changes nothing.
+        Removes what belongs to a history that the run does not continue. Until then the directory stays as it
+        was, so that a refused run changes nothing.
 
         Raises:
           CheckpointError: `metrics.jsonl` is shorter than it was.
@@ -195,13 +190,12 @@ class Run:
         if log.tensorboard:
             writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", purge_step=purge))
         seconds = time.perf_counter() - self._opened_at
-        if self.resumed is not None:
-            seconds += self.resumed.state["seconds"]
+        seconds += self.resumed.state["seconds"] if self.resumed else 0
         self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
         self._metrics.last_step = self.resumed.step if self.resumed else 0
 
     def use_data(self, info: Any, **more: Any) -> None:
-        """Records which data is used, and prints it.
+        """Records and prints which data is used.
 
         Args:
           info: a dataclass that has at least `source`, `sha256` and `describe()`, one line for the console.
@@ -215,10 +209,9 @@ class Run:
         if self.resumed is not None and self.mode == "train":
             before = self.resumed.state["data"]
             if before.get("sha256") != info.sha256:
-                was, now = (f"{d.get('source')} {str(d.get('sha256'))[:12]}" for d in (before, self.data))
                 raise DataError(
-                    f"the data has changed since {self.resumed.path.name}: it was {was}, now it is {now}; "
-                    "give the same source"
+                    f"the data has changed since {self.resumed.path.name}: it was {_short(before)}, now it "
+                    f"is {_short(self.data)}; give the same source"
                 )
         if self._metrics is not None:
             self._environment["data"] = self.data
@@ -229,13 +222,9 @@ class Run:
         trained_on = self.resumed.state["data"] if self.resumed else {}
         if trained_on.get("sha256") == self.data.get("sha256"):
             return True
-        what = (
-            f"{trained_on.get('source')} {str(trained_on.get('sha256'))[:12]}"
-            if trained_on
-            else "unknown data"
-        )
         print(
-            f"note: the model was trained on other data ({what}), which may overlap with the test data",
+            f"note: the model was trained on other data ({_short(trained_on)}), which may overlap with the "
+            "test data",
             file=sys.stderr,
         )
         return False
@@ -247,13 +236,13 @@ class Run:
         write: Callable[[Path], Mapping[str, Any] | None],
         metrics: Mapping[str, float],
     ) -> Path:
-        """Saves the experiment's files with everything that a resume has to know.
+        """Saves the experiment's files with everything that a resume needs.
 
         Args:
           step: optimizer steps taken.
           position: the loop's JSON values, found again under ``position``.
           write: puts the files into a directory; returns JSON values to find again in `Saved.own`.
-          metrics: the latest validation metrics.
+          metrics: validation metrics of these weights.
 
         Raises:
           OSError: it could not be written; older checkpoints are intact.
@@ -263,7 +252,6 @@ class Run:
             "checkpoint_format": self.checkpoint_format,
             "seed": self.config.run.seed,
             "config": configuration.as_dict(self.config),
-            "config_hash": configuration.config_hash(self.config),
             "data": self.data,
             "metrics_offset": self.metrics.flush(),
             "seconds": self.metrics.seconds,
@@ -272,22 +260,13 @@ class Run:
         return self.checkpoints.save(step, content, write, metrics)
 
     def finish(self, status: str, result: Mapping[str, Any]) -> None:
-        """Writes `result.json`, then the report.
-
-        Args:
-          status: ``done`` or ``stopped``.
-          result: the experiment's part; see its README.
-        """
+        """Writes `result.json`, then the report; `status` is ``done`` or ``stopped``."""
         self.metrics.flush()
         times = {"seconds": round(self.metrics.seconds, 3), "peak_memory_bytes": provenance.peak_memory()}
         self._write_result(status, {**times, "data": self.data, **result})
 
     def stopped(self, result: Mapping[str, Any] | None = None) -> int:
-        """Ends the run early: writes the result, prints how to resume; returns the exit status.
-
-        Args:
-          result: what `finish` gets, of a training run.
-        """
+        """Ends the run early: writes the `result`, prints how to resume; returns the exit status."""
         if self.mode != "train":
             print("stopped", file=sys.stderr)
             return STOPPED
@@ -297,13 +276,13 @@ class Run:
         command = list(self._command)
         if not any(part.startswith("--workdir") for part in command):
             command.append(f"--workdir={self.directory}")
-        if self.checkpoints.steps() and any(part.lstrip("-").startswith("resume") for part in command):
-            command.append("--resume=auto")  # the last one counts
-        if self.checkpoints.steps():
-            step = f" at step {result['step']}" if "step" in result else ""
-            print(f"stopped{step}. To resume: {shlex.join(command)}")
-        else:
+        if not self.checkpoints.steps():
             print(f"stopped before anything was saved. To start again: {shlex.join(command)}")
+            return STOPPED
+        if any(part.lstrip("-").startswith("resume") for part in command):
+            command.append("--resume=auto")  # the last one counts
+        step = f" at step {result['step']}" if "step" in result else ""
+        print(f"stopped{step}. To resume: {shlex.join(command)}")
         return STOPPED
 
     def _identity(self) -> dict[str, str]:
@@ -324,9 +303,9 @@ class Run:
     def _record_failure(self, error: BaseException) -> None:
         """Writes that the run failed, as far as the disk permits."""
         with contextlib.suppress(Exception):
-            aborted = isinstance(error, KeyboardInterrupt)
-            by = self.stop.signal or "SIGINT"
-            message = f"aborted by {by}" if aborted else f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt):
+                message = f"aborted by {self.stop.signal or 'SIGINT'}"
             step = self._metrics.last_step if self._metrics else 0
             result = {"error": message, "step": step, "data": self.data}
             self._write_result("failed", result, report=_full_disk(error) is None)
@@ -369,6 +348,11 @@ class Run:
             file.close()
 
 
+def _short(data: Mapping[str, Any]) -> str:
+    """Recorded data in a few words: its source and the beginning of its hash."""
+    return f"{data['source']} {data['sha256'][:12]}" if data else "unknown data"
+
+
 def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
     """The checkpoints in a directory of ``step_*`` under a configuration's retention rules."""
     rules = config.checkpoint
@@ -387,7 +371,7 @@ def check_resume(
     """Checks that a run with `config` may resume from `saved`, or evaluate or export it.
 
     Raises:
-      ConfigError: it differs in a field that must not change; names the first differences.
+      ConfigError: it differs in a field that must not change.
       CheckpointError: the checkpoint belongs to an experiment of another kind.
     """
     if saved.state["checkpoint_format"] != checkpoint_format:
@@ -395,13 +379,12 @@ def check_resume(
             f"{saved.path} was written by {saved.state['experiment']} in the format "
             f"{saved.state['checkpoint_format']} but {experiment} reads {checkpoint_format}"
         )
-    different = configuration.forbidden_changes(config, saved.state["config"], mode=mode)
+    different = configuration.changes(config, saved.state["config"], forbidden_in=mode)
     if different:
-        shown = "; ".join(f"{k} {a!r} -> {b!r}" for k, (a, b) in list(different.items())[:4])
-        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+        shown = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in different.items())
         cure = f"use --gin_file={saved.path.parent.parent / 'config.gin'}"
         cure += ", or start in a new --workdir" if mode == "train" else ""
-        raise ConfigError(f"settings differ from the checkpoint {saved.path}: {shown}{more}; {cure}")
+        raise ConfigError(f"settings differ from the checkpoint {saved.path}: {shown}; {cure}")
 
 
 def _full_disk(error: Exception) -> str | None:

@@ -1,7 +1,4 @@
-"""The metric stream of a run: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request.
-
-No framework is imported: TensorBoard's own record writer writes its events.
-"""
+"""The metric stream of a run: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request."""
 
 import contextlib
 import hashlib
@@ -11,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,30 +25,21 @@ def is_timed(name: str) -> bool:
 
 
 class Writer(Protocol):
-    """A place that metrics go to in addition to `metrics.jsonl`."""
+    """A place that metrics go to in addition to `metrics.jsonl`; arguments as for `Metrics`."""
 
-    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Writes some values of one split at one step."""
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None: ...
 
-    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """Writes the distribution of an array of any shape."""
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None: ...
 
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Writes a picture, uint8 [height, width, 3]."""
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None: ...
 
-    def flush(self) -> None:
-        """Makes what was written visible to readers."""
-
-    def close(self) -> None:
-        """Flushes and lets go of the files."""
+    def close(self) -> None: ...
 
 
 class TensorBoardWriter:
-    """Scalars, histograms and pictures as TensorBoard events.
+    """TensorBoard events in a directory.
 
-    Args:
-      directory: the log directory.
-      purge_step: events from this step on, written before, are to be forgotten (a resumed run).
+    Events from `purge_step` on that were written before are to be forgotten (a resumed run).
     """
 
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
@@ -59,7 +47,6 @@ class TensorBoardWriter:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2, summary_pb2
-        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         # Readers take the files in the order of their names. No EventFileWriter: its errors, a full disk for
         # example, show up as a traceback from a thread.
@@ -67,21 +54,14 @@ class TensorBoardWriter:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{number}"
         self._file = (directory / name).open("wb")
         self._records = RecordWriter(self._file)
-        self._add(file_version="brain.Event:2")
+        self._write(file_version="brain.Event:2")
         if purge_step is not None:
             # TensorBoard drops events at or after a restart's step when it meets this record.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(step=purge_step, session_log=start)
+            self._write(step=purge_step, session_log=start)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        summary = self._summary.Summary(
-            value=[
-                self._summary.Summary.Value(tag=f"{split}/{name}", simple_value=value)
-                for name, value in values.items()
-            ]
-        )
-        self._add(step=step, summary=summary)
-        self._file.flush()
+        self._add(step, *({"tag": f"{split}/{name}", "simple_value": v} for name, v in values.items()))
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         values = _finite_values(values)
@@ -97,8 +77,7 @@ class TensorBoardWriter:
             bucket_limit=edges[1:].tolist(),
             bucket=counts.tolist(),
         )
-        value = self._summary.Summary.Value(tag=name, histo=histogram)
-        self._add(step=step, summary=self._summary.Summary(value=[value]))
+        self._add(step, {"tag": name, "histo": histogram})
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         from PIL import Image
@@ -109,31 +88,25 @@ class TensorBoardWriter:
         picture = self._summary.Summary.Image(
             height=height, width=width, colorspace=channels, encoded_image_string=encoded.getvalue()
         )
-        value = self._summary.Summary.Value(tag=name, image=picture)
-        self._add(step=step, summary=self._summary.Summary(value=[value]))
-
-    def flush(self) -> None:
-        self._file.flush()
+        self._add(step, {"tag": name, "image": picture})
 
     def close(self) -> None:
         self._file.close()
 
-    def _add(self, **fields: Any) -> None:
+    def _add(self, step: int, *values: dict[str, Any]) -> None:
+        summary = self._summary.Summary
+        self._write(step=step, summary=summary(value=[summary.Value(**value) for value in values]))
+
+    def _write(self, **fields: Any) -> None:
         self._records.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
 
 
 class WandbWriter:
-    """Scalars, histograms and pictures to Weights & Biases.
-
-    Args:
-      directory: where wandb keeps its files, the run directory.
-      mode: ``online`` or ``offline``.
-      project: the project's name.
-      config: the run's configuration.
-    """
+    """Weights & Biases: the run's `config` is logged, and its files are kept in the run's directory."""
 
     def __init__(self, directory: Path, mode: str, project: str, config: Mapping[str, Any]) -> None:
-        directory = Path(directory).resolve()
+        directory = directory.resolve()
         # Read by wandb when imported: else its logs go into the user's home, and it reports home offline.
         os.environ.setdefault("WANDB_CACHE_DIR", str(directory / "wandb" / "cache"))
         if mode == "offline":
@@ -163,9 +136,6 @@ class WandbWriter:
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._run.log({name: self._wandb.Image(pixels)}, step=step)
 
-    def flush(self) -> None:
-        pass  # wandb streams on its own
-
     def close(self) -> None:
         self._run.finish()
 
@@ -183,7 +153,7 @@ class Metrics:
     def __init__(
         self,
         path: Path,
-        writers: list[Writer] | None = None,
+        writers: Sequence[Writer] = (),
         *,
         offset: int = 0,
         seconds: float = 0,
@@ -191,7 +161,7 @@ class Metrics:
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(offset)
         self._file.seek(offset)
-        self._writers = writers or []
+        self._writers = writers
         self._start = time.perf_counter() - seconds
         self.last_step = 0
 
@@ -204,9 +174,8 @@ class Metrics:
         """Writes one line: scalar metrics of one split after `step` optimizer steps."""
         values = {name: float(value) for name, value in values.items()}
         self.last_step = step
-        line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4)}
-        line["split"] = split
-        line.update({name: _json_number(value) for name, value in values.items()})
+        line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4), "split": split}
+        line |= {name: _json_number(value) for name, value in values.items()}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         for writer in self._writers:
@@ -223,11 +192,9 @@ class Metrics:
             writer.image(step, name, pixels)
 
     def flush(self) -> int:
-        """Puts everything on disk; returns the length of `metrics.jsonl` in bytes."""
+        """Puts `metrics.jsonl` on disk; returns its length in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        for writer in self._writers:
-            writer.flush()
         return self._file.tell()
 
     def close(self) -> None:
@@ -244,7 +211,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
       DataError: a line before the last is broken.
     """
-    lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -54,11 +54,9 @@ def git_state() -> dict[str, Any] | None:
         changed = subprocess.run(status, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (
-        None
-        if commit.returncode
-        else {"commit": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())}
-    )
+    if commit.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())}
 
 
 def peak_memory() -> int:

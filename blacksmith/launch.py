@@ -7,7 +7,6 @@ the configuration has been validated.
 
 import dataclasses
 import difflib
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -63,9 +62,7 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bo
     try:
         rest = values(list(argv))
     except (flags.Error, ValueError) as error:
-        line = " ".join(str(error).split())
-        line = re.sub(r"\('Non-boolean argument to boolean flag', .*\)", "must be true or false", line)
-        raise ConfigError(f"{line} (see --helpfull)") from error
+        raise ConfigError(f"{' '.join(str(error).split())} (see --helpfull)") from error
     if values.help or values.helpfull or values.helpshort:
         print(usage.strip() + "\n\nflags:\n" + values.get_help())
         return False
@@ -197,13 +194,11 @@ def run_experiment(
     devices.check_installed(f"{experiment.name} on {resolved.backend}", experiment.backends[resolved.backend])
     if config.log.wandb != "off":
         devices.check_installed(f"Log.wandb = {config.log.wandb!r}", registry.Needs("wandb", ("wandb",)))
+    # Listed before a checkpoint is chosen and compared under the lock: another run may write meanwhile.
     try:
-        if workdir.exists() and not workdir.is_dir():
-            raise ConfigError(f"--workdir: {workdir} is a file, not a directory")
+        present = runs.checkpoints_of(workdir / "checkpoints", config).steps()
     except OSError as error:
         raise ConfigError(f"--workdir: {error.strerror}: {str(workdir)[:60]}...") from error
-    # Listed before a checkpoint is chosen and compared under the lock: another run may write meanwhile.
-    present = runs.checkpoints_of(workdir / "checkpoints", config).steps()
     saved, external = starting_point(resolved, workdir, mode=mode, resume=resume)
     if saved is not None:
         runs.check_resume(saved, config, experiment.name, experiment.checkpoint_format, mode=mode)
@@ -234,7 +229,7 @@ def run_experiment(
 def starting_point(
     resolved: Resolved, workdir: Path, *, mode: str, resume: str
 ) -> tuple[Any | None, Path | None]:
-    """Returns a checkpoint or None, and a directory of weights that no run wrote or None.
+    """The checkpoint to start from, if any, and the directory of weights that no run wrote, if any.
 
     Training resumes from the newest checkpoint; every other mode reads the best one.
 

@@ -16,20 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m blacksmith.report",
         description="Write a self-contained HTML page that shows a run, or compares several.",
     )
+    default = "report.html in the run directory; for several runs comparison.html above them all"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="the page to write (default: report.html in the run directory; for several runs "
-        "comparison.html in the directory that holds them all)",
-    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page to write (default: {default})")
     arguments = parser.parse_args(argv)
     runs, output = arguments.runs, arguments.output
-    if len({run.resolve() for run in runs}) < len(runs):
-        parser.error("the same run directory is given twice")
-    if output is not None and output.is_dir():
-        parser.error(f"--output {output} is a directory; give a file name such as report.html")
     files = ("config.json", "environment.json", "metrics.jsonl", "result.json")
     try:
         for run in runs:

@@ -1,8 +1,4 @@
-"""The three pages: one run, a comparison of several, a parity check.
-
-Each fills the variables of `page.html`, which leaves out empty parts. The launcher calls `write` at the end
-of every run, even if it was stopped or failed; the parity command calls `write_parity`.
-"""
+"""The three pages, from the template `page.html`: one run, a comparison of several, a parity check."""
 
 import functools
 import re
@@ -115,7 +111,7 @@ def _render(output: Path, curves: Sequence[figures.Figure], tests: Sequence = ()
 def _run_page(run: Run) -> dict[str, Any]:
     environment, result = run.environment, run.result
     git = environment.git or {}
-    commit = str(git.get("commit") or "")[:10]
+    commit = str(git.get("commit", ""))[:10]
     galleries: dict[str, list] = {}
     for picture in run.pictures:
         galleries.setdefault(picture.title, []).append(picture)
@@ -190,7 +186,7 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
     if seconds is not None:
         yield "Wall time", text.duration(seconds), ""
     if rate := run.rate():
-        yield f"{text.title(rate[0])}/s", text.rate(rate[1]), ""
+        yield f"{text.title(rate[0])}/s", text.number(rate[1]), ""
     if count := result.parameters:
         # Eight or more digits do not fit a card.
         shown = f"{count / 1e6:,.1f}M" if count >= 1e7 else text.number(count)
@@ -256,7 +252,7 @@ def _comparison_table(runs: Sequence[Run]) -> tuple[dict[str, Any], list[tuple[s
     add("wall time", [run.reached("seconds") for run in runs], text.duration)
     rates = [run.rate() or ("", None) for run in runs]
     for unit in dict.fromkeys(unit for unit, _ in rates):
-        add(f"{unit}/s", [rate if its == unit else None for its, rate in rates], text.rate, max)
+        add(f"{unit}/s", [rate if its == unit else None for its, rate in rates], text.number, max)
     add("parameters", [run.result.parameters for run in runs], text.number)
     add("initial weights", [run.result.initial_weights_sha256 for run in runs], lambda sha256: sha256[:12])
     add("batch order", [run.result.order_sha256 for run in runs], lambda sha256: sha256[:12])

@@ -1,7 +1,4 @@
-"""Reads a run directory for the report: missing files are empty, broken ones a `DataError`.
-
-Files are validated only here; the rest of the report trusts what `load` returns.
-"""
+"""Reads and validates a run directory for the report: missing files are empty, broken ones a `DataError`."""
 
 import base64
 import datetime
@@ -51,12 +48,6 @@ class Test(pydantic.BaseModel, extra="allow"):
     class_names: list[str] = []
     confusion_matrix: list[list[pydantic.FiniteFloat]] = []
     per_class_accuracy: list[pydantic.FiniteFloat | None] = []
-
-    @pydantic.model_validator(mode="after")
-    def _check_square(self) -> "Test":
-        if any(len(row) != len(self.confusion_matrix) for row in self.confusion_matrix):
-            raise ValueError("confusion_matrix is not square")
-        return self
 
     @property
     def scores(self) -> dict[str, float]:
@@ -137,11 +128,11 @@ class Run:
                 if name not in (*AXES, "split") and isinstance(value, (int, float)):
                     column = points.setdefault(name, {}).setdefault(row["split"], [])
                     column.append((value, *(place[axis] for axis in AXES)))
-        series: dict[str, dict[str, Series]] = {}
+        series: dict[str, dict[str, Series]] = {name: {} for name in points}
         for name, splits in points.items():
             for split in in_order(splits):
                 values, *axes = np.array(splits[split], np.float64).T
-                series.setdefault(name, {})[split] = Series(values, dict(zip(AXES, axes)))
+                series[name][split] = Series(values, dict(zip(AXES, axes)))
         return series
 
     def reached(self, axis: str) -> float | None:
@@ -197,34 +188,32 @@ def load(directory: Path, name: str) -> Run:
 
 
 def _read_pictures(directory: Path, notes: list[str]) -> list[Picture]:
+    """The PNG and GIF files; heading and caption are the PNG's `Title` and `Description`."""
+    from PIL import Image
+
     pictures, size = [], 0
     for file in sorted(f for f in directory.glob("*") if f.suffix.lower() in (".png", ".gif")):
-        size += file.stat().st_size
+        content = file.read_bytes()
+        size += len(content)
         if size > MAX_IMAGE_BYTES:
             notes.append(
                 f"Only {MAX_IMAGE_BYTES >> 20} MiB of images are shown: {file.name} and later are left out."
             )
             break
-        pictures.append(_read_picture(file))
+        try:
+            image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])  # reads only the header
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{file} is not a PNG or GIF file: {first_line(error)}") from error
+        width, height = image.size
+        pictures.append(
+            Picture(
+                title=str(image.info.get("Title", "Images")),
+                caption=str(image.info.get("Description", file.name)).splitlines(),
+                uri=f"data:{image.get_format_mimetype()};base64,{base64.b64encode(content).decode()}",
+                layout="tile" if max(width, height) <= TILE_PIXELS else "wide" if width > 2 * height else "",
+            )
+        )
     return pictures
-
-
-def _read_picture(file: Path) -> Picture:
-    """Heading and caption are the PNG's `Title` and `Description`; default: the file's name."""
-    from PIL import Image
-
-    content = file.read_bytes()
-    try:
-        image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])  # reads only the header
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is not a PNG or GIF file: {first_line(error)}") from error
-    width, height = image.size
-    return Picture(
-        title=str(image.info.get("Title", "Images")),
-        caption=str(image.info.get("Description", file.name)).splitlines(),
-        uri=f"data:{image.get_format_mimetype()};base64,{base64.b64encode(content).decode()}",
-        layout="tile" if max(width, height) <= TILE_PIXELS else "wide" if width > 2 * height else "",
-    )
 
 
 def shared_directory(directories: Sequence[Path]) -> Path:

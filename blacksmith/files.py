@@ -13,10 +13,7 @@ from typing import Any, BinaryIO
 
 
 def cache_dir() -> Path:
-    """The cache directory, which may not exist yet.
-
-    `$BLACKSMITH_CACHE`, else `$XDG_CACHE_HOME/blacksmith`, else `~/.cache/blacksmith`.
-    """
+    """`$BLACKSMITH_CACHE`, else `$XDG_CACHE_HOME/blacksmith`, else `~/.cache/blacksmith`; may not exist."""
     if own := os.environ.get("BLACKSMITH_CACHE"):
         return Path(own).expanduser().absolute()
     xdg = os.environ.get("XDG_CACHE_HOME", "")
@@ -29,7 +26,7 @@ def cache_dir() -> Path:
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file that replaces `target` once the block succeeds and the content is on disk.
 
-    If the block raises, `target` is unchanged and the temporary file is removed. The directory must exist.
+    If the block raises, `target` is unchanged. The directory must exist.
     """
     temporary = _temporary_name(target)
     try:
@@ -45,8 +42,6 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Makes a temporary directory that becomes `target` once the block succeeds and all files are on disk.
-
-    If the block raises, the temporary directory is removed.
 
     Raises:
       OSError: the parent cannot be written, or `target` exists and is not an empty directory.

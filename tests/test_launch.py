@@ -349,18 +349,18 @@ def test_an_import_that_fails_is_one_line(tmp_path, fails, nothing_runs):
         (
             ["jax"],
             "jax",
-            "keras/mnist on jax needs jax, which is not installed: pip install '.[jax]'",
+            "keras/mnist on jax: not installed: jax; pip install '.[jax]'",
         ),
         (
             ["keras", "jax"],
             "jax",
-            "needs keras and jax, which are not installed: pip install '.[jax]'",
+            "not installed: keras, jax; pip install '.[jax]'",
         ),
-        (["torch"], "torch", "needs torch, which is not installed: pip install '.[torch]'"),
+        (["torch"], "torch", "not installed: torch; pip install '.[torch]'"),
         (
             ["lightning"],
             "lightning",
-            "needs lightning, which is not installed: pip install '.[lightning]'",
+            "not installed: lightning; pip install '.[lightning]'",
         ),
     ],
 )

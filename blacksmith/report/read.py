@@ -92,24 +92,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run directory.
+    """The contents of a run directory."""
 
-    Attributes:
-      name: distinguishes it from the other runs on the page.
-      files: the JSON files that exist, by name.
-      rows: the lines of `metrics.jsonl`, by step.
-      pictures: the images in `images/`, by name.
-      notes: what was left out.
-    """
-
-    name: str
-    files: dict[str, dict[str, Any]]
+    name: str  # distinguishes it from the other runs on the page
+    files: dict[str, dict[str, Any]]  # the JSON files that exist, by name
     config: Config
     environment: Environment
     result: Result
-    rows: list[dict[str, Any]]
-    pictures: list[Picture]
-    notes: list[str]
+    rows: list[dict[str, Any]]  # the lines of `metrics.jsonl`, by step
+    pictures: list[Picture]  # the images in `images/`, by name
+    notes: list[str]  # what was left out
 
     @property
     def experiment(self) -> str:

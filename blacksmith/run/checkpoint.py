@@ -40,31 +40,15 @@ class Saved:
         return self.state["own"]
 
 
+@dataclass
 class Checkpoints:
-    """The checkpoints of one run directory.
+    """The checkpoints ``step_*`` in a directory, which is made with the first of them."""
 
-    Args:
-      directory: the ``checkpoints/`` directory; made with the first checkpoint.
-      keep_last: how many of the newest stay.
-      keep_best: how many of the best by `metric` also stay.
-      metric: a name in the metrics given to `save`.
-      mode: ``min`` or ``max``, or ``auto``: ``min`` for names that end in ``loss``.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        keep_last: int = 2,
-        keep_best: int = 0,
-        metric: str = "val_loss",
-        mode: str = "auto",
-    ) -> None:
-        self.directory = directory
-        self.keep_last = keep_last
-        self.keep_best = keep_best
-        self.metric = metric
-        self.mode = direction(metric, mode)
+    directory: Path
+    keep_last: int = 2  # how many of the newest stay
+    keep_best: int = 0  # how many of the best by `metric` also stay
+    metric: str = "val_loss"  # a name in the metrics given to `save`
+    mode: str = "auto"  # see `direction`
 
     def save(
         self,
@@ -179,14 +163,14 @@ class Checkpoints:
         return None
 
     def _by_metric(self) -> list[Path]:
-        scored = []
+        scored, lower = [], direction(self.metric, self.mode) == "min"
         for path in self.steps():
             try:
                 value = json.loads((path / "state.json").read_text())["metrics"].get(self.metric)
             except (OSError, ValueError, KeyError):
                 continue
             if value is not None and math.isfinite(value):
-                scored.append((value if self.mode == "min" else -value, path))
+                scored.append((value if lower else -value, path))
         return [path for _, path in sorted(scored, key=lambda pair: pair[0])]
 
     def _retain(self, newest: Path) -> None:

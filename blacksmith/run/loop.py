@@ -41,24 +41,17 @@ class Batches(Protocol):
 
 @dataclasses.dataclass
 class Position:
-    """Where a run stands; saved as JSON with every checkpoint.
+    """Where a run stands; saved as JSON with every checkpoint."""
 
-    Attributes:
-      step: optimizer steps taken.
-      sums: sums of the values logged in the `summed` steps since the last training line, by name.
-      validation: the latest validation metrics, named ``val_*``, measured at step `validated_at`.
-      best: best value of `Checkpoint.metric` so far, measured at `best_step`.
-      worse: validations without improvement since then.
-    """
-
-    step: int = 0
+    step: int = 0  # optimizer steps taken
+    # Of the `summed` steps since the last training line: the logged values added up, by name.
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     summed: int = 0
-    validation: dict[str, float] = dataclasses.field(default_factory=dict)
-    validated_at: int = -1
-    best: float | None = None
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)  # the latest, named ``val_*``
+    validated_at: int = -1  # the step at which it was measured
+    best: float | None = None  # best value of `Checkpoint.metric` so far
     best_step: int = 0
-    worse: int = 0
+    worse: int = 0  # validations without improvement since then
 
 
 class Loop:

@@ -25,20 +25,14 @@ def seed_int(seed: int, *names: str | int) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """The samples of some consecutive steps.
+    """The samples of some consecutive steps."""
 
-    Attributes:
-      indices: int32 [steps, batch], rows of the training set; padding repeats row 0.
-      weights: float32 [steps, batch], 1 / (real samples in the batch), and 0 for padding: a loss is the
-        weighted sum of per-sample losses, so that it stays right when ranks take columns of it.
-      epoch: the epoch of the first step, from 0.
-      cursor: the first step's number within its epoch.
-    """
-
-    indices: np.ndarray
+    indices: np.ndarray  # int32 [steps, batch], rows of the training set; padding repeats row 0
+    # float32 [steps, batch], 1 / (real samples in the batch), and 0 for padding: a loss is the weighted sum
+    # of per-sample losses, so that it stays right when ranks take columns of it.
     weights: np.ndarray
-    epoch: int
-    cursor: int
+    epoch: int  # of the first step, from 0
+    cursor: int  # the first step's number within its epoch
 
 
 class _Epochs:

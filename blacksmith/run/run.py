@@ -24,54 +24,28 @@ from blacksmith.run.signals import StopFlag
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
 
 
+@dataclasses.dataclass(eq=False)
 class Run:
-    """One run.
+    """One run of an experiment in a directory."""
 
-    Args:
-      directory: the run directory.
-      config: the experiment's frozen configuration.
-      experiment: its name.
-      checkpoint_format: the format of its checkpoints.
-      backend: ``jax`` or ``torch``.
-      device: the framework's name of the device.
-      mode: ``train``, ``eval``, ``export`` or ``view``.
-      resumed: the checkpoint that this run starts from, or None.
-      external_weights: a directory of weights that no run wrote, to be evaluated or exported, or None.
-      bindings: what the user bound, for `config.gin`.
-      command: the command line, for `environment.json`.
-      write_report: writes the report of a run directory.
+    directory: Path
+    config: Any  # the experiment's frozen configuration
+    _: dataclasses.KW_ONLY
+    experiment: str
+    checkpoint_format: str
+    backend: str  # ``jax`` or ``torch``
+    device: str  # the framework's name of it
+    mode: str = "train"  # ``train``, ``eval``, ``export`` or ``view``
+    resumed: Saved | None = None  # the checkpoint that this run starts from
+    external_weights: Path | None = None  # weights that no run wrote, to be evaluated or exported
+    bindings: Sequence[configuration.Binding] = ()  # what the user bound, for `config.gin`
+    command: Sequence[str] = ()  # the command line, for `environment.json`
+    write_report: Callable[[Path], Any] | None = None
 
-    Attributes:
-      checkpoints: the run's own checkpoints.
-      stop: true once the run is to stop.
-      data: what `use_data` recorded.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        config: Any,
-        *,
-        experiment: str,
-        checkpoint_format: str,
-        backend: str,
-        device: str,
-        mode: str = "train",
-        resumed: Saved | None = None,
-        external_weights: Path | None = None,
-        bindings: Sequence[configuration.Binding] = (),
-        command: Sequence[str] = (),
-        write_report: Callable[[Path], Any] | None = None,
-    ) -> None:
-        self.directory = Path(directory)
-        self.config = config
-        self.experiment, self.checkpoint_format = experiment, checkpoint_format
-        self.backend, self.device, self.mode = backend, device, mode
-        self.resumed, self.external_weights = resumed, external_weights
-        self.stop = StopFlag() if mode == "train" else StopFlag("stopping")
-        self.data: dict[str, Any] = {}
-        self.checkpoints = checkpoints_of(self.directory / "checkpoints", config)
-        self._bindings, self._command, self._write_report = bindings, list(command), write_report
+    def __post_init__(self) -> None:
+        self.stop = StopFlag() if self.mode == "train" else StopFlag("stopping")
+        self.data: dict[str, Any] = {}  # what `use_data` recorded
+        self.checkpoints = checkpoints_of(self.directory / "checkpoints", self.config)
         self._environment: dict[str, Any] = {}
         self._metrics: metric_writers.Metrics | None = None
         self._changed = False  # whether the directory is no longer as it was found
@@ -87,9 +61,8 @@ class Run:
     @property
     def resumes_in_place(self) -> bool:
         """Whether the run continues in the directory of the checkpoint that it starts from."""
-        if self.resumed is None:
-            return False
-        return self.resumed.path.parent.resolve() == self.checkpoints.directory.resolve()
+        directory = self.checkpoints.directory.resolve()
+        return self.resumed is not None and self.resumed.path.parent.resolve() == directory
 
     @contextlib.contextmanager
     def opened(self, checkpoints: Sequence[Path] | None = None) -> Iterator["Run"]:
@@ -160,7 +133,7 @@ class Run:
                 "resume into a new directory with --resume=PATH"
             )
         log = self.config.log
-        writers: list[metric_writers.Writer] = [self._wandb_writer()] if log.wandb != "off" else []
+        writers = [self._wandb_writer()] if log.wandb != "off" else []
         self.checkpoints.clean()
         if not self.resumes_in_place and self.checkpoints.steps():
             # An interrupted save had moved it aside, where the launcher did not see it.
@@ -170,12 +143,12 @@ class Run:
             (self.directory / stale).unlink(missing_ok=True)
         for picture in (self.directory / "images").glob("test_*"):
             picture.unlink()
-        (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
+        (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self.bindings))
         (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))
         write_json(self.directory / "config.json", configuration.as_dict(self.config))
         self._environment = provenance.describe(
             self.directory,
-            command=self._command,
+            command=list(self.command),
             **self._identity(),
             resumed_from=str(self.resumed.path) if self.resumed else None,
             data=self.data,
@@ -236,16 +209,9 @@ class Run:
         write: Callable[[Path], Mapping[str, Any] | None],
         metrics: Mapping[str, float],
     ) -> Path:
-        """Saves the experiment's files with everything that a resume needs.
+        """Saves the experiment's files, as `Checkpoints.save` does, with everything that a resume needs.
 
-        Args:
-          step: optimizer steps taken.
-          position: the loop's JSON values, found again under ``position``.
-          write: puts the files into a directory; returns JSON values to find again in `Saved.own`.
-          metrics: validation metrics of these weights.
-
-        Raises:
-          OSError: it could not be written; older checkpoints are intact.
+        The loop's JSON values are found again under ``position``.
         """
         content = {
             **self._identity(),
@@ -273,7 +239,7 @@ class Run:
         self.begin()
         result = result or {}
         self.finish("stopped", result)
-        command = list(self._command)
+        command = list(self.command)
         if not any(part.startswith("--workdir") for part in command):
             command.append(f"--workdir={self.directory}")
         if not self.checkpoints.steps():
@@ -312,9 +278,9 @@ class Run:
 
     def _write_result(self, status: str, result: Mapping[str, Any], *, report: bool = True) -> None:
         write_json(self.directory / "result.json", {"status": status, **self._identity(), **result})
-        if report and self._write_report is not None:
+        if report and self.write_report is not None:
             try:
-                self._write_report(self.directory)
+                self.write_report(self.directory)
             except Exception as error:
                 print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
 
@@ -356,13 +322,7 @@ def _short(data: Mapping[str, Any]) -> str:
 def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
     """The checkpoints in a directory of ``step_*`` under a configuration's retention rules."""
     rules = config.checkpoint
-    return Checkpoints(
-        directory,
-        keep_last=rules.keep_last,
-        keep_best=rules.keep_best,
-        metric=rules.metric,
-        mode=rules.mode,
-    )
+    return Checkpoints(directory, rules.keep_last, rules.keep_best, rules.metric, rules.mode)
 
 
 def check_resume(

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -115,50 +115,37 @@ def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str
       experiment: the experiment's name, for messages.
 
     Raises:
-      ConfigError: the first mistake, and how many more there are.
+      ConfigError: the first mistake.
     """
     by_name = {cls.gin_name: cls for cls in sections(config_class).values()}
     macros = {b.selector: b for b in bindings if not b.field}
     used: set[str] = set()
     values: dict[str, dict[str, Any]] = {name: {} for name in by_name}
     sources: dict[tuple[str, str], Binding] = {}
-    mistakes: list[str] = []
     for binding in bindings:
-        if not binding.field:
-            continue
-        try:
+        if binding.field:
             value = resolve_macros(binding.value, macros, binding, used)
             if _has_effect(binding, by_name, value, experiment):
                 values[binding.selector][binding.field] = value
                 sources[binding.selector, binding.field] = binding
-        except ConfigError as error:
-            mistakes.append(str(error))
     for name, macro in macros.items():
         if name not in used:
-            hint = "; a setting is written Section.field = value"
-            mistakes.append(f"{macro.where}: the macro {name!r} is never used{hint}")
+            hint = "a setting is written Section.field = value"
+            raise ConfigError(f"{macro.where}: the macro {name!r} is never used; {hint}")
     built = {}
     for attribute, cls in sections(config_class).items():
         try:
             built[attribute] = cls(**values[cls.gin_name])
         except pydantic.ValidationError as error:
-            by_field: dict[str, list[Any]] = {}
-            for part in error.errors():
-                by_field.setdefault(str(part["loc"][:1]), []).append(part)
-            mistakes += [_explain(parts, cls, sources) for parts in by_field.values()]
-    if not mistakes:
-        config = config_class(**built)
-        mistakes += [_located(message, sources) for message in _without_effect(config)]
-    if not mistakes:
-        try:
-            for checked in (*built.values(), config):
-                if hasattr(checked, "check"):
-                    checked.check()
-        except ConfigError as error:
-            mistakes.append(_located(str(error), sources))
-    if mistakes:
-        more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-        raise ConfigError(mistakes[0] + more)
+            raise ConfigError(_explain(error.errors(), cls, sources)) from error
+    config = config_class(**built)
+    try:
+        _check_effects(config)
+        for checked in (*built.values(), config):
+            if hasattr(checked, "check"):
+                checked.check()
+    except ConfigError as error:
+        raise ConfigError(_located(str(error), sources)) from error
     return config
 
 
@@ -185,42 +172,39 @@ def _has_effect(binding: Binding, by_name: Mapping[str, type], value: Any, exper
     return False
 
 
-def _without_effect(config: Any) -> Iterable[str]:
-    """A message for each setting that was changed while its `only_with` does not hold."""
+def _check_effects(config: Any) -> None:
+    """Raises `ConfigError` for a setting that was changed while its `only_with` does not hold."""
     parts = _parts(config).values()
     values = {f"{p.gin_name}.{field}": getattr(p, field) for p in parts for field in fields(type(p))}
     for part in parts:
         for field, info in fields(type(part)).items():
             key = f"{part.gin_name}.{field}"
-            only_with = info.json_schema_extra["only_with"] or part.gin_only_with
-            if only_with and values[key] != info.get_default() and not conditions.hold(only_with, values):
-                yield f"{key} = {values[key]!r} has no effect unless {conditions.in_words(only_with)}"
+            needs = info.json_schema_extra["only_with"] or part.gin_only_with
+            if needs and values[key] != info.get_default() and not conditions.hold(needs, values):
+                words = conditions.in_words(needs)
+                raise ConfigError(f"{key} = {values[key]!r} has no effect unless {words}")
 
 
 def _explain(
     errors: Sequence[Mapping[str, Any]], cls: type, sources: Mapping[tuple[str, str], Binding]
 ) -> str:
-    """One readable line for pydantic's errors of one field; a union has one per alternative."""
+    """One readable line for the first of pydantic's errors; a union has one per alternative."""
     error = errors[0]
     field, value = error["loc"][0], error["input"]
     name, description = f"{cls.gin_name}.{field}", fields(cls)[field].description
     if (cls.gin_name, field) not in sources:
         return f"{name} is required: {description}"
-    index = _index(error)
-    message = " or ".join(e["msg"] for e in errors if _index(e) == index)
-    message = message.replace("Input should be", "must be").replace(" or must be", " or")
+    # The position of the wrong value in a tuple, such as [1], or nothing.
+    indices = ["".join(f"[{i}]" for i in e["loc"][1:] if isinstance(i, int)) for e in errors]
+    alternatives = [e["msg"] for e, at in zip(errors, indices) if e["loc"][0] == field and at == indices[0]]
+    message = " or ".join(alternatives).replace("Input should be", "must be").replace(" or must be", " or")
     near = hint = ""
     if error["type"] == "literal_error" and isinstance(value, str):
         near = closest(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     elif error["type"] == "tuple_type" and isinstance(value, (list, int)):
         hint = f"; write {tuple(value) if isinstance(value, list) else (value,)}"
     where = sources[cls.gin_name, field].where
-    return f"{where}: {name}{index} = {value!r}{near}: {message}{hint} ({description})"
-
-
-def _index(error: Mapping[str, Any]) -> str:
-    """The position of the wrong value in a tuple, such as ``[1]``, or nothing."""
-    return "".join(f"[{part}]" for part in error["loc"][1:] if isinstance(part, int))
+    return f"{where}: {name}{indices[0]} = {value!r}{near}: {message}{hint} ({description})"
 
 
 def _located(message: str, sources: Mapping[tuple[str, str], Binding]) -> str:

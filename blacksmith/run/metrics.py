@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,18 +22,6 @@ _PLACE = ("step", "epoch", "seconds", "split")  # on every line, beside the valu
 def is_timed(name: str) -> bool:
     """Whether a value of this name is a time or a rate, which differs between two identical runs."""
     return name.startswith("seconds") or name.endswith("_per_second")
-
-
-class Writer(Protocol):
-    """A place that metrics go to in addition to `metrics.jsonl`; arguments as for `Metrics`."""
-
-    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None: ...
-
-    def histogram(self, step: int, name: str, values: np.ndarray) -> None: ...
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoardWriter:
@@ -145,7 +133,7 @@ class Metrics:
 
     Args:
       path: the JSON-lines file.
-      writers: further places.
+      writers: where the metrics go besides.
       offset: bytes of an existing file to keep (a resumed run); what follows is cut off.
       seconds: wall seconds that the run had already taken.
     """
@@ -153,7 +141,7 @@ class Metrics:
     def __init__(
         self,
         path: Path,
-        writers: Sequence[Writer] = (),
+        writers: Sequence[TensorBoardWriter | WandbWriter] = (),
         *,
         offset: int = 0,
         seconds: float = 0,

@@ -275,11 +275,6 @@ def test_unbound_fields_have_their_defaults():
     assert built() == Config(data=Data(), train=Train())
 
 
-def test_the_first_mistake_is_shown_with_a_count():
-    with fails("'toy.Data.cuont = 3'", "(and 2 more)"):
-        built("toy.Data.cuont = 3", "toy.Train.rate = 'a'", "toy.Train.hidden = [1]")
-
-
 # Sections that change what they inherit, and settings that need others
 
 

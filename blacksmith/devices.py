@@ -22,18 +22,10 @@ def check_installed(what: str, needs: Needs) -> None:
 
 
 def activate(experiment: Experiment, backend: str, device: str) -> str:
-    """Imports the framework and chooses the device.
+    """Imports the framework and chooses the device; returns the framework's name of it, such as ``cuda:0``.
 
-    Args:
-      experiment: the experiment to run.
-      backend: ``jax`` or ``torch``.
-      device: ``auto``, ``cpu``, ``gpu``, ``tpu``, or the framework's name (``cuda:1``).
-
-    Returns:
-      The framework's name of the device, such as ``cpu`` or ``cuda:0``.
-
-    Raises:
-      ConfigError: there is no such device, or Keras is already set to a different backend.
+    `backend` is ``jax`` or ``torch``, and `device` is ``auto``, ``cpu``, ``gpu``, ``tpu`` or the framework's
+    name. Raises `ConfigError` if there is no such device, or Keras is already set to a different backend.
     """
     if not device:
         raise ConfigError("--device is empty; allowed: auto, cpu, gpu, tpu, or a device by name")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -73,15 +72,6 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON atomically. NaN and infinite numbers become null, since JSON has neither."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with atomic_file(path) as stream:
-        stream.write((json.dumps(_finite(content), indent=1) + "\n").encode())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
+        stream.write((json.dumps(finite, indent=1) + "\n").encode())

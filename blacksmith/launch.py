@@ -231,11 +231,8 @@ def starting_point(
 ) -> tuple[Any | None, Path | None]:
     """The checkpoint to start from, if any, and the directory of weights that no run wrote, if any.
 
-    Training resumes from the newest checkpoint; every other mode reads the best one.
-
-    Raises:
-      ConfigError: `mode`, `resume` and the content of `workdir` contradict each other.
-      CheckpointError: a checkpoint is needed and there is no intact one.
+    Training resumes from the newest checkpoint; every other mode reads the best one. Raises `ConfigError` if
+    `mode`, `resume` and `workdir` contradict each other, and `CheckpointError` if a checkpoint is missing.
     """
     from blacksmith.run import run as runs
     from blacksmith.run.checkpoint import checkpoints_dir, find

@@ -132,8 +132,7 @@ def _main(argv: list[str]) -> int:
 def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str], str]:
     """The bindings of all runs, notes on the settings they change, and the file that holds the weights.
 
-    Raises:
-      ConfigError: fewer than two files, or files that differ in more than experiment and backend.
+    Raises `ConfigError` if the files differ in more than experiment and backend.
     """
     if len(values.gin_file) < 2:
         raise ConfigError("give two or more --gin_file to compare (see --helpfull)")
@@ -243,12 +242,10 @@ def _weight_differences(
     """
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         return math.inf, math.inf
-    differences = {k: ours[k].astype(np.float64) - v for k, v in theirs.items()}
-    squares = sum(float(np.sum(d**2)) for d in differences.values())
-    norm = sum(float(np.sum(v.astype(np.float64) ** 2)) for v in theirs.values())
-    relative = math.sqrt(squares / norm) if norm else math.inf
-    largest = max(float(np.abs(d).max()) for d in differences.values())
-    return tuple(value if math.isfinite(value) else math.inf for value in (relative, largest))
+    reference = np.concatenate([v.astype(np.float64).ravel() for v in theirs.values()])
+    difference = np.concatenate([ours[k].astype(np.float64).ravel() for k in theirs]) - reference
+    values = (np.linalg.norm(difference) / np.linalg.norm(reference), np.abs(difference).max())
+    return tuple(float(value) if math.isfinite(value) else math.inf for value in values)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

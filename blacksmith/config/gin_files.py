@@ -22,11 +22,7 @@ def gin_directory() -> Path:
 
 
 def find_file(name: str, *, beside: Path | None = None, where: str = "--gin_file") -> Path:
-    """Looks for a Gin file next to the including file, at `name` itself, then among the shipped files.
-
-    Raises:
-      ConfigError: there is no such file; suggests the closest shipped one.
-    """
+    """Looks for a Gin file next to the including file, at `name` itself, then among the shipped files."""
     shipped = gin_directory()
     inside = name.removeprefix("gin/")
     for path in (*([beside / name] if beside else []), Path(name), shipped / inside):
@@ -68,9 +64,8 @@ class _Delegate(config_parser.ParserDelegate):
 def parse(files: Sequence[str], params: Sequence[str] = (), *, allow_imports: bool = False) -> list[Binding]:
     """Reads Gin files, then ``--gin_param`` bindings; a later binding overrides an earlier one.
 
-    Raises:
-      ConfigError: a file is missing, includes itself, has a syntax error, binds a setting twice, uses a
-        scope, or imports code without `allow_imports`.
+    Raises `ConfigError` if a file is missing, includes itself, has a syntax error, binds a setting twice,
+    uses a scope, or imports code without `allow_imports`.
     """
     bindings: list[Binding] = []
     for name in files:

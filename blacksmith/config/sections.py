@@ -106,16 +106,10 @@ def may_change(section_class: type, field: str, *, mode: str = "train") -> bool:
 
 
 def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str) -> T:
-    """Validates all bindings against the sections of `config_class` and freezes them.
+    """Validates all bindings against the sections of `config_class`; returns an instance of it.
 
-    Args:
-      config_class: a dataclass whose fields are sections. Its method `check`, if any, holds the rules that
-        span sections.
-      bindings: from `parse`.
-      experiment: the experiment's name, for messages.
-
-    Raises:
-      ConfigError: the first mistake.
+    `config_class` is a dataclass whose fields are sections. Its method `check`, if any, holds the rules that
+    span sections. The first mistake raises `ConfigError`.
     """
     by_name = {cls.gin_name: cls for cls in sections(config_class).values()}
     macros = {b.selector: b for b in bindings if not b.field}

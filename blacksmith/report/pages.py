@@ -21,10 +21,9 @@ SHOWN_ELSEWHERE = ("started", "command", "previous", "error", *TABLES)
 
 
 def write(directory: Path, output: Path | None = None) -> Path:
-    """Writes the page of one run, by default to its `report.html`, and returns the path.
+    """Writes the page of one run, by default its `report.html`; returns the path.
 
-    Raises:
-      DataError: the directory does not exist, a file in it is broken, or the page cannot be written.
+    Like the functions below, raises `DataError` if a file is broken or the page cannot be written.
     """
     directory = Path(directory)
     run = read.load(directory, directory.resolve().name)
@@ -32,11 +31,7 @@ def write(directory: Path, output: Path | None = None) -> Path:
 
 
 def write_comparison(output: Path, directories: Sequence[Path]) -> Path:
-    """Writes a page that overlays the curves of several runs and compares their results.
-
-    Raises:
-      DataError: a directory does not exist, a file is broken, or the page cannot be written.
-    """
+    """Writes a page that overlays the curves of several runs and compares their results; returns the path."""
     shared = read.shared_directory(directories)
     runs = [read.load(path, path.resolve().relative_to(shared).as_posix()) for path in directories]
     return _render(output, **_comparison_page(runs))
@@ -49,7 +44,7 @@ def write_parity(
     reference: str,
     summary: Mapping[str, Any],
 ) -> Path:
-    """Writes the page of a parity check: verdict, table, curves and their differences.
+    """Writes the page of a parity check: verdict, table, curves and their differences; returns the path.
 
     Args:
       output: the file to write.
@@ -57,9 +52,6 @@ def write_parity(
       curves: run name -> loss at each step, from step 1.
       reference: the run in `curves` that the others are compared with.
       summary: `passed` (bool), `title` (str) and `notes` (list of str).
-
-    Raises:
-      DataError: the page cannot be written.
     """
     cells = [[v if isinstance(v, str) else text.number(v) for v in row.values()] for row in rows]
     return _render(

@@ -151,11 +151,7 @@ class Run:
 
 
 def load(directory: Path, name: str) -> Run:
-    """Reads a run directory; any file may be missing.
-
-    Raises:
-      DataError: there is no such directory, or one of its files is broken.
-    """
+    """Reads a run directory; any file may be missing, but a broken one raises `DataError`."""
     if not directory.is_dir():
         raise DataError(f"there is no run directory {directory}")
     files, sections, notes = {}, {}, []

@@ -62,8 +62,8 @@ class Checkpoints:
         Args:
           step: optimizer steps taken.
           state: JSON values to find again in `Saved.state`.
-          write: puts the experiment's files into the empty directory it is given; returns JSON values to find
-            again in `Saved.own`.
+          write: puts the experiment's files into an empty directory; returns JSON values to find again in
+            `Saved.own`.
           metrics: validation metrics of these weights, for `keep_best`.
 
         Raises:
@@ -114,17 +114,12 @@ class Checkpoints:
     def newest(self) -> Saved | None:
         """The newest intact checkpoint, with a warning for each broken newer one; None if there is none.
 
-        Raises:
-          CheckpointError: there are checkpoints and none is intact.
+        Like `best_or_newest`, raises `CheckpointError` if there are checkpoints and none is intact.
         """
         return self._first_intact(list(reversed(self.steps())))
 
     def best_or_newest(self) -> Saved | None:
-        """What is tested, evaluated and exported: the best checkpoint if the best are kept, else the newest.
-
-        Raises:
-          CheckpointError: there are checkpoints and none is intact.
-        """
+        """What is tested, evaluated and exported: the best checkpoint if any are kept, else the newest."""
         best = self._by_metric() if self.keep_best else []
         return self._first_intact([*best, *(path for path in reversed(self.steps()) if path not in best)])
 
@@ -217,11 +212,7 @@ def checkpoints_dir(path: Path) -> Path:
 
 
 def find(path: Path) -> Saved:
-    """The checkpoint at a user's path: itself, or the newest of a run directory.
-
-    Raises:
-      CheckpointError: there is none, or it is broken.
-    """
+    """The checkpoint at a user's path: itself, or the newest of a run directory; else a `CheckpointError`."""
     if (path / "state.json").is_file():
         return load(path)
     saved = Checkpoints(checkpoints_dir(path)).newest()
@@ -233,11 +224,7 @@ def find(path: Path) -> Saved:
 
 
 def load(path: Path) -> Saved:
-    """Reads and verifies one checkpoint directory.
-
-    Raises:
-      CheckpointError: a file is missing, changed or unreadable, or the format is another version.
-    """
+    """Reads one checkpoint directory; raises `CheckpointError` if it is not as it was written."""
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))

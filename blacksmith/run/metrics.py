@@ -163,7 +163,8 @@ class Metrics:
         values = {name: float(value) for name, value in values.items()}
         self.last_step = step
         line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4), "split": split}
-        line |= {name: _json_number(value) for name, value in values.items()}
+        # What is not finite becomes a string: JSON has no NaN.
+        line |= {name: v if math.isfinite(v) else json.dumps(v) for name, v in values.items()}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         for writer in self._writers:
@@ -194,11 +195,7 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out.
-
-    Raises:
-      DataError: a line before the last is broken.
-    """
+    """The lines of a `metrics.jsonl`, except a last one cut short; `DataError` if another is broken."""
     lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
@@ -218,9 +215,3 @@ def _finite_values(values: np.ndarray) -> np.ndarray:
     """The finite values of an array of any shape: float64 [values]."""
     values = np.asarray(values, np.float64).reshape(-1)
     return values[np.isfinite(values)]
-
-
-def _json_number(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

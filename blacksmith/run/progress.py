@@ -9,11 +9,11 @@ class Progress:
     """A live bar on a terminal, plain lines elsewhere.
 
     Args:
-      total: examples, or what `unit` says, of the whole run.
+      total: examples, or what `unit` says in the plural, of the whole run.
       done: how many have been seen already (a resumed run).
       style: ``auto``, ``bar``, ``lines`` or ``off``.
       every_seconds: how often plain lines appear.
-      unit: what is counted, in the plural.
+      unit: what is counted.
     """
 
     def __init__(

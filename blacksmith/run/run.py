@@ -71,11 +71,9 @@ class Run:
         A refused run (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: directories that it
         made are removed. After any other failure `result.json` says what happened.
 
-        Args:
-          checkpoints: those that were there when `resumed` was chosen; None: not checked.
-
         Raises:
-          ConfigError: another run uses this directory, or changed it since `checkpoints` were listed.
+          ConfigError: another run uses this directory, or its checkpoints are no longer `checkpoints`, those
+            that were there when `resumed` was chosen.
           RunError: the disk is full.
         """
         made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
@@ -119,9 +117,6 @@ class Run:
 
         Removes what belongs to a history that the run does not continue. Until then the directory stays as it
         was, so that a refused run changes nothing.
-
-        Raises:
-          CheckpointError: `metrics.jsonl` is shorter than it was.
         """
         if self._metrics is not None:
             return
@@ -168,14 +163,9 @@ class Run:
         self._metrics.last_step = self.resumed.step if self.resumed else 0
 
     def use_data(self, info: Any, **more: Any) -> None:
-        """Records and prints which data is used.
+        """Records and prints which data is used; `DataError` if it is not that of a resumed run's checkpoint.
 
-        Args:
-          info: a dataclass that has at least `source`, `sha256` and `describe()`, one line for the console.
-          **more: further facts to record.
-
-        Raises:
-          DataError: a resumed run's data is not that of its checkpoint.
+        `info` is a dataclass that has at least `source`, `sha256` and `describe()`, one line for the console.
         """
         print(info.describe(), file=sys.stderr)
         self.data = {**dataclasses.asdict(info), **more}

@@ -53,12 +53,9 @@ def decay_length(schedule: ScheduleConfig, end: int) -> int:
 def check_same_decay(
     schedule: ScheduleConfig, before: Mapping[str, Any], steps_per_epoch: int, end: int
 ) -> None:
-    """Checks that a resumed run continues the decay of its checkpoint's configuration, `before`.
+    """Raises `ConfigError` if a resumed run would not continue the decay of its checkpoint's configuration.
 
     A decay "to the end of the run" depends on that end: the steps already taken would have had other rates.
-
-    Raises:
-      ConfigError: the decay would have a different length; says which length to set.
     """
     if schedule.name == "constant":
         return

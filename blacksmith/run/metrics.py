@@ -25,12 +25,9 @@ def is_timed(name: str) -> bool:
 
 
 class TensorBoardWriter:
-    """TensorBoard events in a directory.
+    """TensorBoard events in a directory; earlier ones from `first_step` on are forgotten."""
 
-    Events from `purge_step` on that were written before are to be forgotten (a resumed run).
-    """
-
-    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+    def __init__(self, directory: Path, first_step: int = 0) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -43,10 +40,9 @@ class TensorBoardWriter:
         self._file = (directory / name).open("wb")
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            # TensorBoard drops events at or after a restart's step when it meets this record.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(step=purge_step, session_log=start)
+        # TensorBoard drops events at or after a restart's step when it meets this record.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=first_step, session_log=start)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
         self._add(step, *({"tag": f"{split}/{name}", "simple_value": v} for name, v in values.items()))

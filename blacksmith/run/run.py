@@ -149,14 +149,12 @@ class Run:
             data=self.data,
         )
         write_json(self.directory / "environment.json", self._environment)
-        purge = None
+        first = 0
         if self.resumes_in_place:
             self.checkpoints.remove_after(self.resumed.step)
-            purge = self.resumed.step + 1
-        elif (self.directory / "tensorboard").exists():
-            purge = 0
+            first = self.resumed.step + 1
         if log.tensorboard:
-            writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", purge_step=purge))
+            writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", first))
         seconds = time.perf_counter() - self._opened_at
         seconds += self.resumed.state["seconds"] if self.resumed else 0
         self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
@@ -263,12 +261,11 @@ class Run:
             if isinstance(error, KeyboardInterrupt):
                 message = f"aborted by {self.stop.signal or 'SIGINT'}"
             step = self._metrics.last_step if self._metrics else 0
-            result = {"error": message, "step": step, "data": self.data}
-            self._write_result("failed", result, report=_full_disk(error) is None)
+            self._write_result("failed", {"error": message, "step": step, "data": self.data})
 
-    def _write_result(self, status: str, result: Mapping[str, Any], *, report: bool = True) -> None:
+    def _write_result(self, status: str, result: Mapping[str, Any]) -> None:
         write_json(self.directory / "result.json", {"status": status, **self._identity(), **result})
-        if report and self.write_report is not None:
+        if self.write_report is not None:
             try:
                 self.write_report(self.directory)
             except Exception as error:
@@ -285,23 +282,20 @@ class Run:
             file = (self.directory / ".lock").open("a+")
         except OSError as error:
             raise ConfigError(f"--workdir: cannot write in {self.directory}: {error.strerror}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise ConfigError(
-                f"{self.directory} is in use by another run (process {holder}); "
-                "wait for it or choose another --workdir"
-            ) from error
-        try:
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise ConfigError(
+                    f"{self.directory} is in use by another run (process {holder}); "
+                    "wait for it or choose another --workdir"
+                ) from error
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
-        finally:
-            file.close()
 
 
 def _short(data: Mapping[str, Any]) -> str:
@@ -318,12 +312,7 @@ def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
 def check_resume(
     saved: Saved, config: Any, experiment: str, checkpoint_format: str, *, mode: str = "train"
 ) -> None:
-    """Checks that a run with `config` may resume from `saved`, or evaluate or export it.
-
-    Raises:
-      ConfigError: it differs in a field that must not change.
-      CheckpointError: the checkpoint belongs to an experiment of another kind.
-    """
+    """Raises a `UserError` if a run with `config` cannot resume from `saved`, or evaluate or export it."""
     if saved.state["checkpoint_format"] != checkpoint_format:
         raise CheckpointError(
             f"{saved.path} was written by {saved.state['experiment']} in the format "

@@ -17,7 +17,7 @@ def make(tmp_path):
 class NoWriter:
     """In place of TensorBoard's."""
 
-    def __init__(self, directory, purge_step):
+    def __init__(self, directory, first_step):
         self.scalars = self.histogram = self.close = lambda *_: None
 
 

@@ -238,7 +238,7 @@ def test_tensorboard_drops_later_events_after_a_resume(tmp_path):
         first.scalars(step, "train", {"loss": 1.0})
         first.histogram(step, "weights", np.ones(3))
     first.close()
-    second = TensorBoardWriter(tmp_path, purge_step=21)
+    second = TensorBoardWriter(tmp_path, first_step=21)
     second.scalars(30, "train", {"loss": 2.0})
     second.histogram(30, "weights", np.ones(4))
     second.close()

@@ -161,21 +161,6 @@ def accuracy_by_class(run: Run) -> Figure | None:
     return Figure("Accuracy by class", [bars], layout, caption, tall=True)
 
 
-def compared_by_class(runs: Sequence[Run]) -> Figure | None:
-    """Dots instead of bars: with several runs only the differences matter."""
-    figure = Figure("Test accuracy by class")
-    for index, run in enumerate(runs):
-        if values := run.result.test.per_class_accuracy:
-            marker = {"color": color(index), "size": 9, "opacity": 0.85}
-            trace = {"type": "scatter", "mode": "markers", "name": _plain(run.name), "marker": marker}
-            figure.data.append({**trace, "y": values})
-            figure.groups.append([f"run {index}"])
-            ticks = {**_class_axis(run, len(values)), "showgrid": True}
-            axis = {"tickformat": "~%", "hoverformat": ".2%"}
-            figure.layout = {"xaxis": {"title": {"text": "class"}, **ticks}, "yaxis": axis}
-    return figure if figure.data else None
-
-
 def parity(curves: Mapping[str, list[float]], reference: str) -> list[Figure]:
     """The losses, and each run's distance from the reference on a logarithmic axis."""
     losses, differences = Figure("Loss"), Figure(f"|difference| to {reference}")

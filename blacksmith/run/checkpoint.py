@@ -59,15 +59,13 @@ class Checkpoints:
     ) -> Path:
         """Writes one checkpoint, then removes those that are no longer kept; returns its directory.
 
+        If it cannot be written (a full disk, say), every older checkpoint is left as it was.
+
         Args:
           step: optimizer steps taken.
           state: JSON values to find again in `Saved.state`.
-          write: puts the experiment's files into an empty directory; returns JSON values to find again in
-            `Saved.own`.
+          write: puts the experiment's files into an empty directory; returns JSON values for `Saved.own`.
           metrics: validation metrics of these weights, for `keep_best`.
-
-        Raises:
-          OSError: it could not be written (a full disk, say); every older checkpoint is left as it was.
         """
         target = self.directory / f"step_{step:08d}"
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -159,9 +159,8 @@ class Loop:
         """Counts the step, or block of steps, that was just taken; writes the training lines that are due.
 
         Args:
-          values: by name, a number or an array [steps] each. They may be on a device: they are fetched when
-            a line or a checkpoint is due, so that a step does not wait for the host. Until then they must
-            not be overwritten in place.
+          values: by name, a number or an array [steps] each. They may be on a device, and are fetched when a
+            line or a checkpoint is due: until then they must not be overwritten in place.
           **counts: further things to give a rate of, such as ``tokens=4096``.
 
         Raises:
@@ -227,13 +226,9 @@ class Loop:
     ) -> int:
         """Tests the best checkpoint if training is done; writes and prints the result.
 
-        Args:
-          test: scores a checkpoint on the test set; None if the run is to stop. Its numbers go to the metric
-            stream, all of it to `result.json`.
-          result: the experiment's own part of `result.json`.
-
-        Returns:
-          The exit status: 0, or 75 if the run was stopped and can be resumed.
+        `test` scores a checkpoint, or returns None if the run is to stop. Its numbers go to the metric
+        stream, and all of it to `result.json`, after the experiment's own `result`. Returns the exit status:
+        0, or 75 if the run was stopped and can be resumed.
         """
         run, position = self.run, self.position
         run.begin()

@@ -125,13 +125,9 @@ class WandbWriter:
 
 
 class Metrics:
-    """The metric stream of one run.
+    """The metric stream of one run, in a JSON-lines file and the `writers`.
 
-    Args:
-      path: the JSON-lines file.
-      writers: where the metrics go besides.
-      offset: bytes of an existing file to keep (a resumed run); what follows is cut off.
-      seconds: wall seconds that the run had already taken.
+    A resumed run keeps the first `offset` bytes of the file, and had already taken `seconds`.
     """
 
     def __init__(

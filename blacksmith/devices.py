@@ -38,12 +38,6 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
 
 
 def _set_keras_backend(backend: str) -> None:
-    wanted = os.environ.get("KERAS_BACKEND")
-    if wanted and wanted != backend:
-        raise ConfigError(
-            f"KERAS_BACKEND={wanted} in the environment contradicts Run.backend = {backend!r}; "
-            "unset it, or change Run.backend"
-        )
     if "keras" in sys.modules and (imported := sys.modules["keras"].config.backend()) != backend:
         raise ConfigError(
             f"Keras is already imported with the backend {imported!r} and cannot change to {backend!r}; "

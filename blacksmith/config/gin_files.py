@@ -5,7 +5,7 @@ import importlib
 import os
 import re
 import tokenize
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def parse(files: Sequence[str], params: Sequence[str] = (), *, allow_imports: bo
 
 def _parse_file(
     path: Path, display: str, *, where: str, allow_imports: bool, parents: tuple[Path, ...]
-) -> list[Binding]:
+) -> Iterator[Binding]:
     real = path.resolve()
     if real in parents:
         raise ConfigError(f"{where}: {display} includes itself")
@@ -86,13 +86,12 @@ def _parse_file(
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{display}: cannot be read: {error}") from error
-    return _parse_text(text, display, path, allow_imports=allow_imports, parents=(*parents, real))
+    yield from _parse_text(text, display, path, allow_imports=allow_imports, parents=(*parents, real))
 
 
 def _parse_text(
     text: str, display: str, path: Path | None, *, allow_imports: bool, parents: tuple[Path, ...]
-) -> list[Binding]:
-    bindings: list[Binding] = []
+) -> Iterator[Binding]:
     seen: dict[str, str] = {}
     for statement in _statements(text, display, is_file=path is not None):
         where = f"{display}:{statement.location.line_num}" if path else display
@@ -114,7 +113,7 @@ def _parse_text(
                 shown = statement.filename
                 if beside and included == beside / shown:
                     shown = os.path.normpath(os.path.join(os.path.dirname(display), shown))
-                bindings += _parse_file(
+                yield from _parse_file(
                     included, shown, where=where, allow_imports=allow_imports, parents=parents
                 )
             case config_parser.BindingStatement():
@@ -127,12 +126,10 @@ def _parse_text(
                 if key in seen:
                     raise ConfigError(f"{where}: {key} was already set at {seen[key]}; keep one of the two")
                 seen[key] = where
-                field = statement.arg_name or ""
-                bindings.append(Binding(statement.selector, field, statement.value, where))
-    return bindings
+                yield Binding(statement.selector, statement.arg_name or "", statement.value, where)
 
 
-def _statements(text: str, display: str, *, is_file: bool) -> Iterable[Any]:
+def _statements(text: str, display: str, *, is_file: bool) -> Iterator[Any]:
     """Gin's statements; every kind of parse error becomes a `ConfigError`."""
     parser = None
     try:

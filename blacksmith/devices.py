@@ -1,7 +1,4 @@
-"""Imports one backend and chooses its device, before any experiment code is imported.
-
-The launcher calls `check_installed` and `activate` once the configuration has been validated.
-"""
+"""Imports one backend and chooses its device, before any experiment code is imported."""
 
 import contextlib
 import ctypes
@@ -21,25 +18,14 @@ def check_installed(what: str, needs: Needs) -> None:
     """Raises a `ConfigError` with the extra to install if packages are missing; imports nothing."""
     missing = [m for m in needs.modules if importlib.util.find_spec(m) is None]
     if missing:
-        raise ConfigError(
-            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed: pip install '.[{needs.extra}]'"
-        )
+        raise ConfigError(f"{what}: not installed: {', '.join(missing)}; pip install '.[{needs.extra}]'")
 
 
 def activate(experiment: Experiment, backend: str, device: str) -> str:
-    """Imports the framework and chooses the device.
+    """Imports the framework and chooses the device; returns the framework's name of it, such as ``cuda:0``.
 
-    Args:
-      experiment: the experiment to run.
-      backend: ``jax`` or ``torch``.
-      device: the value of ``--device``, a name with an optional index (``cuda:1``).
-
-    Returns:
-      The framework's name of the device, such as ``cpu`` or ``cuda:0``.
-
-    Raises:
-      ConfigError: there is no such device, or Keras is already set to a different backend.
+    `backend` is ``jax`` or ``torch``, and `device` is ``auto``, ``cpu``, ``gpu``, ``tpu`` or the framework's
+    name. Raises `ConfigError` if there is no such device, or Keras is already set to a different backend.
     """
     if not device:
         raise ConfigError("--device is empty; allowed: auto, cpu, gpu, tpu, or a device by name")
@@ -52,12 +38,6 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
 
 
 def _set_keras_backend(backend: str) -> None:
-    wanted = os.environ.get("KERAS_BACKEND")
-    if wanted and wanted != backend:
-        raise ConfigError(
-            f"KERAS_BACKEND={wanted} in the environment contradicts Run.backend = {backend!r}; "
-            "unset it, or change Run.backend"
-        )
     if "keras" in sys.modules and (imported := sys.modules["keras"].config.backend()) != backend:
         raise ConfigError(
             f"Keras is already imported with the backend {imported!r} and cannot change to {backend!r}; "

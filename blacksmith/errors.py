@@ -1,11 +1,12 @@
 """The errors a user can cause, each with the exit status of the launcher.
 
-Raise them with one readable line: what is wrong, where, what is allowed, what to do next. The launcher prints
-that line without a traceback. Any other exception is a bug and shows one.
+The launcher prints their message, one readable line, without a traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -34,6 +35,23 @@ class RunError(UserError):
     """The run cannot continue, for a reason outside the program: a full disk, a loss that is not finite."""
 
     exit_status = 1
+
+
+def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates the `main` of a command: a `UserError` becomes one line and its exit status."""
+
+    @functools.wraps(main)
+    def run(*arguments: object) -> int:
+        try:
+            return main(*arguments)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_status
+        except KeyboardInterrupt:
+            print("aborted", file=sys.stderr)
+            return 130
+
+    return run
 
 
 def first_line(error: BaseException) -> str:

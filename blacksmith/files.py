@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -13,10 +12,7 @@ from typing import Any, BinaryIO
 
 
 def cache_dir() -> Path:
-    """The cache directory, which may not exist yet.
-
-    `$BLACKSMITH_CACHE`, else `$XDG_CACHE_HOME/blacksmith`, else `~/.cache/blacksmith`.
-    """
+    """`$BLACKSMITH_CACHE`, else `$XDG_CACHE_HOME/blacksmith`, else `~/.cache/blacksmith`; may not exist."""
     if own := os.environ.get("BLACKSMITH_CACHE"):
         return Path(own).expanduser().absolute()
     xdg = os.environ.get("XDG_CACHE_HOME", "")
@@ -29,7 +25,7 @@ def cache_dir() -> Path:
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file that replaces `target` once the block succeeds and the content is on disk.
 
-    If the block raises, `target` is unchanged and the temporary file is removed. The directory must exist.
+    If the block raises, `target` is unchanged. The directory must exist.
     """
     temporary = _temporary_name(target)
     try:
@@ -45,8 +41,6 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Makes a temporary directory that becomes `target` once the block succeeds and all files are on disk.
-
-    If the block raises, the temporary directory is removed.
 
     Raises:
       OSError: the parent cannot be written, or `target` exists and is not an empty directory.
@@ -78,15 +72,6 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON atomically. NaN and infinite numbers become null, since JSON has neither."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with atomic_file(path) as stream:
-        stream.write((json.dumps(_finite(content), indent=1) + "\n").encode())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
+        stream.write((json.dumps(finite, indent=1) + "\n").encode())

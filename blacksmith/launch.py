@@ -7,10 +7,9 @@ the configuration has been validated.
 
 import dataclasses
 import difflib
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from absl import flags
 
 from blacksmith import config as configuration
 from blacksmith import registry
-from blacksmith.errors import CheckpointError, ConfigError, UserError
+from blacksmith.errors import CheckpointError, ConfigError, one_line_errors
 
 MODES = ("train", "eval", "export", "view")
 
@@ -63,9 +62,7 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], usage: str) -> bo
     try:
         rest = values(list(argv))
     except (flags.Error, ValueError) as error:
-        line = " ".join(str(error).split())
-        line = re.sub(r"\('Non-boolean argument to boolean flag', .*\)", "must be true or false", line)
-        raise ConfigError(f"{line} (see --helpfull)") from error
+        raise ConfigError(f"{' '.join(str(error).split())} (see --helpfull)") from error
     if values.help or values.helpfull or values.helpshort:
         print(usage.strip() + "\n\nflags:\n" + values.get_help())
         return False
@@ -123,24 +120,10 @@ def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_import
     return Resolved(experiment, backend, config, bindings)
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the launcher; returns the exit status."""
-    return command(_main, argv)
-
-
-def command(body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
-    """Runs the body of a command; turns a `UserError` into one line and its exit status."""
-    try:
-        return body(list(sys.argv if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("aborted", file=sys.stderr)
-        return 130
-
-
-def _main(argv: list[str]) -> int:
+    argv = list(sys.argv if argv is None else argv)
     values = define_flags()
     if not parse_flags(values, argv, __doc__):
         return 0
@@ -197,13 +180,11 @@ def run_experiment(
     devices.check_installed(f"{experiment.name} on {resolved.backend}", experiment.backends[resolved.backend])
     if config.log.wandb != "off":
         devices.check_installed(f"Log.wandb = {config.log.wandb!r}", registry.Needs("wandb", ("wandb",)))
+    # Listed before a checkpoint is chosen and compared under the lock: another run may write meanwhile.
     try:
-        if workdir.exists() and not workdir.is_dir():
-            raise ConfigError(f"--workdir: {workdir} is a file, not a directory")
+        present = runs.checkpoints_of(workdir / "checkpoints", config).steps()
     except OSError as error:
         raise ConfigError(f"--workdir: {error.strerror}: {str(workdir)[:60]}...") from error
-    # Listed before a checkpoint is chosen and compared under the lock: another run may write meanwhile.
-    present = runs.checkpoints_of(workdir / "checkpoints", config).steps()
     saved, external = starting_point(resolved, workdir, mode=mode, resume=resume)
     if saved is not None:
         runs.check_resume(saved, config, experiment.name, experiment.checkpoint_format, mode=mode)
@@ -234,13 +215,10 @@ def run_experiment(
 def starting_point(
     resolved: Resolved, workdir: Path, *, mode: str, resume: str
 ) -> tuple[Any | None, Path | None]:
-    """Returns a checkpoint or None, and a directory of weights that no run wrote or None.
+    """The checkpoint to start from, if any, and the directory of weights that no run wrote, if any.
 
-    Training resumes from the newest checkpoint; every other mode reads the best one.
-
-    Raises:
-      ConfigError: `mode`, `resume` and the content of `workdir` contradict each other.
-      CheckpointError: a checkpoint is needed and there is no intact one.
+    Training resumes from the newest checkpoint; every other mode reads the best one. Raises `ConfigError` if
+    `mode`, `resume` and `workdir` contradict each other, and `CheckpointError` if a checkpoint is missing.
     """
     from blacksmith.run import run as runs
     from blacksmith.run.checkpoint import checkpoints_dir, find

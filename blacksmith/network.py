@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 def why_unreachable(url: str, timeout: float = 3.0) -> str | None:
     """Tries to connect to the host of an http(s) URL, or to its proxy, for at most `timeout` seconds.
 
-    Returns:
-      None if the connection succeeded, otherwise the host and what went wrong, on one line.
+    Returns None if that succeeded, otherwise the host and what went wrong, on one line.
     """
     try:
         host, port = _endpoint(url)

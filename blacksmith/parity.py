@@ -20,8 +20,8 @@ from absl import flags
 from safetensors.numpy import load_file
 
 from blacksmith import config as configuration
-from blacksmith import devices, launch, report
-from blacksmith.errors import ConfigError
+from blacksmith import launch, report
+from blacksmith.errors import ConfigError, one_line_errors
 from blacksmith.files import write_json
 from blacksmith.run import metrics
 from blacksmith.run.checkpoint import Checkpoints
@@ -80,14 +80,11 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    return launch.command(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
     values = define_flags()
-    if not launch.parse_flags(values, argv, __doc__):
+    if not launch.parse_flags(values, sys.argv if argv is None else argv, __doc__):
         return 0
     launch.import_plugins(values.plugin)
     params, notes, weights = comparable_params(values)
@@ -132,49 +129,36 @@ def _main(argv: list[str]) -> int:
 def comparable_params(values: flags.FlagValues) -> tuple[list[str], list[str], str]:
     """The bindings of all runs, notes on the settings they change, and the file that holds the weights.
 
-    Raises:
-      ConfigError: fewer than two files, or files that differ in more than experiment and backend.
+    Raises `ConfigError` if the files differ in more than experiment and backend.
     """
     if len(values.gin_file) < 2:
         raise ConfigError("give two or more --gin_file to compare (see --helpfull)")
-    resolved = [
-        launch.resolve([f], values.gin_param, allow_imports=values.allow_imports) for f in values.gin_file
-    ]
-    for each in resolved:
-        devices.check_installed(
-            f"{each.experiment.name} on {each.backend}", each.experiment.backends[each.backend]
-        )
-    config, experiment, first_file = resolved[0].config, resolved[0].experiment, values.gin_file[0]
-    for other, gin_file in zip(resolved[1:], values.gin_file[1:]):
+    imports = {"allow_imports": values.allow_imports}
+    first, *others = [launch.resolve([file], values.gin_param, **imports) for file in values.gin_file]
+    first_file, config = values.gin_file[0], first.config
+    for other, file in zip(others, values.gin_file[1:]):
+        refusal = f"{first_file} and {file} cannot be compared"
         if type(other.config) is not type(config):
-            raise ConfigError(
-                f"{gin_file} ({other.experiment.name}) and {first_file} ({experiment.name}) have different "
-                "settings and cannot be compared"
-            )
+            names = f"{first.experiment.name} and {other.experiment.name}"
+            raise ConfigError(f"{refusal}: {names} have different settings")
         for key, (a, b) in configuration.changes(other.config, configuration.as_dict(config)).items():
             if key not in ("Run.experiment", "Run.backend"):
-                raise ConfigError(f"{first_file} and {gin_file} cannot be compared: {key} is {a!r} and {b!r}")
-        if other.experiment.weights != experiment.weights:
-            raise ConfigError(f"{first_file} and {gin_file} save their weights in different files")
-    if experiment.weights is None:
-        raise ConfigError(f"{experiment.name} cannot be compared: it declares no Experiment.weights")
-    wanted = {"steps": values.steps, "early_stopping": None, "stop_at": None}
-    has = configuration.fields(type(config.train))
-    bindings = {f"{config.train.gin_name}.{k}": v for k, v in wanted.items() if k in has}
+                raise ConfigError(f"{refusal}: {key} is {a!r} and {b!r}")
+    if first.experiment.weights is None:
+        raise ConfigError(f"{first.experiment.name} cannot be compared: it declares no Experiment.weights")
+    bindings = dict(_SHARED_BINDINGS)
+    for field, value in {"steps": values.steps, "early_stopping": None, "stop_at": None}.items():
+        bindings[f"{config.train.gin_name}.{field}"] = value
     if hasattr(config, "parity_bindings"):
         bindings |= config.parity_bindings()
-    before = {
-        f"{cls.gin_name}.{field}": getattr(getattr(config, name), field)
-        for name, cls in configuration.sections(type(config)).items()
-        for field in configuration.fields(cls)
-    }
+    params = [*values.gin_param, *(f"{key} = {value!r}" for key, value in bindings.items())]
+    compared = launch.resolve([first_file], params, **imports).config
     notes = [
-        f"{key} = {value!r} for the comparison (was {before[key]!r})"
-        for key, value in bindings.items()
-        if before[key] != value
+        f"{key} = {now!r} for the comparison (was {before!r})"
+        for key, (before, now) in configuration.changes(compared, configuration.as_dict(config)).items()
+        if key not in _SHARED_BINDINGS
     ]
-    bindings = _SHARED_BINDINGS | bindings
-    return [*values.gin_param, *(f"{k} = {v!r}" for k, v in bindings.items())], notes, experiment.weights
+    return params, notes, first.experiment.weights
 
 
 def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.FlagValues) -> int:
@@ -184,19 +168,18 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
     command += [f"--plugin={p}" for p in values.plugin]
     if values.allow_imports:
         command.append("--allow_imports")
-    environment = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
     # On GPUs and TPUs, JAX multiplies float32 matrices with reduced precision by default.
-    environment["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
+    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
     return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
 
 
 def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
     """Reads a finished run directory; `weights` is the file that holds the weights in a checkpoint."""
     result = json.loads((directory / "result.json").read_text())
-    compared = {**result, "test.accuracy": result["test"].get("accuracy")}
-    for key in ("initial_weights_sha256", "order_sha256", "test.accuracy"):
-        if compared.get(key) is None:
-            raise ConfigError(f"{result['experiment']} cannot be compared: its result.json has no {key}")
+    missing = {"initial_weights_sha256", "order_sha256"} - result.keys()
+    missing |= {"test.accuracy"} if result["test"].get("accuracy") is None else set()
+    if missing:
+        raise ConfigError(f"{result['experiment']} cannot be compared: its result.json has no {min(missing)}")
     lines = metrics.read(directory / "metrics.jsonl")
     arrays = load_file(Checkpoints(directory / "checkpoints").newest().path / weights)
     return Outcome(
@@ -214,10 +197,7 @@ def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
 def compare_outcomes(
     outcome: Outcome, reference: Outcome, steps: int, tolerances: Tolerances
 ) -> dict[str, Any]:
-    """One row of the table: how far `outcome` is from `reference`.
-
-    A difference that is not a number counts as infinite. A run with fewer than `steps` losses fails.
-    """
+    """One row of the table: how far `outcome` is from `reference`. NaN and missing steps fail."""
     difference, at = math.inf, 0
     if len(outcome.losses) == len(reference.losses) == steps:
         differences = np.nan_to_num(np.abs(outcome.losses - reference.losses), nan=math.inf)
@@ -258,12 +238,10 @@ def _weight_differences(
     """
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         return math.inf, math.inf
-    differences = {k: ours[k].astype(np.float64) - v for k, v in theirs.items()}
-    squares = sum(float(np.sum(d**2)) for d in differences.values())
-    norm = sum(float(np.sum(v.astype(np.float64) ** 2)) for v in theirs.values())
-    relative = math.sqrt(squares / norm) if norm else math.inf
-    largest = max(float(np.abs(d).max()) for d in differences.values())
-    return tuple(value if math.isfinite(value) else math.inf for value in (relative, largest))
+    reference = np.concatenate([v.astype(np.float64).ravel() for v in theirs.values()])
+    difference = np.concatenate([ours[k].astype(np.float64).ravel() for k in theirs]) - reference
+    values = (np.linalg.norm(difference) / np.linalg.norm(reference), np.abs(difference).max())
+    return tuple(float(value) if math.isfinite(value) else math.inf for value in values)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -56,10 +56,11 @@ def names() -> list[str]:
 
 def get(name: str, *, where: str = "Run.experiment") -> Experiment:
     """The experiment called `name`, or a `ConfigError` that lists all names."""
-    if not isinstance(name, str) or name not in _experiments():
-        hint = closest(name, names()) if isinstance(name, str) else ""
+    experiment = _experiments().get(str(name))
+    if experiment is None:
+        hint = closest(str(name), names())
         raise ConfigError(f"{where}: no experiment {name!r}{hint}; allowed: {', '.join(names())}")
-    return _experiments()[name]
+    return experiment
 
 
 @functools.cache

@@ -1,7 +1,4 @@
-"""The configuration sections that experiments share: run, training, optimizer, schedule, checkpoints, log.
-
-An experiment uses a section as it is, or inherits from it to change it. docs/settings.md lists them all.
-"""
+"""The sections that experiments share, as they are or as base classes; docs/settings.md lists them."""
 
 import dataclasses
 from typing import Any, Literal
@@ -33,14 +30,11 @@ class TrainConfig:
     """How long to train, and when to validate; each experiment has a `Train` section under its own name."""
 
     epochs: int | None = setting(10, "passes over the training set", gt=0, resume_may_change=True)
-    steps: int | None = setting(
-        None,
-        "optimizer steps, instead of `epochs`",
-        gt=0,
-        resume_may_change=True,
-    )
+    steps: int | None = setting(None, "optimizer steps, instead of `epochs`", gt=0, resume_may_change=True)
     batch_size: int = setting(128, "examples per optimizer step", gt=0)
-    evaluate_every_steps: int | None = setting(None, "validate every this many steps", gt=0)
+    evaluate_every_steps: int | None = setting(
+        None, "validate every this many steps; None: after each epoch", gt=0
+    )
     early_stopping: int | None = setting(
         None, "stop after this many validations in a row without a better `Checkpoint.metric`", gt=0
     )
@@ -70,9 +64,6 @@ class KerasTrainConfig(TrainConfig):
     )
     precision: Literal["float32", "mixed_bfloat16"] = setting(
         "float32", "precision of the layers; weights and optimizer state stay float32"
-    )
-    evaluate_every_steps: int | None = setting(
-        None, "validate every this many steps; None: after each epoch", gt=0
     )
     block_steps: int = setting(
         128,
@@ -177,8 +168,7 @@ class ScheduleConfig:
     """The learning rate over the optimizer steps."""
 
     name: Literal["constant", "linear", "cosine", "exponential"] = setting(
-        "constant",
-        "the shape of the decay after the warm-up; exponential: from the first step on",
+        "constant", "the shape of the decay after the warm-up; exponential: from the first step on"
     )
     warmup_steps: int = setting(0, "steps in which the rate rises linearly from 0", ge=0)
     decay_steps: int | None = setting(
@@ -250,15 +240,10 @@ SHARED = (
 
 
 def check_warmup(schedule: ScheduleConfig, end: int | None) -> None:
-    """Checks that the warm-up is shorter than a run of `end` optimizer steps; None: not known yet.
-
-    Raises:
-      ConfigError: it leaves no step.
-    """
+    """Raises ConfigError if the warm-up takes all of the run's `end` optimizer steps; None: not known yet."""
     if end is not None and schedule.warmup_steps >= end:
         raise ConfigError(
-            f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step of the run's {end} for what "
-            "follows"
+            f"Schedule.warmup_steps = {schedule.warmup_steps} leaves no step after it in a run of {end}"
         )
 
 

@@ -6,42 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blacksmith import report
-from blacksmith.errors import DataError, UserError
+from blacksmith.errors import DataError, one_line_errors
 from blacksmith.report.read import shared_directory
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page of one run or a comparison of several; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m blacksmith.report",
         description="Write a self-contained HTML page that shows a run, or compares several.",
     )
+    default = "report.html in the run directory; for several runs comparison.html above them all"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="the page to write (default: report.html in the run directory; for several runs "
-        "comparison.html in the directory that holds them all)",
-    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page to write (default: {default})")
     arguments = parser.parse_args(argv)
     runs, output = arguments.runs, arguments.output
-    if len({run.resolve() for run in runs}) < len(runs):
-        parser.error("the same run directory is given twice")
-    if output is not None and output.is_dir():
-        parser.error(f"--output {output} is a directory; give a file name such as report.html")
     files = ("config.json", "environment.json", "metrics.jsonl", "result.json")
-    try:
-        for run in runs:
-            if run.is_dir() and not any((run / name).exists() for name in files):
-                raise DataError(f"{run} is not a run directory: it has none of {', '.join(files)}")
-        if len(runs) > 1:
-            written = report.write_comparison(output or shared_directory(runs) / "comparison.html", runs)
-        else:
-            written = report.write(runs[0], output)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return error.exit_status
+    for run in runs:
+        if run.is_dir() and not any((run / name).exists() for name in files):
+            raise DataError(f"{run} is not a run directory: it has none of {', '.join(files)}")
+    if len(runs) > 1:
+        written = report.write_comparison(output or shared_directory(runs) / "comparison.html", runs)
+    else:
+        written = report.write(runs[0], output)
     print(written)
     return 0
 

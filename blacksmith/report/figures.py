@@ -26,26 +26,18 @@ MAX_LABEL = 14  # characters of a class name on an axis
 
 @dataclass
 class Figure:
-    """A panel with one plot.
-
-    Attributes:
-      data: plotly traces.
-      layout: plotly layout.
-      axes: for each trace, its x values by axis name; empty if the traces have their own.
-      groups: for each trace, the legend keys that hide it.
-      log: whether the reader can switch to a logarithmic axis.
-      id: of the plot's HTML element; set by the page.
-    """
+    """A panel with one plot."""
 
     title: str
-    data: list[dict[str, Any]] = field(default_factory=list)
-    layout: dict[str, Any] = field(default_factory=dict)
+    data: list[dict[str, Any]] = field(default_factory=list)  # plotly traces
+    layout: dict[str, Any] = field(default_factory=dict)  # plotly layout
     caption: str = ""
+    # For each trace, its x values by axis name; empty if the traces have their own.
     axes: list[dict[str, list[float | None]]] = field(default_factory=list)
-    groups: list[list[str]] = field(default_factory=list)
-    log: bool = False
+    groups: list[list[str]] = field(default_factory=list)  # for each trace, the legend keys that hide it
+    log: bool = False  # whether the reader can switch to a logarithmic axis
     tall: bool = False
-    id: str = ""
+    id: str = ""  # of the plot's HTML element; set by the page
 
     def add(self, series: Series, name: str, color: str, style: Mapping[str, Any], groups: list[str]) -> None:
         """Adds a curve; a single point gets a marker, or it would be invisible."""
@@ -167,21 +159,6 @@ def accuracy_by_class(run: Run) -> Figure | None:
     }
     caption = f"The axis starts at {start:.0%}." if start else ""
     return Figure("Accuracy by class", [bars], layout, caption, tall=True)
-
-
-def compared_by_class(runs: Sequence[Run]) -> Figure | None:
-    """Dots instead of bars: with several runs only the differences matter."""
-    figure = Figure("Test accuracy by class")
-    for index, run in enumerate(runs):
-        if values := run.result.test.per_class_accuracy:
-            marker = {"color": color(index), "size": 9, "opacity": 0.85}
-            trace = {"type": "scatter", "mode": "markers", "name": _plain(run.name), "marker": marker}
-            figure.data.append({**trace, "y": values})
-            figure.groups.append([f"run {index}"])
-            ticks = {**_class_axis(run, len(values)), "showgrid": True}
-            axis = {"tickformat": "~%", "hoverformat": ".2%"}
-            figure.layout = {"xaxis": {"title": {"text": "class"}, **ticks}, "yaxis": axis}
-    return figure if figure.data else None
 
 
 def parity(curves: Mapping[str, list[float]], reference: str) -> list[Figure]:

@@ -1,8 +1,4 @@
-"""The three pages: one run, a comparison of several, a parity check.
-
-Each fills the variables of `page.html`, which leaves out empty parts. The launcher calls `write` at the end
-of every run, even if it was stopped or failed; the parity command calls `write_parity`.
-"""
+"""The three pages, from the template `page.html`: one run, a comparison of several, a parity check."""
 
 import functools
 import re
@@ -25,10 +21,9 @@ SHOWN_ELSEWHERE = ("started", "command", "previous", "error", *TABLES)
 
 
 def write(directory: Path, output: Path | None = None) -> Path:
-    """Writes the page of one run, by default to its `report.html`, and returns the path.
+    """Writes the page of one run, by default its `report.html`; returns the path.
 
-    Raises:
-      DataError: the directory does not exist, a file in it is broken, or the page cannot be written.
+    Like the functions below, raises `DataError` if a file is broken or the page cannot be written.
     """
     directory = Path(directory)
     run = read.load(directory, directory.resolve().name)
@@ -36,11 +31,7 @@ def write(directory: Path, output: Path | None = None) -> Path:
 
 
 def write_comparison(output: Path, directories: Sequence[Path]) -> Path:
-    """Writes a page that overlays the curves of several runs and compares their results.
-
-    Raises:
-      DataError: a directory does not exist, a file is broken, or the page cannot be written.
-    """
+    """Writes a page that overlays the curves of several runs and compares their results; returns the path."""
     shared = read.shared_directory(directories)
     runs = [read.load(path, path.resolve().relative_to(shared).as_posix()) for path in directories]
     return _render(output, **_comparison_page(runs))
@@ -53,7 +44,7 @@ def write_parity(
     reference: str,
     summary: Mapping[str, Any],
 ) -> Path:
-    """Writes the page of a parity check: verdict, table, curves and their differences.
+    """Writes the page of a parity check: verdict, table, curves and their differences; returns the path.
 
     Args:
       output: the file to write.
@@ -61,9 +52,6 @@ def write_parity(
       curves: run name -> loss at each step, from step 1.
       reference: the run in `curves` that the others are compared with.
       summary: `passed` (bool), `title` (str) and `notes` (list of str).
-
-    Raises:
-      DataError: the page cannot be written.
     """
     cells = [[v if isinstance(v, str) else text.number(v) for v in row.values()] for row in rows]
     return _render(
@@ -115,7 +103,7 @@ def _render(output: Path, curves: Sequence[figures.Figure], tests: Sequence = ()
 def _run_page(run: Run) -> dict[str, Any]:
     environment, result = run.environment, run.result
     git = environment.git or {}
-    commit = str(git.get("commit") or "")[:10]
+    commit = str(git.get("commit", ""))[:10]
     galleries: dict[str, list] = {}
     for picture in run.pictures:
         galleries.setdefault(picture.title, []).append(picture)
@@ -190,7 +178,7 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
     if seconds is not None:
         yield "Wall time", text.duration(seconds), ""
     if rate := run.rate():
-        yield f"{text.title(rate[0])}/s", text.rate(rate[1]), ""
+        yield f"{text.title(rate[0])}/s", text.number(rate[1]), ""
     if count := result.parameters:
         # Eight or more digits do not fit a card.
         shown = f"{count / 1e6:,.1f}M" if count >= 1e7 else text.number(count)
@@ -201,7 +189,6 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
 def _comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
     table, chips = _comparison_table(runs)
     splits = [{"group": f"split {s}", "label": s, "split": s} for s in read.splits_of(runs)]
-    by_class = figures.compared_by_class(runs)
     return {
         "eyebrow": "comparison",
         "title": f"{len(runs)} runs",
@@ -212,7 +199,6 @@ def _comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
         "legend": _run_legend([run.name for run in runs]) + splits,
         "axes": read.AXES,
         "curves": figures.curves(runs),
-        "tests": [by_class] if by_class else [],
         "settings": [_differences(title, runs) for title in ("Configuration", "Environment")],
     }
 
@@ -256,7 +242,7 @@ def _comparison_table(runs: Sequence[Run]) -> tuple[dict[str, Any], list[tuple[s
     add("wall time", [run.reached("seconds") for run in runs], text.duration)
     rates = [run.rate() or ("", None) for run in runs]
     for unit in dict.fromkeys(unit for unit, _ in rates):
-        add(f"{unit}/s", [rate if its == unit else None for its, rate in rates], text.rate, max)
+        add(f"{unit}/s", [rate if its == unit else None for its, rate in rates], text.number, max)
     add("parameters", [run.result.parameters for run in runs], text.number)
     add("initial weights", [run.result.initial_weights_sha256 for run in runs], lambda sha256: sha256[:12])
     add("batch order", [run.result.order_sha256 for run in runs], lambda sha256: sha256[:12])

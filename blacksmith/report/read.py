@@ -1,7 +1,4 @@
-"""Reads a run directory for the report: missing files are empty, broken ones a `DataError`.
-
-Files are validated only here; the rest of the report trusts what `load` returns.
-"""
+"""Reads and validates a run directory for the report: missing files are empty, broken ones a `DataError`."""
 
 import base64
 import datetime
@@ -52,12 +49,6 @@ class Test(pydantic.BaseModel, extra="allow"):
     confusion_matrix: list[list[pydantic.FiniteFloat]] = []
     per_class_accuracy: list[pydantic.FiniteFloat | None] = []
 
-    @pydantic.model_validator(mode="after")
-    def _check_square(self) -> "Test":
-        if any(len(row) != len(self.confusion_matrix) for row in self.confusion_matrix):
-            raise ValueError("confusion_matrix is not square")
-        return self
-
     @property
     def scores(self) -> dict[str, float]:
         """All numbers, accuracy and loss first."""
@@ -101,24 +92,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run directory.
+    """The contents of a run directory."""
 
-    Attributes:
-      name: distinguishes it from the other runs on the page.
-      files: the JSON files that exist, by name.
-      rows: the lines of `metrics.jsonl`, by step.
-      pictures: the images in `images/`, by name.
-      notes: what was left out.
-    """
-
-    name: str
-    files: dict[str, dict[str, Any]]
+    name: str  # distinguishes it from the other runs on the page
+    files: dict[str, dict[str, Any]]  # the JSON files that exist, by name
     config: Config
     environment: Environment
     result: Result
-    rows: list[dict[str, Any]]
-    pictures: list[Picture]
-    notes: list[str]
+    rows: list[dict[str, Any]]  # the lines of `metrics.jsonl`, by step
+    pictures: list[Picture]  # the images in `images/`, by name
+    notes: list[str]  # what was left out
 
     @property
     def experiment(self) -> str:
@@ -137,11 +120,11 @@ class Run:
                 if name not in (*AXES, "split") and isinstance(value, (int, float)):
                     column = points.setdefault(name, {}).setdefault(row["split"], [])
                     column.append((value, *(place[axis] for axis in AXES)))
-        series: dict[str, dict[str, Series]] = {}
+        series: dict[str, dict[str, Series]] = {name: {} for name in points}
         for name, splits in points.items():
             for split in in_order(splits):
                 values, *axes = np.array(splits[split], np.float64).T
-                series.setdefault(name, {})[split] = Series(values, dict(zip(AXES, axes)))
+                series[name][split] = Series(values, dict(zip(AXES, axes)))
         return series
 
     def reached(self, axis: str) -> float | None:
@@ -168,11 +151,7 @@ class Run:
 
 
 def load(directory: Path, name: str) -> Run:
-    """Reads a run directory; any file may be missing.
-
-    Raises:
-      DataError: there is no such directory, or one of its files is broken.
-    """
+    """Reads a run directory; any file may be missing, but a broken one raises `DataError`."""
     if not directory.is_dir():
         raise DataError(f"there is no run directory {directory}")
     files, sections, notes = {}, {}, []
@@ -197,34 +176,32 @@ def load(directory: Path, name: str) -> Run:
 
 
 def _read_pictures(directory: Path, notes: list[str]) -> list[Picture]:
+    """The PNG and GIF files; heading and caption are the PNG's `Title` and `Description`."""
+    from PIL import Image
+
     pictures, size = [], 0
     for file in sorted(f for f in directory.glob("*") if f.suffix.lower() in (".png", ".gif")):
-        size += file.stat().st_size
+        content = file.read_bytes()
+        size += len(content)
         if size > MAX_IMAGE_BYTES:
             notes.append(
                 f"Only {MAX_IMAGE_BYTES >> 20} MiB of images are shown: {file.name} and later are left out."
             )
             break
-        pictures.append(_read_picture(file))
+        try:
+            image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])  # reads only the header
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{file} is not a PNG or GIF file: {first_line(error)}") from error
+        width, height = image.size
+        pictures.append(
+            Picture(
+                title=str(image.info.get("Title", "Images")),
+                caption=str(image.info.get("Description", file.name)).splitlines(),
+                uri=f"data:{image.get_format_mimetype()};base64,{base64.b64encode(content).decode()}",
+                layout="tile" if max(width, height) <= TILE_PIXELS else "wide" if width > 2 * height else "",
+            )
+        )
     return pictures
-
-
-def _read_picture(file: Path) -> Picture:
-    """Heading and caption are the PNG's `Title` and `Description`; default: the file's name."""
-    from PIL import Image
-
-    content = file.read_bytes()
-    try:
-        image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])  # reads only the header
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is not a PNG or GIF file: {first_line(error)}") from error
-    width, height = image.size
-    return Picture(
-        title=str(image.info.get("Title", "Images")),
-        caption=str(image.info.get("Description", file.name)).splitlines(),
-        uri=f"data:{image.get_format_mimetype()};base64,{base64.b64encode(content).decode()}",
-        layout="tile" if max(width, height) <= TILE_PIXELS else "wide" if width > 2 * height else "",
-    )
 
 
 def shared_directory(directories: Sequence[Path]) -> Path:

@@ -24,7 +24,7 @@ def number(value: float) -> str:
         return {"nan": "NaN", "inf": "∞", "-inf": "−∞"}[str(float(value))]
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 10000 else f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def is_share(metric: str, values: Iterable[float]) -> bool:
@@ -37,11 +37,6 @@ def score(metric: str, value: float) -> str:
     return f"{value:.2%}" if is_share(metric, [value]) else number(value)
 
 
-def rate(value: float) -> str:
-    """A number per second."""
-    return f"{value:,.0f}" if value >= 100 else number(value)
-
-
 def duration(seconds: float) -> str:
     """`4.23 s`, `1 min 05 s` or `2 h 07 min`."""
     if seconds < 60:
@@ -51,7 +46,7 @@ def duration(seconds: float) -> str:
 
 
 def setting(value: object) -> str:
-    """A JSON value as in its file, but strings without quotes."""
+    """A value as in its JSON file, but strings without quotes."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

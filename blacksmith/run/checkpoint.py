@@ -1,8 +1,6 @@
-"""Checkpoints as directories that are complete or absent: atomic, verified, retained.
+"""Checkpoints ``step_XXXXXXXX/`` that are complete or absent: ``state.json`` and the experiment's files.
 
-``checkpoints/step_XXXXXXXX/`` holds ``state.json`` and the experiment's files. This module owns writing
-them through a temporary sibling, hashing, choosing which to keep and falling back to the newest intact
-one; what the files mean is the experiment's business. No pickle, no framework.
+This module writes them atomically, verifies their hashes and decides which to keep.
 """
 
 import hashlib
@@ -21,7 +19,7 @@ from blacksmith.errors import CheckpointError
 from blacksmith.files import file_sha256
 
 FORMAT_VERSION = 2
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -42,31 +40,15 @@ class Saved:
         return self.state["own"]
 
 
+@dataclass
 class Checkpoints:
-    """The checkpoints of one run directory.
+    """The checkpoints ``step_*`` in a directory, which is made with the first of them."""
 
-    Args:
-      directory: the ``checkpoints/`` directory; made with the first checkpoint.
-      keep_last: how many of the newest stay.
-      keep_best: how many of the best by `metric` also stay.
-      metric: a name in the metrics given to `save`.
-      mode: ``min`` or ``max``, or ``auto``: ``min`` for names that end in ``loss``.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        keep_last: int = 2,
-        keep_best: int = 0,
-        metric: str = "val_loss",
-        mode: str = "auto",
-    ) -> None:
-        self.directory = Path(directory)
-        self.keep_last = keep_last
-        self.keep_best = keep_best
-        self.metric = metric
-        self.mode = direction(metric, mode)
+    directory: Path
+    keep_last: int = 2  # how many of the newest stay
+    keep_best: int = 0  # how many of the best by `metric` also stay
+    metric: str = "val_loss"  # a name in the metrics given to `save`
+    mode: str = "auto"  # see `direction`
 
     def save(
         self,
@@ -75,20 +57,15 @@ class Checkpoints:
         write: Callable[[Path], Mapping[str, Any] | None],
         metrics: Mapping[str, float] | None = None,
     ) -> Path:
-        """Writes one checkpoint, then removes those that are no longer kept.
+        """Writes one checkpoint, then removes those that are no longer kept; returns its directory.
+
+        If it cannot be written (a full disk, say), every older checkpoint is left as it was.
 
         Args:
           step: optimizer steps taken.
           state: JSON values to find again in `Saved.state`.
-          write: puts the experiment's files into the (existing, empty) directory it is given; returns JSON
-            values to find again in `Saved.own`.
-          metrics: the latest validation metrics, for `keep_best`.
-
-        Returns:
-          The checkpoint's directory.
-
-        Raises:
-          OSError: it could not be written (a full disk, say); every older checkpoint is left as it was.
+          write: puts the experiment's files into an empty directory; returns JSON values for `Saved.own`.
+          metrics: validation metrics of these weights, for `keep_best`.
         """
         target = self.directory / f"step_{step:08d}"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -129,27 +106,18 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """All checkpoint directories, oldest first; not verified."""
-        if not self.directory.is_dir():
-            return []
-        found = [p for p in self.directory.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
-        return sorted(found, key=lambda p: int(_STEP.fullmatch(p.name)[1]))
+        found = (p for p in self.directory.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir())
+        return sorted(found, key=_step_of)
 
     def newest(self) -> Saved | None:
-        """The newest intact checkpoint; broken newer ones are named in a warning.
+        """The newest intact checkpoint, with a warning for each broken newer one; None if there is none.
 
-        Raises:
-          CheckpointError: there are checkpoints and none is intact.
+        Like `best_or_newest`, raises `CheckpointError` if there are checkpoints and none is intact.
         """
         return self._first_intact(list(reversed(self.steps())))
 
     def best_or_newest(self) -> Saved | None:
-        """What is tested, evaluated and exported: the best checkpoint if the best are kept, else the newest.
-
-        Broken ones are named in a warning and passed over.
-
-        Raises:
-          CheckpointError: there are checkpoints and none is intact.
-        """
+        """What is tested, evaluated and exported: the best checkpoint if any are kept, else the newest."""
         best = self._by_metric() if self.keep_best else []
         return self._first_intact([*best, *(path for path in reversed(self.steps()) if path not in best)])
 
@@ -160,8 +128,6 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Removes what an interrupted `save` left; call it only while the run's lock is held."""
-        if not self.directory.is_dir():
-            return
         for old in self.directory.glob(".step_*.old-*"):
             target = self.directory / old.name[1:].partition(".old-")[0]
             if target.exists():
@@ -174,37 +140,35 @@ class Checkpoints:
     def remove_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: they belong to a history that a resume gave up."""
         for path in self.steps():
-            if int(_STEP.fullmatch(path.name)[1]) > step:
+            if _step_of(path) > step:
                 self._remove(path)
 
     def _first_intact(self, candidates: list[Path]) -> Saved | None:
         problems = []
         for path in candidates:
             try:
-                saved = load(path)
+                return load(path)
             except CheckpointError as error:
-                problems.append(str(error))
+                problems.append(error)
                 print(f"warning: {error}; trying another", file=sys.stderr)
-                continue
-            return saved
         if problems:
             raise CheckpointError(f"no intact checkpoint in {self.directory}: {problems[0]}")
         return None
 
     def _by_metric(self) -> list[Path]:
-        scored = []
+        scored, lower = [], direction(self.metric, self.mode) == "min"
         for path in self.steps():
             try:
                 value = json.loads((path / "state.json").read_text())["metrics"].get(self.metric)
             except (OSError, ValueError, KeyError):
                 continue
             if value is not None and math.isfinite(value):
-                scored.append((value if self.mode == "min" else -value, path))
+                scored.append((value if lower else -value, path))
         return [path for _, path in sorted(scored, key=lambda pair: pair[0])]
 
     def _retain(self, newest: Path) -> None:
         steps = self.steps()
-        keep = set(steps[-self.keep_last :]) | {newest} | set(self._by_metric()[: self.keep_best])
+        keep = {newest, *steps[-self.keep_last :], *self._by_metric()[: self.keep_best]}
         for path in steps:
             if path not in keep:
                 self._remove(path)
@@ -228,8 +192,12 @@ class Checkpoints:
         shutil.rmtree(removed)
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def direction(metric: str, mode: str) -> str:
-    """``min`` or ``max``: `mode`, or where that is ``auto``, ``min`` for metrics that end in ``loss``."""
+    """``min`` or ``max``; the mode ``auto`` means ``min`` for metrics that end in ``loss``."""
     if mode != "auto":
         return mode
     return "min" if metric.endswith("loss") else "max"
@@ -237,35 +205,24 @@ def direction(metric: str, mode: str) -> str:
 
 def checkpoints_dir(path: Path) -> Path:
     """Where a path has its ``step_*``: itself, or in its ``checkpoints/``, if it is a run directory."""
-    within = Path(path) / "checkpoints"
-    return within if within.is_dir() and not Checkpoints(path).steps() else Path(path)
+    within = path / "checkpoints"
+    return within if within.is_dir() and not Checkpoints(path).steps() else path
 
 
 def find(path: Path) -> Saved:
-    """The checkpoint that a user's path means: itself, or the newest of a run directory.
-
-    Raises:
-      CheckpointError: there is none, or it is broken.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
+    """The checkpoint at a user's path: itself, or the newest of a run directory; else a `CheckpointError`."""
     if (path / "state.json").is_file():
         return load(path)
     saved = Checkpoints(checkpoints_dir(path)).newest()
-    if saved is not None:
-        return saved
-    raise CheckpointError(
-        f"no checkpoint at {path}: expected a run directory, its checkpoints/ or one of its step_*"
-    )
+    if saved is None:
+        raise CheckpointError(
+            f"no checkpoint at {path}: expected a run directory, its checkpoints/ or one of its step_*"
+        )
+    return saved
 
 
 def load(path: Path) -> Saved:
-    """Reads and verifies one checkpoint directory.
-
-    Raises:
-      CheckpointError: a file is missing, changed or unreadable, or the format is another version.
-    """
+    """Reads one checkpoint directory; raises `CheckpointError` if it is not as it was written."""
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -280,10 +237,8 @@ def load(path: Path) -> Saved:
         )
     for name, expected in state["sha256"].items():
         part = path / name
-        if not part.is_file():
-            raise CheckpointError(f"{part} is missing")
-        if file_sha256(part) != expected:
-            raise CheckpointError(f"{part} has changed since it was written")
+        if not part.is_file() or file_sha256(part) != expected:
+            raise CheckpointError(f"{part} is missing or has changed since it was written")
     return Saved(path, state)
 
 

@@ -1,7 +1,6 @@
 """The training loop's bookkeeping, written once for every framework.
 
-An experiment computes; the loop decides when to validate, save, log and stop, and knows what a resumed run
-needs of all this. It knows no framework and no metric::
+An experiment computes; the loop decides when to validate, save, log and stop, and what a resume needs::
 
     loop = Loop(run, order, end=1000, validate=validate, save=save)
     for step in loop:
@@ -13,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,29 +41,20 @@ class Batches(Protocol):
 
 @dataclasses.dataclass
 class Position:
-    """Where a run stands; saved as JSON with every checkpoint.
+    """Where a run stands; saved as JSON with every checkpoint."""
 
-    Attributes:
-      step: optimizer steps taken.
-      sums: sums of the logged values since the last training line, by name.
-      summed: how many steps they are sums of.
-      validation: the latest validation metrics, named ``val_*``.
-      validated_at: the step at which they were measured.
-      best: best value of `Checkpoint.metric` so far.
-      best_step: the step at which it was measured.
-      worse: validations without improvement since then.
-    """
-
-    step: int = 0
+    step: int = 0  # optimizer steps taken
+    # Of the `summed` steps since the last training line: the logged values added up, by name.
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     summed: int = 0
-    validation: dict[str, float] = dataclasses.field(default_factory=dict)
-    validated_at: int = -1
-    best: float | None = None
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)  # the latest, named ``val_*``
+    validated_at: int = -1  # the step at which it was measured
+    best: float | None = None  # best value of `Checkpoint.metric` so far
     best_step: int = 0
-    worse: int = 0
+    worse: int = 0  # validations without improvement since then
 
 
+@dataclasses.dataclass(eq=False)
 class Loop:
     """The steps from where a run stands to its end.
 
@@ -72,71 +62,52 @@ class Loop:
     `log` and `between` from its hooks. The `train`, `checkpoint` and `log` sections of the run's
     configuration say how often things happen.
 
-    Args:
-      run: the run; resumes from `run.resumed` if set.
-      order: the batches.
-      end: the last step.
-      validate: returns the metrics of the validation set, or None if the run is to stop; None: there is no
-        validation set.
-      save: writes the experiment's files into a directory; returns JSON values to find again in `Saved.own`.
-      validate_every: steps between validations; None: `evaluate_every_steps`, or else each epoch.
-      validate_first: whether to validate before the first step as well.
-      learning_rate: the rate of step number `step`, from 0, for the training lines.
-      histograms: returns arrays by name for ``Log.histograms_every``.
-      summarize: turns the mean values of a training line into those that are written.
-      examples_of: names the training examples of step number `step` for an error message.
-      unit: what `order.examples_before` counts, for rates and progress.
-      progress: style of the console progress in place of ``Log.progress``.
-
-    Attributes:
-      position: where the run stands.
-
     Raises:
       ConfigError: the warm-up is longer than the run, a resumed run's learning rate would follow a different
         schedule, or there is no validation set for `stop_at` or `early_stopping`.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        order: Batches,
-        *,
-        end: int,
-        validate: Callable[[], Mapping[str, float] | None] | None,
-        save: Callable[[Path], Mapping[str, Any] | None],
-        validate_every: int | None = None,
-        validate_first: bool = False,
-        learning_rate: Callable[[int], float] | None = None,
-        histograms: Callable[[], Mapping[str, np.ndarray]] | None = None,
-        summarize: Callable[[dict[str, float]], dict[str, float]] = lambda means: means,
-        examples_of: Callable[[int], str] | None = None,
-        unit: str = "examples",
-        progress: str | None = None,
-    ) -> None:
-        self.run, self.order, self.end = run, order, end
-        self._validate, self._save = validate, save
-        self._validate_every = validate_every or getattr(run.config.train, "evaluate_every_steps", None)
-        self._validate_first = validate_first
-        self._learning_rate, self._histograms, self._summarize = learning_rate, histograms, summarize
-        self._examples_of, self._unit = examples_of, unit
+    run: Run  # resumes from `run.resumed` if set
+    order: Batches
+    _: dataclasses.KW_ONLY
+    end: int  # the last step
+    # Returns the metrics of the validation set, or None if the run is to stop; None: no validation set.
+    validate: Callable[[], Mapping[str, float] | None] | None
+    # Writes the experiment's files into a directory; returns JSON values to find again in `Saved.own`.
+    save: Callable[[Path], Mapping[str, Any] | None]
+    validate_every: int | None = None  # steps; None: `evaluate_every_steps`, or else each epoch
+    validate_first: bool = False  # also before the first step
+    learning_rate: Callable[[int], float] | None = None  # of a step, from 0, for the training lines
+    histograms: Callable[[], Mapping[str, np.ndarray]] | None = None  # by name, for ``Log.histograms_every``
+    # Turns the mean values of a training line into those that are written.
+    summarize: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
+    examples_of: Callable[[int], str] | None = None  # names those of a step, from 0, for an error message
+    unit: str = "examples"  # what `order.examples_before` counts, for rates and progress
+    progress: str | None = None  # style of the console progress in place of ``Log.progress``
+
+    def __post_init__(self) -> None:
+        run, order = self.run, self.order
         self.position = Position()
         self._saved_at = -1
+        train, checkpoint = run.config.train, run.config.checkpoint
         for name in ("stop_at", "early_stopping"):
-            if validate is None and getattr(run.config.train, name, None) is not None:
-                raise ConfigError(
-                    f"{run.config.train.gin_name}.{name} needs a validation set, and there is none"
-                )
-        if hasattr(run.config, "schedule"):
-            check_warmup(run.config.schedule, end)
-            if run.resumed is not None:
-                before = run.resumed.state["config"]
-                check_same_decay(run.config.schedule, before, order.steps_per_epoch, end)
+            if self.validate is None and getattr(train, name) is not None:
+                raise ConfigError(f"{train.gin_name}.{name} needs a validation set, and there is none")
+        check_warmup(run.config.schedule, self.end)
         if run.resumed is not None:
+            check_same_decay(
+                run.config.schedule, run.resumed.state["config"], order.steps_per_epoch, self.end
+            )
             self.position = Position(**run.resumed.state["position"])
             if run.resumes_in_place:
                 self._saved_at = self.step
             else:  # the best checkpoint so far is in the other directory: the search starts again here
                 self.position.best, self.position.best_step, self.position.worse = None, 0, 0
+        # How often each event happens, in steps; None or 0: never.
+        epoch = order.steps_per_epoch or 0
+        self._validations = (self.validate_every or train.evaluate_every_steps or epoch,)
+        self._checkpoints = (checkpoint.every_steps, (checkpoint.every_epochs or 0) * epoch)
+        self._drawings = (run.config.log.histograms_every,)
         self._first = self.step
         self._tried_at = self.position.validated_at  # the step of the last validation, perhaps interrupted
         self._drawn_at = -1 if run.resumed is None else self.step
@@ -145,12 +116,9 @@ class Loop:
         self._latest: dict[str, float] = {}  # means, for the console
         self._counts: dict[str, int] = {}
         self._clock: float | None = None
-        self._progress = Progress(
-            order.examples_before(end),
-            order.examples_before(self.step),
-            progress or run.config.log.progress,
-            unit=unit,
-        )
+        total, seen = order.examples_before(self.end), order.examples_before(self.step)
+        style = self.progress or run.config.log.progress
+        self._progress = Progress(total, seen, style, unit=self.unit)
         if self.done and run.resumes_in_place:
             self.say(f"run already finished at step {self.step}; repeating the test evaluation")
 
@@ -169,25 +137,21 @@ class Loop:
         """Whether the end, the target (`stop_at`) or the limit of patience (`early_stopping`) is reached."""
         train, position = self.run.config.train, self.position
         value = position.validation.get(self.run.config.checkpoint.metric)
-        target, patience = getattr(train, "stop_at", None), getattr(train, "early_stopping", None)
-        reached = target is not None and value is not None
-        reached = reached and (value == target or self._better(value, target))  # NaN reaches nothing
-        exhausted = patience is not None and position.worse >= patience
+        reached = train.stop_at is not None and value is not None
+        reached = reached and (value == train.stop_at or self._better(value, train.stop_at))  # not if NaN
+        exhausted = train.early_stopping is not None and position.worse >= train.early_stopping
         return self.step >= self.end or reached or exhausted
 
     def __iter__(self) -> Iterator[int]:
         return (step for step, _ in self.blocks(1))
 
     def blocks(self, limit: int) -> Iterator[tuple[int, int]]:
-        """For compiled loops: (next step, how many steps may be taken before something is due).
-
-        Args:
-          limit: the most steps between two looks at the stop flag.
-        """
+        """For compiled loops: (next step, how many steps to take until something is due, at most `limit`)."""
+        every = [n for n in (*self._validations, *self._checkpoints, *self._drawings) if n]
         self.run.begin()
         while self.between():
             step = self.step
-            yield step, min([limit, self.end - step, *(n - step % n for n in self._intervals())])
+            yield step, min([limit, self.end - step, *(n - step % n for n in every)])
             if self.step == step:
                 raise RuntimeError(f"step {step} was not logged: call loop.log after each step")
 
@@ -195,9 +159,8 @@ class Loop:
         """Counts the step, or block of steps, that was just taken; writes the training lines that are due.
 
         Args:
-          values: by name, a number or an array [steps] each. They may be on a device: they are fetched when
-            a line or a checkpoint is due, so that a step does not wait for the host. Until then they must
-            not be overwritten in place.
+          values: by name, a number or an array [steps] each. They may be on a device, and are fetched when a
+            line or a checkpoint is due: until then they must not be overwritten in place.
           **counts: further things to give a rate of, such as ``tokens=4096``.
 
         Raises:
@@ -210,7 +173,7 @@ class Loop:
         self._pending.append((first, steps, values))
         self.position.step += steps
         seen = self.order.examples_before(self.step) - self.order.examples_before(first)
-        for name, count in ({self._unit: seen} | counts if self._unit != "steps" else counts).items():
+        for name, count in ({self.unit: seen} | counts if self.unit != "steps" else counts).items():
             self._counts[name] = self._counts.get(name, 0) + count
         every = self.run.config.log.every_steps
         if first // every != self.step // every or self.step >= self.end:
@@ -224,42 +187,38 @@ class Loop:
         self._progress.update(self.order.examples_before(self.step), self.step, self.epoch, shown)
 
     def between(self) -> bool:
-        """Does what is due before the next step; returns whether there is one.
-
-        A second call at the same step does nothing.
-        """
-        position, checkpoint, every = self.position, self.run.config.checkpoint, self.run.config.log
-        due = self._due(self._validate_every) if self._validate_every else self._due(None, 1)
-        due = due or self.step >= self.end if self.step else self._validate_first
-        validated = due and self._tried_at != self.step and self._validate_now()
-        if self._histograms and self._due(every.histograms_every) and self._drawn_at != self.step:
-            self._drawn_at = self.step
+        """Does what is due before the next step, once; returns whether there is one."""
+        position, step = self.position, self.step
+        due = self._due(self._validations) or step >= self.end if step else self.validate_first
+        validated = due and self._tried_at != step and self._validate_now()
+        if self.histograms and self._due(self._drawings) and self._drawn_at != step:
+            self._drawn_at = step
             self._fetch()
             with self.paused():
-                for name, values in self._histograms().items():
-                    self.run.metrics.histogram(self.step, name, values)
+                for name, values in self.histograms().items():
+                    self.run.metrics.histogram(step, name, values)
         # Read once: a signal may come at any time.
         stop = bool(self.run.stop)
-        due = self.step and self._due(checkpoint.every_steps, checkpoint.every_epochs)
-        best = checkpoint.keep_best and position.best_step == self.step > 0
+        due = step and self._due(self._checkpoints)
+        best = self.run.config.checkpoint.keep_best and position.best_step == step > 0
         # Where the run starts or resumes, there is nothing to save but the result of a validation.
-        new = (due or best or stop) and (self.step > self._first or validated)
-        if (new or self.done) and (self._saved_at != self.step or validated):
-            self.save()
+        new = (due or best or stop) and (step > self._first or validated)
+        if (new or self.done) and (self._saved_at != step or validated):
+            self.save_checkpoint()
         return not (self.done or stop)
 
     def discard(self) -> None:
         """Forgets the values logged since the last training line, where training started over."""
         self._pending, self.position.sums, self.position.summed = [], {}, 0
 
-    def save(self) -> None:
+    def save_checkpoint(self) -> None:
         """Writes a checkpoint."""
         self._fetch()
         position = self.position
         # Attach validation metrics only if they were measured on these weights.
         current = position.validation if position.validated_at == self.step > 0 else {}
         with self.paused():
-            self.run.save_checkpoint(self.step, dataclasses.asdict(position), self._save, current)
+            self.run.save_checkpoint(self.step, dataclasses.asdict(position), self.save, current)
         self._saved_at = self.step
 
     def finish(
@@ -267,13 +226,9 @@ class Loop:
     ) -> int:
         """Tests the best checkpoint if training is done; writes and prints the result.
 
-        Args:
-          test: scores a checkpoint on the test set; None if the run is to stop. Its numbers go to the
-            metric stream, all of it to `result.json`.
-          result: the experiment's own part of `result.json`.
-
-        Returns:
-          The exit status: 0, or 75 if the run was stopped and can be resumed.
+        `test` scores a checkpoint, or returns None if the run is to stop. Its numbers go to the metric
+        stream, and all of it to `result.json`, after the experiment's own `result`. Returns the exit status:
+        0, or 75 if the run was stopped and can be resumed.
         """
         run, position = self.run, self.position
         run.begin()
@@ -290,10 +245,8 @@ class Loop:
             "final": dict(position.validation),
             **(result or {}),
         }
-        if not self.done:
-            return run.stopped(result)
-        saved = run.checkpoints.best_or_newest()
-        tested = test(saved)
+        saved = run.checkpoints.best_or_newest() if self.done else None
+        tested = test(saved) if saved else None
         if tested is None:
             return run.stopped(result)
         numbers = {k: v for k, v in tested.items() if isinstance(v, float) and not is_timed(k)}
@@ -319,18 +272,9 @@ class Loop:
         """Prints one line on the console without tearing the progress bar."""
         self._progress.say(line)
 
-    def _intervals(self) -> list[int]:
-        """How often the events that end a block happen, in steps."""
-        checkpoint, epoch = self.run.config.checkpoint, self.order.steps_per_epoch or 0
-        validation = self._validate_every or epoch
-        histograms = self.run.config.log.histograms_every
-        every = (validation, checkpoint.every_steps, (checkpoint.every_epochs or 0) * epoch, histograms)
-        return [n for n in every if n]
-
-    def _due(self, steps: int | None, epochs: int | None = None) -> bool:
-        """Whether what happens every so many steps or epochs happens now."""
-        per_epoch = self.order.steps_per_epoch or 0
-        return any(n and self.step % n == 0 for n in (steps or 0, (epochs or 0) * per_epoch))
+    def _due(self, intervals: Iterable[int | None]) -> bool:
+        """Whether what happens at these intervals, in steps, happens now."""
+        return any(n and self.step % n == 0 for n in intervals)
 
     def _better(self, value: float, other: float) -> bool:
         checkpoint = self.run.config.checkpoint
@@ -339,12 +283,12 @@ class Loop:
     def _validate_now(self) -> bool:
         """Validates; returns False if there is no validation set or the run is to stop."""
         self._tried_at = self.step
-        if self._validate is None:
+        if self.validate is None:
             return False
         # Outside of the pause: waiting for the steps taken so far is training time.
         self._fetch()
         with self.paused():
-            means = self._validate()
+            means = self.validate()
         if means is None:
             return False
         position, metric = self.position, self.run.config.checkpoint.metric
@@ -384,19 +328,22 @@ class Loop:
                 position.summed += 1
                 step = first + i + 1
                 if step % every == 0 or step == self.end:
-                    means = {name: total / position.summed for name, total in position.sums.items()}
-                    line = self._summarize(means)
-                    if self._learning_rate is not None:
-                        line["learning_rate"] = float(self._learning_rate(step - 1))
+                    means = self._means()
+                    line = self.summarize(means)
+                    if self.learning_rate is not None:
+                        line["learning_rate"] = float(self.learning_rate(step - 1))
                     if seconds is not None:
                         line |= {f"{n}_per_second": c / max(seconds, 1e-9) for n, c in self._counts.items()}
                     self.run.metrics.write(step, self.order.epoch(step), "train", line)
                     position.sums, position.summed, wrote = {}, 0, True
             if position.summed:
-                means = {name: total / position.summed for name, total in position.sums.items()}
+                means = self._means()
             self._latest = means
         if wrote and self._clock is not None:
             self._clock, self._counts = time.perf_counter(), {}
+
+    def _means(self) -> dict[str, float]:
+        return {name: total / self.position.summed for name, total in self.position.sums.items()}
 
     def _check_finite(self, first: int, values: Mapping[str, np.ndarray]) -> None:
         finite = np.all([np.isfinite(array) for array in values.values()], axis=0)
@@ -404,7 +351,7 @@ class Loop:
             return
         at = int(np.argmin(finite))
         shown = " and ".join(f"{name} {array[at]}" for name, array in values.items())
-        examples = f" ({self._examples_of(first + at)})" if self._examples_of else ""
+        examples = f" ({self.examples_of(first + at)})" if self.examples_of else ""
         raise RunError(
             f"{shown} at step {first + at + 1}{examples}; {self.run.checkpoints.describe_newest()}; "
             "a lower learning rate or gradient clipping may help"

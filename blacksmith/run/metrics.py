@@ -1,7 +1,4 @@
-"""The metric stream of a run: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request.
-
-No framework is imported: TensorBoard's own record writer writes its events.
-"""
+"""The metric stream of a run: `metrics.jsonl` always, TensorBoard by default, Weights & Biases on request."""
 
 import contextlib
 import hashlib
@@ -11,9 +8,9 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,39 +24,14 @@ def is_timed(name: str) -> bool:
     return name.startswith("seconds") or name.endswith("_per_second")
 
 
-class Writer(Protocol):
-    """A place that metrics go to in addition to `metrics.jsonl`."""
-
-    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Writes some values of one split at one step."""
-
-    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        """Writes the distribution of an array of any shape."""
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Writes a picture, uint8 [height, width, 3]."""
-
-    def flush(self) -> None:
-        """Makes what was written visible to readers."""
-
-    def close(self) -> None:
-        """Flushes and lets go of the files."""
-
-
 class TensorBoardWriter:
-    """Scalars, histograms and pictures as TensorBoard events.
+    """TensorBoard events in a directory; earlier ones from `first_step` on are forgotten."""
 
-    Args:
-      directory: the log directory.
-      purge_step: events from this step on, written before, are to be forgotten (a resumed run).
-    """
-
-    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+    def __init__(self, directory: Path, first_step: int = 0) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2, summary_pb2
-        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         # Readers take the files in the order of their names. No EventFileWriter: its errors, a full disk for
         # example, show up as a traceback from a thread.
@@ -67,21 +39,13 @@ class TensorBoardWriter:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{number}"
         self._file = (directory / name).open("wb")
         self._records = RecordWriter(self._file)
-        self._add(file_version="brain.Event:2")
-        if purge_step is not None:
-            # TensorBoard drops events at or after a restart's step when it meets this record.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(step=purge_step, session_log=start)
+        self._write(file_version="brain.Event:2")
+        # TensorBoard drops events at or after a restart's step when it meets this record.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=first_step, session_log=start)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        summary = self._summary.Summary(
-            value=[
-                self._summary.Summary.Value(tag=f"{split}/{name}", simple_value=value)
-                for name, value in values.items()
-            ]
-        )
-        self._add(step=step, summary=summary)
-        self._file.flush()
+        self._add(step, *({"tag": f"{split}/{name}", "simple_value": v} for name, v in values.items()))
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         values = _finite_values(values)
@@ -97,8 +61,7 @@ class TensorBoardWriter:
             bucket_limit=edges[1:].tolist(),
             bucket=counts.tolist(),
         )
-        value = self._summary.Summary.Value(tag=name, histo=histogram)
-        self._add(step=step, summary=self._summary.Summary(value=[value]))
+        self._add(step, {"tag": name, "histo": histogram})
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         from PIL import Image
@@ -109,31 +72,25 @@ class TensorBoardWriter:
         picture = self._summary.Summary.Image(
             height=height, width=width, colorspace=channels, encoded_image_string=encoded.getvalue()
         )
-        value = self._summary.Summary.Value(tag=name, image=picture)
-        self._add(step=step, summary=self._summary.Summary(value=[value]))
-
-    def flush(self) -> None:
-        self._file.flush()
+        self._add(step, {"tag": name, "image": picture})
 
     def close(self) -> None:
         self._file.close()
 
-    def _add(self, **fields: Any) -> None:
+    def _add(self, step: int, *values: dict[str, Any]) -> None:
+        summary = self._summary.Summary
+        self._write(step=step, summary=summary(value=[summary.Value(**value) for value in values]))
+
+    def _write(self, **fields: Any) -> None:
         self._records.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
 
 
 class WandbWriter:
-    """Scalars, histograms and pictures to Weights & Biases.
-
-    Args:
-      directory: where wandb keeps its files, the run directory.
-      mode: ``online`` or ``offline``.
-      project: the project's name.
-      config: the run's configuration.
-    """
+    """Weights & Biases: the run's `config` is logged, and its files are kept in the run's directory."""
 
     def __init__(self, directory: Path, mode: str, project: str, config: Mapping[str, Any]) -> None:
-        directory = Path(directory).resolve()
+        directory = directory.resolve()
         # Read by wandb when imported: else its logs go into the user's home, and it reports home offline.
         os.environ.setdefault("WANDB_CACHE_DIR", str(directory / "wandb" / "cache"))
         if mode == "offline":
@@ -163,27 +120,20 @@ class WandbWriter:
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._run.log({name: self._wandb.Image(pixels)}, step=step)
 
-    def flush(self) -> None:
-        pass  # wandb streams on its own
-
     def close(self) -> None:
         self._run.finish()
 
 
 class Metrics:
-    """The metric stream of one run.
+    """The metric stream of one run, in a JSON-lines file and the `writers`.
 
-    Args:
-      path: the JSON-lines file.
-      writers: further places.
-      offset: bytes of an existing file to keep (a resumed run); what follows is cut off.
-      seconds: wall seconds that the run had already taken.
+    A resumed run keeps the first `offset` bytes of the file, and had already taken `seconds`.
     """
 
     def __init__(
         self,
         path: Path,
-        writers: list[Writer] | None = None,
+        writers: Sequence[TensorBoardWriter | WandbWriter] = (),
         *,
         offset: int = 0,
         seconds: float = 0,
@@ -191,7 +141,7 @@ class Metrics:
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(offset)
         self._file.seek(offset)
-        self._writers = writers or []
+        self._writers = writers
         self._start = time.perf_counter() - seconds
         self.last_step = 0
 
@@ -204,9 +154,9 @@ class Metrics:
         """Writes one line: scalar metrics of one split after `step` optimizer steps."""
         values = {name: float(value) for name, value in values.items()}
         self.last_step = step
-        line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4)}
-        line["split"] = split
-        line.update({name: _json_number(value) for name, value in values.items()})
+        line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4), "split": split}
+        # What is not finite becomes a string: JSON has no NaN.
+        line |= {name: v if math.isfinite(v) else json.dumps(v) for name, v in values.items()}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         for writer in self._writers:
@@ -223,11 +173,9 @@ class Metrics:
             writer.image(step, name, pixels)
 
     def flush(self) -> int:
-        """Puts everything on disk; returns the length of `metrics.jsonl` in bytes."""
+        """Puts `metrics.jsonl` on disk; returns its length in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        for writer in self._writers:
-            writer.flush()
         return self._file.tell()
 
     def close(self) -> None:
@@ -239,12 +187,8 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out.
-
-    Raises:
-      DataError: a line before the last is broken.
-    """
-    lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
+    """The lines of a `metrics.jsonl`, except a last one cut short; `DataError` if another is broken."""
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -263,9 +207,3 @@ def _finite_values(values: np.ndarray) -> np.ndarray:
     """The finite values of an array of any shape: float64 [values]."""
     values = np.asarray(values, np.float64).reshape(-1)
     return values[np.isfinite(values)]
-
-
-def _json_number(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,7 +1,4 @@
-"""Which examples each step sees, as a pure function of (seed, epoch, cursor), and named child seeds.
-
-The same seed gives the same batches on every backend and after every resume. NumPy only.
-"""
+"""Which examples each step sees, as a pure function of (seed, epoch, cursor), and named child seeds."""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,20 +25,14 @@ def seed_int(seed: int, *names: str | int) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """The samples of some consecutive steps.
+    """The samples of some consecutive steps."""
 
-    Attributes:
-      indices: int32 [steps, batch], rows of the training set; padding repeats row 0.
-      weights: float32 [steps, batch], 1 / (real samples in the batch), and 0 for padding: a loss is the
-        weighted sum of per-sample losses, so that it stays right when ranks take columns of it.
-      epoch: the epoch of the first step, from 0.
-      cursor: the first step's number within its epoch.
-    """
-
-    indices: np.ndarray
+    indices: np.ndarray  # int32 [steps, batch], rows of the training set; padding repeats row 0
+    # float32 [steps, batch], 1 / (real samples in the batch), and 0 for padding: a loss is the weighted sum
+    # of per-sample losses, so that it stays right when ranks take columns of it.
     weights: np.ndarray
-    epoch: int
-    cursor: int
+    epoch: int  # of the first step, from 0
+    cursor: int  # the first step's number within its epoch
 
 
 class _Epochs:
@@ -64,14 +55,12 @@ class Order(_Epochs):
 
     Each epoch visits every sample once, in a permutation drawn from (seed, epoch). The last batch of an
     epoch is padded when `batch` does not divide `size`, or left out with `drop_last`.
+
+    Raises:
+      ValueError: `size` or `batch` is not positive, or no whole batch is there to keep.
     """
 
     def __init__(self, size: int, batch: int, seed: int, *, drop_last: bool = False) -> None:
-        """Plans the batches.
-
-        Raises:
-          ValueError: `size` or `batch` is not positive, or no whole batch is there to keep.
-        """
         if size < 1 or batch < 1:
             raise ValueError(f"an order needs samples and a batch, not size={size}, batch={batch}")
         self._rows = size
@@ -116,14 +105,8 @@ class Order(_Epochs):
 class LengthOrder(_Epochs):
     """A stream of batches of about the same length: each epoch visits every example once.
 
-    An epoch's order is drawn from (seed, epoch). Pools of `pool` batches are sorted by length and cut into
-    batches, whose order is drawn again. The last batch of an epoch may be smaller.
-
-    Args:
-      lengths: tokens of each example.
-      batch: examples per batch.
-      pool: batches that are sorted together.
-      seed: of the order.
+    An epoch's order is drawn from (seed, epoch). Pools of `pool` batches are sorted by `lengths`, the tokens
+    of each example, and cut into batches, whose order is drawn again. The last batch may be smaller.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, batch: int, pool: int, seed: int) -> None:

@@ -47,18 +47,16 @@ def git_state() -> dict[str, Any] | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
-    status = [*git, "status", "--porcelain", "--untracked-files=no"]
+    command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        changed = subprocess.run(status, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (
-        None
-        if commit.returncode
-        else {"commit": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())}
-    )
+    if done.returncode:
+        return None
+    commit, *lines = done.stdout.splitlines()
+    dirty = any(not line.startswith("#") for line in lines)
+    return {"commit": commit.removeprefix("# branch.oid "), "dirty": dirty}
 
 
 def peak_memory() -> int:

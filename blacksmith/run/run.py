@@ -1,7 +1,4 @@
-"""What an experiment is handed: one run directory with its metrics, checkpoints, stop flag and provenance.
-
-The launcher opens a `Run` and passes it to the experiment. Nothing here knows a framework or an experiment.
-"""
+"""What the launcher hands to an experiment: a run directory with its metrics, checkpoints and stop flag."""
 
 import contextlib
 import dataclasses
@@ -27,54 +24,28 @@ from blacksmith.run.signals import StopFlag
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
 
 
+@dataclasses.dataclass(eq=False)
 class Run:
-    """One run.
+    """One run of an experiment in a directory."""
 
-    Args:
-      directory: the run directory.
-      config: the experiment's frozen configuration.
-      experiment: its name.
-      checkpoint_format: the format of its checkpoints.
-      backend: ``jax`` or ``torch``.
-      device: the device in the framework's words.
-      mode: ``train``, ``eval``, ``export`` or ``view``.
-      resumed: the checkpoint that this run starts from, or None.
-      external_weights: a directory of weights that no run wrote, to be evaluated or exported, or None.
-      bindings: what the user bound, for `config.gin`.
-      command: the command line, for `environment.json`.
-      write_report: writes the report of a run directory.
+    directory: Path
+    config: Any  # the experiment's frozen configuration
+    _: dataclasses.KW_ONLY
+    experiment: str
+    checkpoint_format: str
+    backend: str  # ``jax`` or ``torch``
+    device: str  # the framework's name of it
+    mode: str = "train"  # ``train``, ``eval``, ``export`` or ``view``
+    resumed: Saved | None = None  # the checkpoint that this run starts from
+    external_weights: Path | None = None  # weights that no run wrote, to be evaluated or exported
+    bindings: Sequence[configuration.Binding] = ()  # what the user bound, for `config.gin`
+    command: Sequence[str] = ()  # the command line, for `environment.json`
+    write_report: Callable[[Path], Any] | None = None
 
-    Attributes:
-      checkpoints: the run's own checkpoints.
-      stop: true once the run is to stop.
-      data: what `use_data` recorded.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        config: Any,
-        *,
-        experiment: str,
-        checkpoint_format: str,
-        backend: str,
-        device: str,
-        mode: str = "train",
-        resumed: Saved | None = None,
-        external_weights: Path | None = None,
-        bindings: Sequence[configuration.Binding] = (),
-        command: Sequence[str] = (),
-        write_report: Callable[[Path], Any] | None = None,
-    ) -> None:
-        self.directory = Path(directory)
-        self.config = config
-        self.experiment, self.checkpoint_format = experiment, checkpoint_format
-        self.backend, self.device, self.mode = backend, device, mode
-        self.resumed, self.external_weights = resumed, external_weights
-        self.stop = StopFlag() if mode == "train" else StopFlag("stopping")
-        self.data: dict[str, Any] = {}
-        self.checkpoints = checkpoints_of(self.directory / "checkpoints", config)
-        self._bindings, self._command, self._write_report = bindings, list(command), write_report
+    def __post_init__(self) -> None:
+        self.stop = StopFlag() if self.mode == "train" else StopFlag("stopping")
+        self.data: dict[str, Any] = {}  # what `use_data` recorded
+        self.checkpoints = checkpoints_of(self.directory / "checkpoints", self.config)
         self._environment: dict[str, Any] = {}
         self._metrics: metric_writers.Metrics | None = None
         self._changed = False  # whether the directory is no longer as it was found
@@ -90,23 +61,19 @@ class Run:
     @property
     def resumes_in_place(self) -> bool:
         """Whether the run continues in the directory of the checkpoint that it starts from."""
-        if self.resumed is None:
-            return False
-        return self.resumed.path.parent.resolve() == self.checkpoints.directory.resolve()
+        directory = self.checkpoints.directory.resolve()
+        return self.resumed is not None and self.resumed.path.parent.resolve() == directory
 
     @contextlib.contextmanager
     def opened(self, checkpoints: Sequence[Path] | None = None) -> Iterator["Run"]:
-        """Makes and locks the directory and handles signals, until the block ends.
+        """Makes and locks the directory and handles signals until the block ends.
 
-        A run that is refused (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: directories
-        that it made are removed, and one that it was to resume in stays as it was. After any other failure
-        `result.json` says what happened.
-
-        Args:
-          checkpoints: those that were there when `resumed` was chosen; None: not checked.
+        A refused run (`ConfigError`, `DataError` or `CheckpointError`) leaves no trace: directories that it
+        made are removed. After any other failure `result.json` says what happened.
 
         Raises:
-          ConfigError: another process is running in this directory, or was since `checkpoints` were listed.
+          ConfigError: another run uses this directory, or its checkpoints are no longer `checkpoints`, those
+            that were there when `resumed` was chosen.
           RunError: the disk is full.
         """
         made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
@@ -148,12 +115,8 @@ class Run:
     def begin(self) -> None:
         """Takes the directory for this run; a second call does nothing.
 
-        Results and checkpoints of a history that the run does not continue are removed, and `metrics.jsonl`
-        is cut off where the checkpoint was written. Until then a directory that is resumed stays as it was,
-        so that a refused run changes nothing.
-
-        Raises:
-          CheckpointError: `metrics.jsonl` is shorter than it was.
+        Removes what belongs to a history that the run does not continue. Until then the directory stays as it
+        was, so that a refused run changes nothing.
         """
         if self._metrics is not None:
             return
@@ -165,7 +128,7 @@ class Run:
                 "resume into a new directory with --resume=PATH"
             )
         log = self.config.log
-        writers: list[metric_writers.Writer] = [self._wandb_writer()] if log.wandb != "off" else []
+        writers = [self._wandb_writer()] if log.wandb != "off" else []
         self.checkpoints.clean()
         if not self.resumes_in_place and self.checkpoints.steps():
             # An interrupted save had moved it aside, where the launcher did not see it.
@@ -175,50 +138,41 @@ class Run:
             (self.directory / stale).unlink(missing_ok=True)
         for picture in (self.directory / "images").glob("test_*"):
             picture.unlink()
-        (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self._bindings))
+        (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self.bindings))
         (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))
         write_json(self.directory / "config.json", configuration.as_dict(self.config))
         self._environment = provenance.describe(
             self.directory,
-            command=self._command,
+            command=list(self.command),
             **self._identity(),
             resumed_from=str(self.resumed.path) if self.resumed else None,
             data=self.data,
         )
         write_json(self.directory / "environment.json", self._environment)
-        purge = None
+        first = 0
         if self.resumes_in_place:
             self.checkpoints.remove_after(self.resumed.step)
-            purge = self.resumed.step + 1
-        elif (self.directory / "tensorboard").exists():
-            purge = 0
+            first = self.resumed.step + 1
         if log.tensorboard:
-            writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", purge_step=purge))
+            writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", first))
         seconds = time.perf_counter() - self._opened_at
-        if self.resumed is not None:
-            seconds += self.resumed.state["seconds"]
+        seconds += self.resumed.state["seconds"] if self.resumed else 0
         self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
         self._metrics.last_step = self.resumed.step if self.resumed else 0
 
     def use_data(self, info: Any, **more: Any) -> None:
-        """Records which data is used, and prints it.
+        """Records and prints which data is used; `DataError` if it is not that of a resumed run's checkpoint.
 
-        Args:
-          info: a dataclass that has at least `source`, `sha256` and `describe()`, one line for the console.
-          **more: further facts to record.
-
-        Raises:
-          DataError: a resumed run's data is not that of its checkpoint.
+        `info` is a dataclass that has at least `source`, `sha256` and `describe()`, one line for the console.
         """
         print(info.describe(), file=sys.stderr)
         self.data = {**dataclasses.asdict(info), **more}
         if self.resumed is not None and self.mode == "train":
             before = self.resumed.state["data"]
             if before.get("sha256") != info.sha256:
-                was, now = (f"{d.get('source')} {str(d.get('sha256'))[:12]}" for d in (before, self.data))
                 raise DataError(
-                    f"the data has changed since {self.resumed.path.name}: it was {was}, now it is {now}; "
-                    "give the same source"
+                    f"the data has changed since {self.resumed.path.name}: it was {_short(before)}, now it "
+                    f"is {_short(self.data)}; give the same source"
                 )
         if self._metrics is not None:
             self._environment["data"] = self.data
@@ -229,13 +183,9 @@ class Run:
         trained_on = self.resumed.state["data"] if self.resumed else {}
         if trained_on.get("sha256") == self.data.get("sha256"):
             return True
-        what = (
-            f"{trained_on.get('source')} {str(trained_on.get('sha256'))[:12]}"
-            if trained_on
-            else "unknown data"
-        )
         print(
-            f"note: the model was trained on other data ({what}), which may overlap with the test data",
+            f"note: the model was trained on other data ({_short(trained_on)}), which may overlap with the "
+            "test data",
             file=sys.stderr,
         )
         return False
@@ -247,23 +197,15 @@ class Run:
         write: Callable[[Path], Mapping[str, Any] | None],
         metrics: Mapping[str, float],
     ) -> Path:
-        """Saves the experiment's files with everything that a resume has to know.
+        """Saves the experiment's files, as `Checkpoints.save` does, with everything that a resume needs.
 
-        Args:
-          step: optimizer steps taken.
-          position: the loop's JSON values, found again under ``position``.
-          write: puts the files into a directory; returns JSON values to find again in `Saved.own`.
-          metrics: the latest validation metrics.
-
-        Raises:
-          OSError: it could not be written; older checkpoints are intact.
+        The loop's JSON values are found again under ``position``.
         """
         content = {
             **self._identity(),
             "checkpoint_format": self.checkpoint_format,
             "seed": self.config.run.seed,
             "config": configuration.as_dict(self.config),
-            "config_hash": configuration.config_hash(self.config),
             "data": self.data,
             "metrics_offset": self.metrics.flush(),
             "seconds": self.metrics.seconds,
@@ -272,38 +214,29 @@ class Run:
         return self.checkpoints.save(step, content, write, metrics)
 
     def finish(self, status: str, result: Mapping[str, Any]) -> None:
-        """Writes `result.json`, then the report.
-
-        Args:
-          status: ``done`` or ``stopped``.
-          result: the experiment's part; see its README.
-        """
+        """Writes `result.json`, then the report; `status` is ``done`` or ``stopped``."""
         self.metrics.flush()
         times = {"seconds": round(self.metrics.seconds, 3), "peak_memory_bytes": provenance.peak_memory()}
         self._write_result(status, {**times, "data": self.data, **result})
 
     def stopped(self, result: Mapping[str, Any] | None = None) -> int:
-        """Ends the run early: writes the result, prints how to resume; returns the exit status.
-
-        Args:
-          result: what `finish` gets, of a training run.
-        """
+        """Ends the run early: writes the `result`, prints how to resume; returns the exit status."""
         if self.mode != "train":
             print("stopped", file=sys.stderr)
             return STOPPED
         self.begin()
         result = result or {}
         self.finish("stopped", result)
-        command = list(self._command)
+        command = list(self.command)
         if not any(part.startswith("--workdir") for part in command):
             command.append(f"--workdir={self.directory}")
-        if self.checkpoints.steps() and any(part.lstrip("-").startswith("resume") for part in command):
-            command.append("--resume=auto")  # the last one counts
-        if self.checkpoints.steps():
-            step = f" at step {result['step']}" if "step" in result else ""
-            print(f"stopped{step}. To resume: {shlex.join(command)}")
-        else:
+        if not self.checkpoints.steps():
             print(f"stopped before anything was saved. To start again: {shlex.join(command)}")
+            return STOPPED
+        if any(part.lstrip("-").startswith("resume") for part in command):
+            command.append("--resume=auto")  # the last one counts
+        step = f" at step {result['step']}" if "step" in result else ""
+        print(f"stopped{step}. To resume: {shlex.join(command)}")
         return STOPPED
 
     def _identity(self) -> dict[str, str]:
@@ -324,18 +257,17 @@ class Run:
     def _record_failure(self, error: BaseException) -> None:
         """Writes that the run failed, as far as the disk permits."""
         with contextlib.suppress(Exception):
-            aborted = isinstance(error, KeyboardInterrupt)
-            by = self.stop.signal or "SIGINT"
-            message = f"aborted by {by}" if aborted else f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt):
+                message = f"aborted by {self.stop.signal or 'SIGINT'}"
             step = self._metrics.last_step if self._metrics else 0
-            result = {"error": message, "step": step, "data": self.data}
-            self._write_result("failed", result, report=_full_disk(error) is None)
+            self._write_result("failed", {"error": message, "step": step, "data": self.data})
 
-    def _write_result(self, status: str, result: Mapping[str, Any], *, report: bool = True) -> None:
+    def _write_result(self, status: str, result: Mapping[str, Any]) -> None:
         write_json(self.directory / "result.json", {"status": status, **self._identity(), **result})
-        if report and self._write_report is not None:
+        if self.write_report is not None:
             try:
-                self._write_report(self.directory)
+                self.write_report(self.directory)
             except Exception as error:
                 print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
 
@@ -350,58 +282,48 @@ class Run:
             file = (self.directory / ".lock").open("a+")
         except OSError as error:
             raise ConfigError(f"--workdir: cannot write in {self.directory}: {error.strerror}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise ConfigError(
-                f"{self.directory} is in use by another run (process {holder}); "
-                "wait for it or choose another --workdir"
-            ) from error
-        try:
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise ConfigError(
+                    f"{self.directory} is in use by another run (process {holder}); "
+                    "wait for it or choose another --workdir"
+                ) from error
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
-        finally:
-            file.close()
+
+
+def _short(data: Mapping[str, Any]) -> str:
+    """Recorded data in a few words: its source and the beginning of its hash."""
+    return f"{data['source']} {data['sha256'][:12]}" if data else "unknown data"
 
 
 def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
     """The checkpoints in a directory of ``step_*`` under a configuration's retention rules."""
     rules = config.checkpoint
-    return Checkpoints(
-        directory,
-        keep_last=rules.keep_last,
-        keep_best=rules.keep_best,
-        metric=rules.metric,
-        mode=rules.mode,
-    )
+    return Checkpoints(directory, rules.keep_last, rules.keep_best, rules.metric, rules.mode)
 
 
 def check_resume(
     saved: Saved, config: Any, experiment: str, checkpoint_format: str, *, mode: str = "train"
 ) -> None:
-    """Checks that a run with `config` may resume from `saved`, or evaluate or export it.
-
-    Raises:
-      ConfigError: it differs in a field that must not change; names the first differences.
-      CheckpointError: the checkpoint belongs to an experiment of another kind.
-    """
+    """Raises a `UserError` if a run with `config` cannot resume from `saved`, or evaluate or export it."""
     if saved.state["checkpoint_format"] != checkpoint_format:
         raise CheckpointError(
             f"{saved.path} was written by {saved.state['experiment']} in the format "
             f"{saved.state['checkpoint_format']} but {experiment} reads {checkpoint_format}"
         )
-    different = configuration.forbidden_changes(config, saved.state["config"], mode=mode)
+    different = configuration.changes(config, saved.state["config"], forbidden_in=mode)
     if different:
-        shown = "; ".join(f"{k} {a!r} -> {b!r}" for k, (a, b) in list(different.items())[:4])
-        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+        shown = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in different.items())
         cure = f"use --gin_file={saved.path.parent.parent / 'config.gin'}"
         cure += ", or start in a new --workdir" if mode == "train" else ""
-        raise ConfigError(f"settings differ from the checkpoint {saved.path}: {shown}{more}; {cure}")
+        raise ConfigError(f"settings differ from the checkpoint {saved.path}: {shown}; {cure}")
 
 
 def _full_disk(error: Exception) -> str | None:

@@ -11,17 +11,11 @@ from blacksmith.errors import ConfigError
 def learning_rate(
     schedule: ScheduleConfig, peak: float, step: int, end: int, *, restarted_at: int = 0
 ) -> float:
-    """The learning rate of optimizer step `step`, counted from 0.
+    """The learning rate of optimizer step `step`, counted from 0, in a run of `end` steps.
 
     In a warm-up of W steps the rate is ``peak * (step + 1) / W``. A linear or cosine decay follows it. An
-    exponential decay starts at step 0, so that while warming up the rate is the product of both.
-
-    Args:
-      schedule: the shape, its warm-up, its length and what is left at its end.
-      peak: the rate after the warm-up.
-      step: the optimizer step.
-      end: optimizer steps of the whole run.
-      restarted_at: where training started over: the warm-up is repeated there, the decay continues.
+    exponential decay starts at step 0, so that while warming up the rate is the product of both. Where
+    training `restarted_at` a step, the warm-up is repeated and the decay continues.
     """
     warmup, since = schedule.warmup_steps, max(0, step - restarted_at + 1)
     progress = min(1.0, max(0.0, (step - decay_start(schedule)) / decay_length(schedule, end)))
@@ -33,13 +27,9 @@ def learning_rate(
 
 
 def decay(name: str, progress: Any, final_fraction: float, cos: Callable[[Any], Any] = math.cos) -> Any:
-    """The fraction of the peak rate that is left.
+    """The fraction of the peak rate that is left at a `progress` of the decay from 0 to 1.
 
-    Args:
-      name: the shape, see ``Schedule.name``.
-      progress: of the decay, from 0 to 1: a number, or an array with arithmetic operators.
-      final_fraction: what is left at the end.
-      cos: the cosine for the type of `progress`.
+    `progress` is a number or an array with arithmetic operators, and `cos` the cosine for its type.
     """
     if name == "linear":
         return 1.0 - (1.0 - final_fraction) * progress
@@ -63,18 +53,9 @@ def decay_length(schedule: ScheduleConfig, end: int) -> int:
 def check_same_decay(
     schedule: ScheduleConfig, before: Mapping[str, Any], steps_per_epoch: int, end: int
 ) -> None:
-    """Checks that a resumed run continues the decay of its checkpoint.
+    """Raises `ConfigError` if a resumed run would not continue the decay of its checkpoint's configuration.
 
     A decay "to the end of the run" depends on that end: the steps already taken would have had other rates.
-
-    Args:
-      schedule: the run's.
-      before: the configuration of the checkpoint that the run resumes from, as a dictionary.
-      steps_per_epoch: optimizer steps.
-      end: the run's last optimizer step.
-
-    Raises:
-      ConfigError: the decay would have a different length; says which length to set.
     """
     if schedule.name == "constant":
         return

@@ -8,11 +8,7 @@ from typing import Any
 class StopFlag:
     """True once SIGTERM or SIGINT has come; the same signal again interrupts at once.
 
-    Args:
-      promise: what the run does about the first signal, for the message on the console.
-
-    Attributes:
-      signal: name of the signal, or None.
+    `promise` says on the console what the run does about the first signal, whose name is in `signal`.
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT)

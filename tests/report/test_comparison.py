@@ -20,7 +20,6 @@ def test_comparison_overlays_runs_and_marks_the_best(tmp_path, make, page):
     assert loss["groups"][3] == ["run 1", "split val"]
     colors = [trace["line"]["color"] for trace in loss["data"]]
     assert colors[0] == colors[1] != colors[2] == colors[3]
-    assert "Test accuracy by class" in shown.titles
     assert "initial weights abababababab" in shown.text, "what all share stands once, above the table"
     assert '<td class="best">98.12%</td>' in shown.source
     assert "<td>97.90%</td>" in shown.source
@@ -75,7 +74,7 @@ def test_command_writes_one_run_or_a_comparison(tmp_path, make, page, capsys):
     assert "2 runs" in page(tmp_path / "runs" / "comparison.html").text
 
 
-@pytest.mark.parametrize("arguments", [[], ["--nonsense"], ["a", "a"], ["a", "--output", "."]])
+@pytest.mark.parametrize("arguments", [[], ["--nonsense"]])
 def test_bad_usage_exits_2(arguments):
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)

@@ -195,7 +195,6 @@ def test_long_curves_are_thinned_without_losing_spikes(tmp_path, make, page):
         ("environment.json", b"\xff\xfe", "is not valid JSON"),
         ("metrics.jsonl", b'{"st\n{"step": 3}\n', "line 1"),
         ("images/view.png", b"not an image", "is not a PNG or GIF"),
-        ("result.json", b'{"test": {"confusion_matrix": [[1, 2]]}}', "not square"),
     ],
 )
 def test_a_broken_file_is_one_line_and_exit_status_3(run, capsys, name, content, message):

@@ -17,8 +17,8 @@ def make(tmp_path):
 class NoWriter:
     """In place of TensorBoard's."""
 
-    def __init__(self, directory, purge_step):
-        self.scalars = self.histogram = self.flush = self.close = lambda *_: None
+    def __init__(self, directory, first_step):
+        self.scalars = self.histogram = self.close = lambda *_: None
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def test_the_same_values_are_logged_at_every_step(tmp_path):
         loop.log({"loss": 1.0})
         loop.log({"loss": 1.0, "norm": 2.0})
         with pytest.raises(RuntimeError, match="the same values at every step"):
-            loop.save()
+            loop.save_checkpoint()
 
 
 # The end

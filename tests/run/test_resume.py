@@ -330,7 +330,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(whole, copy, assert_eq
     os.truncate(newest, newest.stat().st_size // 2)
     done = _run("mnist_jax", directory)
     assert done.returncode == 0, done.stderr
-    assert f"warning: {newest} has changed since it was written" in done.stderr
+    assert f"warning: {newest} is missing or has changed since it was written" in done.stderr
     assert f"from {directory}/checkpoints/step_00000380" in done.stderr
     assert_equal(directory, whole("mnist_jax"))
 

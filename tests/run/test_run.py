@@ -281,7 +281,7 @@ def test_weights_of_no_run_can_be_evaluated(make, tmp_path):
                 "Checkpoint.mode = 'max'",
                 "toy.Train.early_stopping = 3",
             ],
-            ["batch_size 128 -> 3", "; and 1 more"],
+            ["batch_size 128 -> 3"],
         ),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_resume_with_other_settings_is_refused_naming_them(make, bindings, sho
         runs.check_resume(run.checkpoints.newest(), configure(*bindings)[0], "toy", "toy-1")
     for words in (*shown, "step_00000001", f"--gin_file={run.directory / 'config.gin'}", "new --workdir"):
         assert words in str(raised.value)
-    assert str(raised.value).count(" -> ") == min(4, len(bindings))
+    assert str(raised.value).count(" -> ") == len(bindings)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -144,12 +144,6 @@ def test_every_section_and_field_is_described(experiment):
             assert "\n" not in field.description
 
 
-def test_moved_settings_point_to_existing_settings(experiment):
-    sections = configuration.sections(importlib.import_module(experiment.configs).Config).values()
-    there = {f"{cls.gin_name}.{name}" for cls in sections for name in configuration.fields(cls)}
-    assert {new for cls in sections for new in cls.gin_moved.values()} <= there
-
-
 def test_every_backend_is_allowed_by_run_backend(experiment):
     sections = configuration.sections(importlib.import_module(experiment.configs).Config)
     assert experiment.backends

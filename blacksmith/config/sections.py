@@ -23,7 +23,6 @@ def section(
     *,
     defaults: Mapping[str, Any] | None = None,
     unused: Mapping[str, str] | None = None,
-    moved: Mapping[str, str] | None = None,
     only_with: Conditions | None = None,
 ) -> Callable[[type[T]], type[T]]:
     """Makes a class the section that Gin files call `name`, for example ``mnist.Train``.
@@ -35,7 +34,6 @@ def section(
       name: the name in Gin files.
       defaults: other defaults of inherited fields.
       unused: inherited fields that have no effect here, with the reason; setting one is an error.
-      moved: former fields, with the full name that replaced them, for the error message.
       only_with: the conditions under which the section's fields have an effect, see `setting`.
     """
 
@@ -50,7 +48,7 @@ def section(
             kw_only=True,
             config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False),
         )
-        cls.gin_name, cls.gin_unused, cls.gin_moved = name, dict(unused or {}), dict(moved or {})
+        cls.gin_name, cls.gin_unused = name, dict(unused or {})
         cls.gin_only_with = only_with
         return cls
 
@@ -154,13 +152,11 @@ def _has_effect(binding: Binding, by_name: Mapping[str, type], value: Any, exper
     cls = by_name[name]
     if field in fields(cls):
         return True
-    if field in cls.gin_moved:
-        raise ConfigError(f"{where}: {name}.{field} is now {cls.gin_moved[field]}")
     if field not in cls.gin_unused:
-        raise ConfigError(
-            f"{where}: {name} has no field {field!r}{closest(field, fields(cls))}; "
-            f"allowed: {', '.join(fields(cls))}"
-        )
+        # Shared settings have sections of their own: it is Optimizer.epsilon, not nerf.Train.epsilon.
+        elsewhere = [f"{other.gin_name}.{field}" for other in by_name.values() if field in fields(other)]
+        near = f" (did you mean {elsewhere[0]}?)" if elsewhere else closest(field, fields(cls))
+        raise ConfigError(f"{where}: {name} has no field {field!r}{near}; allowed: {', '.join(fields(cls))}")
     if value is not None and value != cls.__pydantic_fields__[field].get_default():
         raise ConfigError(f"{where}: {name}.{field} = {value!r} has no effect here: {cls.gin_unused[field]}")
     return False

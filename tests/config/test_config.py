@@ -283,7 +283,7 @@ class Play(Train):
     """Other defaults, and no use for one field."""
 
 
-@section("toy.Paint", moved={"hue": "toy.Paint.color"}, only_with={"toy.Data.kind": ("doll", "train")})
+@section("toy.Paint", only_with={"toy.Data.kind": ("doll", "train")})
 class Paint:
     """How toys are painted."""
 
@@ -332,9 +332,9 @@ def test_an_unused_setting_is_refused_with_the_reason():
     assert "hidden" not in configuration.as_dict(play())["train"]
 
 
-def test_an_old_name_says_the_new_one():
-    with fails("--gin_param \"toy.Paint.hue = 'red'\": toy.Paint.hue is now toy.Paint.color"):
-        play("toy.Paint.hue = 'red'")
+def test_a_field_of_another_section_is_named():
+    with fails(r"toy.Paint has no field 'kind' (did you mean toy.Data.kind?); allowed: "):
+        play("toy.Paint.kind = 'doll'")
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_float16_needs_a_gpu(run_nerf):
         ("nerf_blender", "nerf.Train.epochs = 2", "nerf.Train.steps"),
         ("nerf_blender", "Optimizer.clip_value = 1.0", "not clipped"),
         ("nerf_blender", "Schedule.warmup_steps = 100000", "warmup_steps"),
+        ("nerf_blender", "nerf.Train.epsilon = 1e-7", "did you mean Optimizer.epsilon?"),
         ("nerf_blender", "nerf.View.port = 70000", "nerf.View.port"),
         ("nerf_blender", 'Run.backend = "jax"', "torch"),
         ("nerf_vanilla", "nerf.Grid.features = 16", "no effect"),

@@ -7,7 +7,7 @@ INPUTS := setup.cfg constraints.txt pyproject.toml
 # One process per core, at most four, since each may take 2 GB; tests of a file share what its fixtures made.
 PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses=4 --dist=loadfile
 
-.PHONY: mnist test test-all lint format bench bench-nerf bench-llama bench-llama-quality clean
+.PHONY: mnist test test-all lint format bench bench-nerf bench-llama bench-llama-quality torture clean
 
 mnist: $(VENV)/.jax
 	$(VENV)/bin/python -m blacksmith.launch --gin_file=gin/mnist_jax.gin $(ARGS)
@@ -37,6 +37,9 @@ bench-llama: $(VENV)/.all
 
 bench-llama-quality: $(VENV)/.all
 	$(VENV)/bin/python benchmarks/llama_quality.py $(ARGS)
+
+torture: $(VENV)/.all
+	$(VENV)/bin/python benchmarks/reliability.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "blacksmith needs Python 3.11 or newer; choose one with make PYTHON=python3.11")'

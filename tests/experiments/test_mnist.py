@@ -72,21 +72,36 @@ def test_an_experiment_trains_tests_and_reports(experiment, stream, tmp_path, na
     assert (run / "checkpoints" / content["tested_checkpoint"]).is_dir()
 
 
+PORTABLE = [
+    *SMALL,
+    "mnist.Model.dropout = 0.0",
+    "mnist.Data.shift = 0.0",
+    "Schedule.decay_steps = 100",
+    "Log.every_steps = 1",
+    "Checkpoint.every_steps = 50",
+]
+
+
+@pytest.fixture(scope="module")
+def begun(launch, tmp_path_factory):
+    """Runs of 50 and of 100 steps on a backend, made when they are first asked for."""
+    directory = tmp_path_factory.mktemp("begun")
+
+    def run(name, steps):
+        path = directory / f"{name}_{steps}"
+        if not path.exists():
+            params = [f"--gin_param={p}" for p in (*PORTABLE, f"mnist.Train.steps = {steps}")]
+            done = launch(f"--gin_file={FILES[name]}", f"--workdir={path}", "--device=cpu", *params)
+            assert done.returncode == 0, done.stderr
+        return path
+
+    return run
+
+
 @pytest.mark.parametrize(("first", "second"), [("jax", "torch"), ("torch", "jax"), ("jax", "lightning")])
-def test_a_checkpoint_is_resumed_on_another_backend(experiment, stream, tmp_path, first, second):
-    settings = [
-        *SMALL,
-        "mnist.Model.dropout = 0.0",
-        "mnist.Data.shift = 0.0",
-        "Schedule.decay_steps = 100",
-        "Log.every_steps = 1",
-        "Checkpoint.every_steps = 50",
-    ]
-    alone = tmp_path / "alone"
-    assert experiment(FILES[first], alone, *settings, "mnist.Train.steps = 100").returncode == 0
-    half, rest = tmp_path / "half", tmp_path / "rest"
-    assert experiment(FILES[first], half, *settings, "mnist.Train.steps = 50").returncode == 0
-    done = experiment(FILES[second], rest, *settings, "mnist.Train.steps = 100", flags=[f"--resume={half}"])
+def test_a_checkpoint_is_resumed_on_another_backend(experiment, stream, tmp_path, begun, first, second):
+    alone, half, rest = begun(first, 100), begun(first, 50), tmp_path / "rest"
+    done = experiment(FILES[second], rest, *PORTABLE, "mnist.Train.steps = 100", flags=[f"--resume={half}"])
     assert done.returncode == 0, done.stderr
     expected = of_split(stream(alone), "train", "loss")
     joined = of_split(stream(half), "train", "loss") | of_split(stream(rest), "train", "loss")

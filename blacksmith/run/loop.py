@@ -83,7 +83,6 @@ class Loop:
     summarize: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
     examples_of: Callable[[int], str] | None = None  # names those of a step, from 0, for an error message
     unit: str = "examples"  # what `order.examples_before` counts, for rates and progress
-    progress: str | None = None  # style of the console progress in place of ``Log.progress``
 
     def __post_init__(self) -> None:
         run, order = self.run, self.order
@@ -117,8 +116,7 @@ class Loop:
         self._counts: dict[str, int] = {}
         self._clock: float | None = None
         total, seen = order.examples_before(self.end), order.examples_before(self.step)
-        style = self.progress or run.config.log.progress
-        self._progress = Progress(total, seen, style, unit=self.unit)
+        self._progress = Progress(total, seen, run.config.log.progress, unit=self.unit)
         if self.done and run.resumes_in_place:
             self.say(f"run already finished at step {self.step}; repeating the test evaluation")
 

@@ -228,8 +228,9 @@ def starting_point(
     if resume == "auto":
         saved = own.newest() if training else own.best_or_newest()
         if saved is None and not training:
+            none = f", and {workdir} has none" if workdir.exists() else ""
             raise CheckpointError(
-                f"--mode={mode} needs a checkpoint: {workdir} has none; give --workdir=RUN or --resume=PATH"
+                f"--mode={mode} needs a checkpoint{none}; give --workdir=RUN or --resume=PATH"
             )
         return saved, None
     if training and own.steps():

@@ -64,6 +64,6 @@ def check_same_decay(
     new = decay_length(schedule, end)
     if new != old:
         raise ConfigError(
-            f"the schedule {schedule.name!r} decayed over {old} steps and would now over {new}; "
-            f"set Schedule.decay_steps = {old}"
+            f"the learning rate of this run decays over {old} steps; with the new end, over {new}, "
+            f"which changes the rates of steps already taken: set Schedule.decay_steps = {old}"
         )

@@ -62,9 +62,7 @@ def test_a_different_end_must_not_change_the_decay():
     linear = ScheduleConfig(name="linear", warmup_steps=2)
     check_same_decay(linear, before(), steps_per_epoch=4, end=12)
     check_same_decay(ScheduleConfig(name="constant"), before(name="constant"), 4, end=99)
-    with pytest.raises(
-        ConfigError, match=r"over 10 steps and would now over 18; set Schedule\.decay_steps = 10"
-    ):
+    with pytest.raises(ConfigError, match=r"over 10 steps; .* over 18, .*set Schedule\.decay_steps = 10"):
         check_same_decay(linear, before(), steps_per_epoch=4, end=20)
     longer = ScheduleConfig(name="linear", warmup_steps=2, decay_steps=10)
     check_same_decay(longer, before(), steps_per_epoch=4, end=20)

@@ -22,8 +22,11 @@ def isolated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLACKSMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("KERAS_BACKEND", raising=False)
-        # Many processes run the same small programs, so they share what JAX has compiled.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax")))
+        # Many processes run the same small programs, so they share what JAX has compiled; pytest-xdist gives
+        # each of its workers a directory below one that they share.
+        base = tmp_path_factory.getbasetemp()
+        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "jax"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         yield

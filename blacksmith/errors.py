@@ -41,9 +41,9 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates the `main` of a command: a `UserError` becomes one line and its exit status."""
 
     @functools.wraps(main)
-    def run(*arguments: object) -> int:
+    def run(*arguments: object, **options: object) -> int:
         try:
-            return main(*arguments)
+            return main(*arguments, **options)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_status

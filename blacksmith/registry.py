@@ -59,7 +59,8 @@ def get(name: str, *, where: str = "Run.experiment") -> Experiment:
     experiment = _experiments().get(str(name))
     if experiment is None:
         hint = closest(str(name), names())
-        raise ConfigError(f"{where}: no experiment {name!r}{hint}; allowed: {', '.join(names())}")
+        allowed = f"{', '.join(names())}, and your own with --plugin=MODULE"
+        raise ConfigError(f"{where}: no experiment {name!r}{hint}; allowed: {allowed}")
     return experiment
 
 

@@ -141,7 +141,7 @@ def _statements(text: str, display: str, *, is_file: bool) -> Iterator[Any]:
         reason = re.split(r"\.?\s+Got | on line |\n", str(error.args[0] if error.args else error))[0]
         raise ConfigError(
             f"{where}: cannot be parsed ({reason.rstrip('.')}); write one Section.field = value per line; a "
-            "value is a number, a string in quotes, a tuple, True, False, None or %macro"
+            'value is a number, a string in quotes ("sgd"), a tuple, True, False, None or %macro'
         ) from error
 
 

@@ -155,7 +155,7 @@ def _has_effect(binding: Binding, by_name: Mapping[str, type], value: Any, exper
     if field not in cls.gin_unused:
         # Shared settings have sections of their own: it is Optimizer.epsilon, not nerf.Train.epsilon.
         elsewhere = [f"{other.gin_name}.{field}" for other in by_name.values() if field in fields(other)]
-        near = f" (did you mean {elsewhere[0]}?)" if elsewhere else closest(field, fields(cls))
+        near = f" (did you mean {elsewhere[0]}?)" if len(elsewhere) == 1 else closest(field, fields(cls))
         raise ConfigError(f"{where}: {name} has no field {field!r}{near}; allowed: {', '.join(fields(cls))}")
     if value is not None and value != cls.__pydantic_fields__[field].get_default():
         raise ConfigError(f"{where}: {name}.{field} = {value!r} has no effect here: {cls.gin_unused[field]}")

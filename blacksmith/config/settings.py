@@ -200,7 +200,8 @@ class CheckpointConfig:
         "val_accuracy", "the validation metric that decides which is best, such as val_loss", min_length=1
     )
     mode: Literal["auto", "min", "max"] = setting(
-        "auto", "whether a lower or higher metric is better; auto: lower for losses, else higher"
+        "auto",
+        "whether a lower or higher metric is better; auto: known for loss, accuracy, PSNR and the like",
     )
 
 

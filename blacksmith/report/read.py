@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from blacksmith.errors import DataError, first_line
+from blacksmith.errors import ConfigError, DataError, first_line
 from blacksmith.run import metrics
 from blacksmith.run.checkpoint import direction
 
@@ -48,6 +48,13 @@ class Test(pydantic.BaseModel, extra="allow"):
     class_names: list[str] = []
     confusion_matrix: list[list[pydantic.FiniteFloat]] = []
     per_class_accuracy: list[pydantic.FiniteFloat | None] = []
+
+    @pydantic.field_validator("confusion_matrix")
+    @classmethod
+    def _check_square(cls, matrix: list[list[float]]) -> list[list[float]]:
+        if any(len(row) != len(matrix) for row in matrix):
+            raise ValueError("it is not square")
+        return matrix
 
     @property
     def scores(self) -> dict[str, float]:
@@ -138,7 +145,10 @@ class Run:
         if series is None or not np.isfinite(series.values).any():
             return None
         own = self.config.checkpoint
-        mode = direction(metric, own.get("mode", "auto") if metric == own.get("metric") else "auto")
+        try:
+            mode = direction(metric, own.get("mode", "auto") if metric == own.get("metric") else "auto")
+        except ConfigError:
+            return None  # neither a low nor a high value is known to be better
         at = (np.nanargmax if mode == "max" else np.nanargmin)(series.values)
         return float(series.values[at]), float(series.axes["step"][at])
 

@@ -15,10 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blacksmith.errors import CheckpointError
+from blacksmith.errors import CheckpointError, ConfigError
 from blacksmith.files import file_sha256
 
 FORMAT_VERSION = 2
+LOWER_IS_BETTER = {"loss", "error", "mae", "mse", "rmse", "perplexity", "lpips", "nll", "wer", "cer", "fid"}
+HIGHER_IS_BETTER = {
+    "accuracy",
+    "acc",
+    "psnr",
+    "ssim",
+    "auc",
+    "f1",
+    "precision",
+    "recall",
+    "score",
+    "bleu",
+    "r2",
+}
 _STEP = re.compile(r"step_\d{8,}")
 
 
@@ -197,10 +211,17 @@ def _step_of(path: Path) -> int:
 
 
 def direction(metric: str, mode: str) -> str:
-    """``min`` or ``max``; the mode ``auto`` means ``min`` for metrics that end in ``loss``."""
-    if mode != "auto":
-        return mode
-    return "min" if metric.endswith("loss") else "max"
+    """``min`` or ``max``; the mode ``auto`` knows common metrics by the last word of their name.
+
+    Raises:
+      ConfigError: the mode is ``auto`` and the metric is not one of them.
+    """
+    word = re.split(r"[^a-z0-9]", metric.lower())[-1]
+    if mode == "auto" and word not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+        raise ConfigError(
+            f"Checkpoint.metric = {metric!r}: set Checkpoint.mode to 'min' or 'max' for this metric"
+        )
+    return mode if mode != "auto" else "min" if word in LOWER_IS_BETTER else "max"
 
 
 def checkpoints_dir(path: Path) -> Path:

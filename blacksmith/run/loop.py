@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from blacksmith.config.settings import check_warmup
-from blacksmith.errors import ConfigError, RunError
+from blacksmith.errors import ConfigError, RunError, closest
 from blacksmith.run.checkpoint import Saved, direction
 from blacksmith.run.metrics import is_timed
 from blacksmith.run.progress import Progress
@@ -89,9 +89,17 @@ class Loop:
         self.position = Position()
         self._saved_at = -1
         train, checkpoint = run.config.train, run.config.checkpoint
+        self._limit = 1 << 30  # steps in a call of `log`
+        direction(checkpoint.metric, checkpoint.mode)
         for name in ("stop_at", "early_stopping"):
             if self.validate is None and getattr(train, name) is not None:
                 raise ConfigError(f"{train.gin_name}.{name} needs a validation set, and there is none")
+        if self.histograms is None and run.config.log.histograms_every:
+            raise ConfigError("Log.histograms_every has no effect: this experiment writes no histograms")
+        size = order.examples_before(order.steps_per_epoch) if order.steps_per_epoch else math.inf
+        if train.batch_size > size:
+            setting = f"{train.gin_name}.batch_size = {train.batch_size}"
+            raise ConfigError(f"{setting} is more than the {size:,} training examples")
         check_warmup(run.config.schedule, self.end)
         if run.resumed is not None:
             check_same_decay(
@@ -133,18 +141,25 @@ class Loop:
     @property
     def done(self) -> bool:
         """Whether the end, the target (`stop_at`) or the limit of patience (`early_stopping`) is reached."""
-        train, position = self.run.config.train, self.position
-        value = position.validation.get(self.run.config.checkpoint.metric)
-        reached = train.stop_at is not None and value is not None
-        reached = reached and (value == train.stop_at or self._better(value, train.stop_at))  # not if NaN
-        exhausted = train.early_stopping is not None and position.worse >= train.early_stopping
-        return self.step >= self.end or reached or exhausted
+        return self.step >= self.end or self._early_end() is not None
+
+    def _early_end(self) -> str | None:
+        """Why the run ends before its last step, if it does."""
+        train, position, metric = self.run.config.train, self.position, self.run.config.checkpoint.metric
+        value = position.validation.get(metric)
+        target = train.stop_at if value is not None else None
+        if target is not None and (value == target or self._better(value, target)):  # neither if NaN
+            return f"{metric} has reached {target}"
+        if train.early_stopping is not None and position.worse >= train.early_stopping:
+            return f"{position.worse} validations without a better {metric}"
+        return None
 
     def __iter__(self) -> Iterator[int]:
         return (step for step, _ in self.blocks(1))
 
     def blocks(self, limit: int) -> Iterator[tuple[int, int]]:
         """For compiled loops: (next step, how many steps to take until something is due, at most `limit`)."""
+        self._limit = limit
         every = [n for n in (*self._validations, *self._checkpoints, *self._drawings) if n]
         self.run.begin()
         while self.between():
@@ -157,15 +172,21 @@ class Loop:
         """Counts the step, or block of steps, that was just taken; writes the training lines that are due.
 
         Args:
-          values: by name, a number or an array [steps] each. They may be on a device, and are fetched when a
-            line or a checkpoint is due: until then they must not be overwritten in place.
+          values: by name, a number each, or an array [steps] each for a block. They may be on a device, and
+            are fetched when a line or a checkpoint is due: until then they must not be overwritten in place.
           **counts: further things to give a rate of, such as ``tokens=4096``.
 
         Raises:
           RunError: a value is not finite; nothing of that step is saved.
+          ValueError: the values have other shapes.
         """
-        first, shape = self.step, getattr(next(iter(values.values()), 0), "shape", ())
+        first, shapes = self.step, {n: tuple(getattr(v, "shape", ())) for n, v in values.items()}
+        shape = next(iter(shapes.values()), ())
         steps = shape[0] if shape else 1
+        if len(set(shapes.values())) > 1 or len(shape) > 1 or steps > self._limit:
+            raise ValueError(
+                f"log takes a number or an array [steps] by name, such as the mean loss, not {shapes}"
+            )
         # Without the graph that a loss carries, which would keep every step's activations.
         values = {n: v.detach() if hasattr(v, "detach") else v for n, v in values.items()}
         self._pending.append((first, steps, values))
@@ -243,10 +264,15 @@ class Loop:
             "final": dict(position.validation),
             **(result or {}),
         }
+        if self.step < self.end and (reason := self._early_end()):
+            result["ended_early"] = reason
+            self.say(f"ended early at step {self.step}: {reason}")
         saved = run.checkpoints.best_or_newest() if self.done else None
         tested = test(saved) if saved else None
         if tested is None:
             return run.stopped(result)
+        # Also numbers of NumPy and of frameworks, on any device.
+        tested = {k: v.item() if getattr(v, "shape", None) == () else v for k, v in tested.items()}
         numbers = {k: v for k, v in tested.items() if isinstance(v, float) and not is_timed(k)}
         run.metrics.write(self.step, self.epoch, "test", numbers)
         run.finish("done", {**result, "tested_checkpoint": saved.path.name, "test": tested})
@@ -294,8 +320,8 @@ class Loop:
         position.validation = {f"val_{name}": float(value) for name, value in means.items()}
         position.validated_at = self.step
         if metric not in position.validation:
-            allowed = ", ".join(position.validation)
-            raise RunError(f"Checkpoint.metric = {metric!r}: this experiment's validation has {allowed}")
+            near, allowed = closest(metric, position.validation), ", ".join(position.validation)
+            raise ConfigError(f"Checkpoint.metric = {metric!r}: this experiment validates {allowed}{near}")
         if self.step:  # the weights before the first step are no candidate for the best checkpoint
             value = position.validation[metric]
             if math.isfinite(value) and (position.best is None or self._better(value, position.best)):

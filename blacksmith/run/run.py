@@ -322,7 +322,7 @@ def check_resume(
     if different:
         shown = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in different.items())
         cure = f"use --gin_file={saved.path.parent.parent / 'config.gin'}"
-        cure += ", or start in a new --workdir" if mode == "train" else ""
+        cure += ", or start without --resume in a new --workdir" if mode == "train" else ""
         raise ConfigError(f"settings differ from the checkpoint {saved.path}: {shown}; {cure}")
 
 

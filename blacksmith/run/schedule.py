@@ -14,8 +14,8 @@ def learning_rate(
     """The learning rate of optimizer step `step`, counted from 0, in a run of `end` steps.
 
     In a warm-up of W steps the rate is ``peak * (step + 1) / W``. A linear or cosine decay follows it. An
-    exponential decay starts at step 0, so that while warming up the rate is the product of both. Where
-    training `restarted_at` a step, the warm-up is repeated and the decay continues.
+    exponential decay starts at step 0, so that while warming up the rate is the product of both. After a
+    restart at step `restarted_at` the warm-up runs again, while the decay goes on.
     """
     warmup, since = schedule.warmup_steps, max(0, step - restarted_at + 1)
     progress = min(1.0, max(0.0, (step - decay_start(schedule)) / decay_length(schedule, end)))

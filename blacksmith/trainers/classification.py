@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from blacksmith.errors import ConfigError
+from blacksmith.errors import ConfigError, DataError
 from blacksmith.files import write_json
 from blacksmith.run.order import Order
 from blacksmith.run.run import Run
@@ -46,6 +46,7 @@ def make_setup(
 
     Raises:
       ConfigError: a batch is larger than the training set.
+      DataError: labels are not integers [samples] below the model's number of classes.
     """
     samples, batch = len(splits[0]), config.train.batch_size
     if batch > samples:
@@ -57,6 +58,8 @@ def make_setup(
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(config.train.precision)
     model = build()
+    for samples in splits:
+        _check_labels(samples.labels, model.outputs[0].shape[-1])
     initialize(model, config.run.seed)
     task = Task(
         model=model,
@@ -68,6 +71,15 @@ def make_setup(
         seed=config.run.seed,
     )
     return Setup(task, order, end, *splits)
+
+
+def _check_labels(labels: np.ndarray, classes: int) -> None:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(f"labels must be integers [samples], not {labels.dtype} {list(labels.shape)}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise DataError(
+            f"labels go from {labels.min()} to {labels.max()}, but the model has {classes} classes"
+        )
 
 
 def run_classifier(run: Run, setup: Setup, preparation: Mapping[str, Any] | None = None) -> int:

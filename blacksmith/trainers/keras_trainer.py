@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from blacksmith.errors import CheckpointError
+from blacksmith.errors import CheckpointError, DataError
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import EMPTY_DIGEST, Block, Order, chain_digest
@@ -26,11 +26,19 @@ ARRAYS = "arrays.safetensors"
 
 @dataclass(frozen=True)
 class Samples:
-    """Prepared `inputs` [samples, ...], `labels` int32 [samples], and original `images`, if there are any."""
+    """Prepared `inputs` [samples, ...], `labels` [samples, ...], and original `images`, if there are any.
+
+    Raises:
+      DataError: there are not as many labels as inputs.
+    """
 
     inputs: np.ndarray
     labels: np.ndarray
     images: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.labels):
+            raise DataError(f"there are {len(self.inputs):,} inputs but {len(self.labels):,} labels")
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -31,7 +31,10 @@ def make_optimizer(
     # Only these: with bfloat16 parameters PyTorch's fused SGD on the CPU reads memory that was never written.
     if config.name in ("adam", "adamw") and first.device.type in ("cpu", "cuda"):
         options["fused"] = True
-    return kind(parameters, lr=config.learning_rate, **options)
+    optimizer = kind(parameters, lr=config.learning_rate, **options)
+    for group in optimizer.param_groups:
+        group["rate_ratio"] = group["lr"] / config.learning_rate  # for `set_learning_rate`
+    return optimizer
 
 
 def clip_gradients(config: TorchOptimizerConfig, parameters: Iterable[Tensor]) -> Tensor:

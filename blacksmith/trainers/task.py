@@ -31,7 +31,8 @@ class Task:
     def __post_init__(self) -> None:
         for name in ("gradient_accumulation_steps", "use_ema", "loss_scale_factor"):
             if getattr(self.optimizer, name):
-                raise ValueError(f"{name} of a Keras optimizer is not supported; see Task.accumulate")
+                cure = "; set Task.accumulate" if name == "gradient_accumulation_steps" else ""
+                raise ValueError(f"{name} of a Keras optimizer is not supported{cure}")
         if not self.optimizer.built:
             self.optimizer.build(self.model.trainable_variables)
 

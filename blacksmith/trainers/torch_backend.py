@@ -40,7 +40,7 @@ class TorchBackend(Backend):
     ) -> None:
         self.task = task
         self._device = task.model.trainable_variables[0].value.device
-        self._data = self._on_device(inputs), self._on_device(labels.astype(np.int64))
+        self._data = self._on_device(inputs), self._on_device(_wide(labels))
         self._random = self._has_random_layers()
         self._graph: Callable[..., Any] | None = None
         self._pull()
@@ -103,7 +103,7 @@ class TorchBackend(Backend):
 
     def evaluate(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         def forward(inputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-            x, y = self._on_device(inputs), self._on_device(labels.astype(np.int64))
+            x, y = self._on_device(inputs), self._on_device(_wide(labels))
             outputs = ops.cast(self.task.model(x, training=False), "float32")
             values = self.task.per_sample(y, outputs)
             return {name: v.cpu().numpy() for name, v in values.items()}, outputs.cpu().numpy()
@@ -215,3 +215,8 @@ class TorchBackend(Backend):
             torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)
         elif self._device.type != "cpu":
             torch.manual_seed(seed)
+
+
+def _wide(labels: np.ndarray) -> np.ndarray:
+    """Integer labels as the int64 that PyTorch's indexing takes; other labels as they are."""
+    return labels.astype(np.int64) if labels.dtype.kind in "iu" else labels

@@ -117,6 +117,6 @@ def weights_and_gradients(parameters: Mapping[str, Tensor]) -> dict[str, np.ndar
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of all parameter groups."""
+    """Sets the learning rate; parameter groups of `make_optimizer` keep their ratios to each other."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_ratio", 1.0)

@@ -38,7 +38,7 @@ VARIANTS = {
 }
 
 
-@section("toy.Train")
+@section("toy.Train", defaults={"batch_size": 4})
 class Train(settings.TrainConfig):
     """How it trains."""
 
@@ -101,7 +101,7 @@ class Toy:
         self.run, self.block, self.at = run, block, at
         run.use_data(Info())
         seed = run.config.run.seed
-        self.order = Order(10, 4, seed)
+        self.order = Order(10, run.config.train.batch_size, seed)
         random = generator(seed, "rows")
         self.inputs, self.truth = random.standard_normal((20, 3)), random.standard_normal(20)
         self.state = np.zeros((2, 3))  # weights, momentum

@@ -8,7 +8,7 @@ import pytest
 from numpy_toy import BY_STEPS, STEPS, VARIANTS, Toy, lines, make_run, result_of, train
 
 from blacksmith.errors import ConfigError, RunError
-from blacksmith.run.checkpoint import load
+from blacksmith.run.checkpoint import direction, load
 from blacksmith.run.loop import show
 from blacksmith.run.order import Order
 
@@ -149,9 +149,43 @@ def test_a_validation_that_is_not_finite_is_no_best_and_no_target(tmp_path, valu
 
 
 def test_a_metric_that_validation_does_not_have_is_named(tmp_path):
-    with pytest.raises(RunError, match=r"Checkpoint.metric = 'val_f1': .* has val_loss"):
+    with pytest.raises(ConfigError, match=r"Checkpoint.metric = 'val_f1': .* validates val_loss"):
         train(tmp_path / "run", "Checkpoint.metric = 'val_f1'")
-    assert lines(tmp_path / "run", "val")  # what was trained so far is not removed
+
+
+def test_a_metric_of_unknown_direction_needs_a_mode(tmp_path):
+    with pytest.raises(ConfigError, match=r"'val_depth': set Checkpoint.mode to 'min' or 'max'"):
+        train(tmp_path / "run", "Checkpoint.metric = 'val_depth'")
+    for metric, lower in (("val_mae", "min"), ("val_top_error", "min"), ("val_psnr", "max")):
+        assert direction(metric, "auto") == lower
+
+
+@pytest.mark.parametrize(
+    "values", [{"loss": np.ones(4)}, {"loss": np.ones((1, 2))}, {"loss": np.ones(1), "accuracy": 1.0}]
+)
+def test_a_step_logs_one_number_by_name(tmp_path, values):
+    toy = Toy(make_run(tmp_path, STEPS))
+    steps = iter(toy.loop)
+    next(steps)
+    with pytest.raises(ValueError, match="log takes a number or an array"):
+        toy.loop.log(values)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size = 11 is more than the 10 training examples"):
+        train(tmp_path / "run", STEPS, "toy.Train.batch_size = 11")
+
+
+def test_histograms_of_nothing_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="this experiment writes no histograms"):
+        train(tmp_path, "Log.tensorboard = True", "Log.histograms_every = 2", histograms=None)
+
+
+def test_why_a_run_ended_early_is_said(tmp_path, capsys):
+    train(tmp_path, *VARIANTS["target"])
+    reason = result_of(tmp_path)["ended_early"]
+    assert reason == "val_loss has reached 0.63"
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("setting", ["stop_at = 0.5", "early_stopping = 2"])

@@ -281,7 +281,7 @@ def test_weights_of_no_run_can_be_evaluated(make, tmp_path):
                 "Checkpoint.mode = 'max'",
                 "toy.Train.early_stopping = 3",
             ],
-            ["batch_size 128 -> 3"],
+            ["batch_size 4 -> 3"],
         ),
     ],
 )

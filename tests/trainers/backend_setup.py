@@ -80,6 +80,11 @@ def make_data(model, samples, seed=0):
     return inputs, (inputs.reshape(samples, -1) @ projection).argmax(axis=1).astype(np.int32)
 
 
+def _regression(labels, outputs):
+    """Squared error of the first output to a label between integers: float [batch]."""
+    return ops.square(labels - outputs[:, 0])
+
+
 def make_task(
     model,
     *,
@@ -105,7 +110,7 @@ def make_task(
         optimizer=make_optimizer(
             OptimizerConfig(**settings), ScheduleConfig(**(schedule or {})), total_steps
         ),
-        loss=losses.LOSSES[loss],
+        loss=_regression if loss == "regression" else losses.LOSSES[loss],
         metrics={"accuracy": losses.accuracy},
         augmentation=None if augment is None else ShiftAndRotate(**augment),
         accumulate=accumulate,
@@ -133,6 +138,8 @@ class Setup:
         if samples is None:
             samples = WHOLE_SAMPLES if model in ("cnn", "vector") else SAMPLES
         self.inputs, self.labels = make_data(self.task.model, samples)
+        if task.get("loss") == "regression":
+            self.labels = self.labels.astype(np.float32) + np.float32(0.5)
         self.order = Order(samples, batch, 0)
         self.backend, self.lines = make_backend(self.task, self.inputs, self.labels, block_steps)
         if load is not None:

@@ -32,6 +32,11 @@ def _distances(a, b):
     return float(moved) ** 0.5, float(apart) ** 0.5
 
 
+def test_labels_may_be_fractions(backends):
+    jax, torch = backends.both("train", lengths=[5], model="vector", loss="regression")
+    np.testing.assert_allclose(jax["loss"], torch["loss"], rtol=TOLERANCE)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_moving_statistics_are_part_of_the_state(backend, dropout):
     run = backend.run("train", lengths=[STEPS], model="cnn", dropout=dropout)

@@ -10,6 +10,7 @@ import torch
 from blacksmith.config import fields, section
 from blacksmith.config.settings import TorchOptimizerConfig
 from blacksmith.trainers.native_optimizers import clip_gradients, make_optimizer
+from blacksmith.trainers.torch_state import set_learning_rate
 
 NAMES = typing.get_args(fields(TorchOptimizerConfig)["name"].annotation)
 BETAS, EPSILON = {"beta_1": 0.7, "beta_2": 0.8}, {"epsilon": 1e-3}
@@ -71,6 +72,8 @@ def test_groups_may_have_their_own_rates():
     groups = [{"params": [weight()], "lr": 0.5}, {"params": [weight()]}]
     optimizer = make_optimizer(TorchOptimizerConfig(learning_rate=0.1), groups)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
+    set_learning_rate(optimizer, 0.05)  # what a schedule does at each step
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.05]
 
 
 @pytest.mark.parametrize(

@@ -110,11 +110,10 @@ def load(
         arrays, origin = mnist5k.load(), None
         if validation == DEFAULT_VALIDATION:
             validation = MNIST5K_VALIDATION
+    elif source == "mnist5k":
+        raise DataError("the source mnist5k is bundled; remove the path, or choose idx or tfds")
     else:
-        raise DataError(
-            f"no MNIST source {source!r} with the path {path}; allowed: auto, idx, tfds, or mnist5k without "
-            "a path"
-        )
+        raise DataError(f"no MNIST source {source!r}; allowed: auto, idx, tfds, mnist5k")
 
     size = len(arrays.train_labels)
     held_out = 0 if validation == "test" else validation

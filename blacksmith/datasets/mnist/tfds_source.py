@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -56,9 +57,11 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
     prepared = find_prepared(name, data_dir) or prepare(name, data_dir)
     cached = _cache_path(prepared)
     if cached.is_file():
-        with np.load(cached, allow_pickle=False) as archive:
-            *parts, classes = (archive[field] for field in Arrays._fields)
-        return Arrays(*parts, int(classes)), prepared
+        # A broken cache is read again from the source, and written anew.
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+            with np.load(cached, allow_pickle=False) as archive:
+                *parts, classes = (archive[field] for field in Arrays._fields)
+            return Arrays(*parts, int(classes)), prepared
     tfds = _import_tfds()
     try:
         builder = tfds.builder_from_directory(prepared)

@@ -217,7 +217,10 @@ def remove(name):
 
 BROKEN = {
     "config not JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "config.json cannot be read"),
-    "config a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "config.json cannot be read"),
+    "config a list": (
+        lambda d: (d / "adapter_config.json").write_text("[]"),
+        "config.json: it is not a LoRA",
+    ),
     "other method": (edit_config(peft_type="IA3"), "not a LoRA adapter"),
     "other layer": (
         edit_config(target_modules=["nowhere"]),
@@ -226,9 +229,9 @@ BROKEN = {
     "other rank": (edit_config(r=2), r"safetensors does not fit the model: .*, in the model \(2,"),
     "rank 0": (edit_config(r=0), "config.json cannot be read or does not fit the model"),
     "rank of text": (edit_config(r="4"), "config.json cannot be read or does not fit the model: TypeError"),
-    "package not installed": (
-        edit_config(megatron_config={"a": 1}),
-        "config.json cannot be read or does not fit the model",
+    "module of its own": (
+        edit_config(megatron_config={"a": 1}, megatron_core="antigravity"),
+        r"config.json: megatron_config = {'a': 1} is not supported",
     ),
     "no weights": (remove("adapter_model.safetensors"), "safetensors cannot be read"),
     "truncated weights": (cut, "safetensors cannot be read"),

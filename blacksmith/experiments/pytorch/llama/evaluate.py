@@ -154,7 +154,7 @@ def export(run: Run) -> int:
     The directory gets its name once the model in it was loaded and answered some sentences as before.
     """
     model, tokenizer = load_model(run)
-    check_weights(model)
+    check_weights(model, str(run.external_weights or run.resumed.path))
     adapted = run.config.lora.rank is not None or run.external_weights
     if adapted:
         if run.config.model.dtype != "float32":

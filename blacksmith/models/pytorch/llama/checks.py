@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from blacksmith.errors import ConfigError, DataError, UserError, first_line
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, target_logits
 
-_PROBE_SECONDS, _PROBE_BYTES = 60, 8 << 30
+_PROBE_SECONDS, _PROBE_BYTES = 60, 4 << 30
 # Ordinary text, and the runs of equal characters that make a pattern backtrack.
 _PROBE_TEXT = (
     "The film's 2nd half isn't bad: a warm, well-acted story -- naïve, but charming (and 98 minutes).\n\n"
@@ -122,27 +122,27 @@ def _probe(rules: str) -> str:
     return ""
 
 
-def check_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def check_tokens(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises DataError if the model has no embedding for the vocabulary, the begin or the end token.
 
-    Tokens that were added to the vocabulary may lack one: they are refused where a text contains them.
+    Tokens that were added to the vocabulary may lack one: they are refused where a text contains them. The
+    pad token, which is never looked at, is replaced by the end token.
     """
-    rows, added = model.get_input_embeddings().num_embeddings, tokenizer.get_added_vocab()
+    rows, added = config.vocab_size, tokenizer.get_added_vocab()
     needed = {token: i for token, i in tokenizer.get_vocab().items() if token not in added}
     for token in (tokenizer.bos_token, tokenizer.eos_token):
         if token is not None:
             needed[token] = tokenizer.convert_tokens_to_ids(token)
     check_embedded(needed, rows, name)
-    own = model.generation_config
-    for what in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(own, what)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and type(number) is not int:
-                raise DataError(
-                    f"{name}: generation_config.json: {what} = {value!r}; needed: a token's number"
-                )
-    if own.pad_token_id is not None and own.pad_token_id >= rows:
-        own.pad_token_id = tokenizer.eos_token_id
+    pads = (tokenizer.pad_token_id, config.pad_token_id)
+    beyond = [pad for pad in pads if pad is not None and pad >= rows]
+    if beyond:
+        print(
+            f"{name}: the pad token has the number {beyond[0]}, but the model has embeddings of only {rows} "
+            "tokens, from 0; padding with the end token, which changes no result",
+            file=sys.stderr,
+        )
+        tokenizer.pad_token, config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
 
 
 def check_embedded(tokens: dict[str, int], rows: int, name: str) -> None:
@@ -156,17 +156,16 @@ def check_embedded(tokens: dict[str, int], rows: int, name: str) -> None:
         )
 
 
-def replace_pad_token(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Pads with the end token where the model has no embedding of the pad token, which it never looks at."""
-    pads = (tokenizer.pad_token_id, config.pad_token_id)
-    beyond = [pad for pad in pads if pad is not None and pad >= config.vocab_size]
-    if beyond:
-        print(
-            f"{name}: the pad token has the number {beyond[0]}, but the model has embeddings of only "
-            f"{config.vocab_size} tokens, from 0; padding with the end token, which changes no result",
-            file=sys.stderr,
-        )
-        tokenizer.pad_token, config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+def check_generation(model: LlamaForCausalLM, name: str) -> None:
+    """Raises DataError if a token in `generation_config.json` is not a number; an export contains the file."""
+    own, rows = model.generation_config, model.config.vocab_size
+    for what in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(own, what)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and type(number) is not int:
+                raise DataError(f"{name}: generation_config.json: {what} = {value!r}; needed: a token's number")
+    if own.pad_token_id is not None and own.pad_token_id >= rows:
+        own.pad_token_id = model.config.pad_token_id
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from blacksmith.models.pytorch.llama.prefix import Batch, target_logits
 _ADAPTER = (".lora_", ".modules_to_save.", ".token_adapter.")
 
 
-def check_weights(model: torch.nn.Module) -> None:
-    """Raises DataError if a weight is not finite."""
+def check_weights(model: torch.nn.Module, source: str) -> None:
+    """Raises DataError if a weight, loaded from `source`, is not finite."""
     if found := _weight(model):
-        raise DataError(f"the model cannot be used: not finite: {found}; use other weights")
+        raise DataError(f"{source}: the model has weights that are not finite: {found}")
 
 
 def first_not_finite(model: torch.nn.Module, batch: Batch) -> str:

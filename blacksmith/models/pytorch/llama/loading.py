@@ -242,7 +242,7 @@ def _read(name: str, path: Path, **options: Any) -> tuple[LlamaForCausalLM, PreT
         if not tokenizer.is_fast or tokenizer.eos_token_id is None:
             raise DataError(f"{name}: the tokenizer has no end token, or no character offsets of its tokens")
         checks.check_rules(tokenizer, place)
-        checks.replace_pad_token(config, tokenizer, name)
+        checks.check_tokens(config, tokenizer, name)
         model, info = LlamaForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -257,5 +257,5 @@ def _read(name: str, path: Path, **options: Any) -> tuple[LlamaForCausalLM, PreT
             if info[kind]:
                 keys = f"{kind.replace('_', ' ')}: {min(map(str, info[kind]))}"
                 raise DataError(f"{name}: the weights do not match config.json: {keys}")
-        checks.check_tokens(model, tokenizer, name)
+        checks.check_generation(model, name)
     return model, tokenizer

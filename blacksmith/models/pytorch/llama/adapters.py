@@ -185,9 +185,14 @@ def _check_counts(settings: LoraConfig, found: Mapping[str, Tensor]) -> None:
 def load_weights(model: PeftModel, directory: Path) -> None:
     """Loads the weights of a saved adapter into a similar one; raises DataError if they do not fit."""
     path = Path(directory) / "adapter_model.safetensors"
-    found = read_safetensors(path)
+    found, own = read_safetensors(path), model.state_dict()
+    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    # peft saves a copy of the base model's embeddings beside an adapter of them.
+    for name in found.keys() & own.keys() - wanted.keys():
+        if torch.equal(found[name], own[name].to("cpu", found[name].dtype)):
+            del found[name]
     # peft itself ignores weights it has no place for, and keeps random numbers for those that are missing.
-    check_fit(found, peft.get_peft_model_state_dict(model, save_embedding_layers=False), path)
+    check_fit(found, wanted, path)
     peft.set_peft_model_state_dict(model, found)
 
 

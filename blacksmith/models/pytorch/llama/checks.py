@@ -157,13 +157,15 @@ def check_embedded(tokens: dict[str, int], rows: int, name: str) -> None:
 
 
 def check_generation(model: LlamaForCausalLM, name: str) -> None:
-    """Raises DataError if a token in `generation_config.json` is not a number; an export contains the file."""
+    """Raises DataError if a token in `generation_config.json` is not a number; an export contains it."""
     own, rows = model.generation_config, model.config.vocab_size
     for what in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(own, what)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and type(number) is not int:
-                raise DataError(f"{name}: generation_config.json: {what} = {value!r}; needed: a token's number")
+                raise DataError(
+                    f"{name}: generation_config.json: {what} = {value!r}; needed: a token's number"
+                )
     if own.pad_token_id is not None and own.pad_token_id >= rows:
         own.pad_token_id = model.config.pad_token_id
 

@@ -20,7 +20,7 @@ from blacksmith.files import atomic_directory, write_json
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.adapters import merge
 from blacksmith.models.pytorch.llama.finite import check_weights
-from blacksmith.models.pytorch.llama.prefix import target_logits
+from blacksmith.models.pytorch.llama.prefix import causal_model, target_logits
 from blacksmith.run.run import Run
 
 _COMPARED = 8  # sentences for which an export must answer as before
@@ -160,6 +160,8 @@ def export(run: Run) -> int:
         if run.config.model.dtype != "float32":
             print("written in float32, since bfloat16 would round small updates away", file=sys.stderr)
         model = model.float()
+    if run.config.model.attention == "flash_attention_2":  # not in float32
+        causal_model(model).set_attn_implementation("sdpa")
     sentences = sst2.read("sample").for_testing().test.take(range(_COMPARED))
     before = encode_examples(run, model, tokenizer, sentences, "test")
     evaluation.score(model, before, batch_size=1)  # raises if it is not finite
@@ -190,7 +192,7 @@ def _compare(
     """Raises RunError if the model in a directory does not compute what was to be exported."""
     problem = "the export differs from the model that was evaluated, and was removed"
     try:
-        model, tokenizer = loading.load_model(str(written), attention=run.config.model.attention)
+        model, tokenizer = loading.load_model(str(written))
         after = encode_examples(run, model, tokenizer, sentences, "test")
     except UserError as error:
         raise RunError(f"{problem}: it cannot be loaded: {error}") from error

@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,21 +120,23 @@ def _read_settings(path: Path) -> LoraConfig:
     """Returns what an `adapter_config.json` says; raises DataError for a setting that is not supported."""
     content = json.loads(path.read_text())
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-        raise DataError(f"it is not a LoRA adapter but {str(content)[:100]}")
+        raise DataError(f"it is not a LoRA adapter but {reprlib.repr(content)}")
     start = content.get("init_lora_weights")
     if isinstance(start, str) and _INEXACT.match(start):
         raise DataError(
-            f"init_lora_weights = {start[:50]!r} changes the base model; convert the adapter with peft's "
-            "path_initial_model_for_weight_conversion"
+            f"init_lora_weights = {reprlib.repr(start)} changes the base model; convert the adapter with "
+            "peft's path_initial_model_for_weight_conversion"
         )
     plain = vars(LoraConfig())
     own = {name: value for name, value in content.items() if name in _HONORED}
     rest = {name: value for name, value in content.items() if name not in (*_HONORED, *_PAST)}
     for name, value in rest.items():
         if name in plain and value != plain[name] and value:
-            raise DataError(f"{name} = {str(value)[:100]} is not supported")
+            raise DataError(f"{name} = {reprlib.repr(value)} is not supported")
     # Settings of a newer peft, whose defaults are not known here.
-    if unknown := sorted(name[:50] for name, value in rest.items() if name not in plain and value):
+    if unknown := sorted(
+        ascii(name[:50])[1:-1] for name, value in rest.items() if name not in plain and value
+    ):
         print(f"{path}: unknown settings, without effect: {', '.join(unknown[:10])}", file=sys.stderr)
     if start in _SUBTRACTED:
         own["init_lora_weights"] = start

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import reprlib
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def check_counts(directory: Path) -> None:
     labels = json.loads((directory / "config.json").read_text()).get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= 10_000):
         raise DataError(
-            f"{directory / 'config.json'}: num_labels = {str(labels)[:50]}; allowed: up to 10,000"
+            f"{directory / 'config.json'}: num_labels = {reprlib.repr(labels)}; allowed: up to 10,000"
         )
 
 
@@ -151,8 +152,8 @@ def check_embedded(tokens: dict[str, int], rows: int, name: str) -> None:
     if beyond:
         number, token = min(beyond)
         raise DataError(
-            f"{name}: the token {token!r} has the number {number}, but the model has embeddings of "
-            f"only {rows} tokens, from 0; use the tokenizer that belongs to the model"
+            f"{name}: the token {reprlib.repr(token)} has the number {number}, but the model has embeddings "
+            f"of only {rows} tokens, from 0; use the tokenizer that belongs to the model"
         )
 
 
@@ -163,9 +164,8 @@ def check_generation(model: LlamaForCausalLM, name: str) -> None:
         value = getattr(own, what)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and type(number) is not int:
-                raise DataError(
-                    f"{name}: generation_config.json: {what} = {value!r}; needed: a token's number"
-                )
+                found = f"generation_config.json: {what} = {reprlib.repr(value)}"
+                raise DataError(f"{name}: {found}; needed: a token's number")
     if own.pad_token_id is not None and own.pad_token_id >= rows:
         own.pad_token_id = model.config.pad_token_id
 

@@ -256,7 +256,7 @@ def with_trainer(spec: dict, clock: Clock) -> None:
     config = run.config
     model, tokenizer = checkpoints.build_model(run)
     split = data.read_data(run).split(config.data.validation, config.run.seed)
-    encoded = data.encode_examples(run, tokenizer, split.train, "training")
+    encoded = data.encode_examples(run, model, tokenizer, split.train, "training")
     order = LengthOrder(encoded.lengths, spec["batch"], config.train.by_length, config.run.seed)
     rows = [row for step in range(spec["steps"]) for row in order.rows(step).tolist()]
 

@@ -448,6 +448,11 @@ BROKEN = {
     "number as sentence": ("some.jsonl", b'{"sentence": 5, "label": 1}\n', "sentence = 5, .* needed: text"),
     "blank sentence": ("some.tsv", HEADER + b"hi\t1\n  \t0\n", "row 2: sentence = '  '"),
     "not utf-8": ("some.tsv", HEADER + b"caf\xe9\t1\n", "cannot be read as tsv .*utf-8"),
+    "deep json": (
+        "some.jsonl",
+        b'{"sentence": "hi", "label": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        "maximum recursion depth",
+    ),
     "broken json": ("some.json", b'[{"sentence": "hi"', "cannot be read as json "),
     "broken jsonl": ("some.jsonl", b'{"sentence": "hi", "label": 1}\nnonsense\n', "cannot be read as jsonl"),
     "open quote": ("some.csv", b'sentence,label\n"hi, 1\n', "cannot be read as csv"),

@@ -354,7 +354,7 @@ def test_ten_steps_are_those_of_the_hugging_face_trainer(
     options = {"experiment": "llama", "checkpoint_format": "", "backend": "torch", "device": "cpu"}
     other = Run(tmp_path / "trainer", config, **options)
     model, tokenizer = checkpoints.build_model(other)
-    encoded = train.encode_examples(other, tokenizer, sst2.read("sample").split(20).train, "training")
+    encoded = train.encode_examples(other, model, tokenizer, sst2.read("sample").split(20).train, "training")
     order = LengthOrder(encoded.lengths, 8, config.train.by_length, config.run.seed)
     rows = [row for step in range(10) for row in order.rows(step).tolist()]
 

@@ -1,20 +1,23 @@
 """Evaluation and export of the Llama experiment, and how sentences are scored."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blacksmith.datasets import sst2
-from blacksmith.errors import ConfigError
-from blacksmith.experiments.pytorch.llama import evaluation
+from blacksmith.errors import ConfigError, DataError, RunError
+from blacksmith.experiments.pytorch.llama import evaluate, evaluation, train
 from blacksmith.experiments.pytorch.llama.prompts import Prompt, encode
 from blacksmith.models.pytorch.llama import loading
+from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
 from blacksmith.run.checkpoint import find
 
 ACCURACY = 'Checkpoint.metric = "val_accuracy"'
@@ -164,7 +167,8 @@ def test_a_bfloat16_export_loses_nothing_of_the_adapter(run_llama, base, tmp_pat
 def test_likelihoods_are_those_of_whole_answers(base):
     model, tokenizer = loading.load_model(str(base))
     sentences, labels = ["fine", "a dull and joyless thing", "ok"], [1, 0, 1]
-    for words in (("A", "B"), ("AA", "AB"), ("A", "BCD")):
+    # The end token counts only where one answer begins the other.
+    for words, last in ((("A", "B"), -1), (("AA", "AB"), -1), (("A", "BCD"), -1), (("A", "AB"), None)):
         prompt = Prompt("Review: {sentence}\nSentiment: {label}", words)
         pairs = encoded(tokenizer, prompt, sentences, labels)
         for shared in (True, False):
@@ -178,7 +182,7 @@ def test_likelihoods_are_those_of_whole_answers(base):
                     answer = [
                         found[i - 1, tokens[i]] for i in range(len(tokens) - len(word) - 1, len(tokens))
                     ]
-                    logs.append(sum(answer[:-1]))
+                    logs.append(sum(answer[:last]))
                 expected = torch.stack(logs).softmax(0)
                 assert scores.probabilities[row] == pytest.approx(expected.numpy(), abs=1e-5)
 
@@ -250,3 +254,135 @@ def test_answers_are_parsed(text, expected):
 def test_of_labels_that_begin_alike_the_longer_one_counts():
     assert evaluation.parse_answer("goodish", ("good", "goodish")) == 1
     assert evaluation.parse_answer("good", ("good", "goodish")) == 0
+
+
+def add_to_adapter(adapter: Path, value: float, part: str = "lora_B") -> None:
+    """Adds a value to one number of a saved adapter."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if part in name)
+    tensors[name][0, 0] += value
+    save_file(tensors, path)
+
+
+@pytest.fixture
+def adapter(run_llama, base, tmp_path, pretrained) -> Path:
+    """A trained adapter of `base`."""
+    run_llama(*LORA, *pretrained(base), "llama.Train.steps = 3")
+    saved = find(tmp_path / "run").path
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(saved / name, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("mode", ["eval", "export"])
+def test_an_adapter_that_is_not_finite_gets_no_figures(run_llama, base, tmp_path, adapter, pretrained, mode):
+    add_to_adapter(adapter, float("nan"))
+    message = r"not finite: adapter, model\.layers\.0\.mlp\.down_proj\.lora_B"
+    if mode == "eval":
+        message = r"row \d+ of the test examples: the model's output is not finite; first " + message
+    with pytest.raises(DataError, match=message):
+        run_llama(*LORA, *pretrained(base), directory=tmp_path / "e", mode=mode, resume=str(adapter))
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_a_model_that_is_not_finite_is_refused_before_the_first_step(
+    run_llama, base, tmp_path, pretrained, value
+):
+    own = shutil.copytree(base, tmp_path / "own")
+    tensors = load_file(own / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = value
+    save_file(tensors, own / "model.safetensors", {"format": "pt"})
+    where = "base weights" if value != value else "activations"
+    with pytest.raises(
+        DataError, match=rf"row \d+ of the validation .* first not finite: {where}, "
+    ) as caught:
+        run_llama(*pretrained(own))
+    assert "learning rate" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_training_made_infinite_end_the_run(run_llama, tmp_path, monkeypatch):
+    score, calls = train.score, []
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise evaluation.NotFinite("row 7")
+        return score(*arguments)
+
+    monkeypatch.setattr(train, "score", broken)
+    with pytest.raises(RunError, match=r"validation at step 5: row 7; .*; a lower learning rate"):
+        run_llama()
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
+def test_an_export_that_differs_is_no_export(run_llama, base, tmp_path, adapter, pretrained, monkeypatch):
+    settings = [*LORA, *pretrained(base)]
+    flags = {"directory": tmp_path / "x", "mode": "export", "resume": str(adapter)}
+    assert run_llama(*settings, **flags) == 0
+    written = tmp_path / "x" / "export"
+    content = {path.name: path.read_bytes() for path in written.iterdir()}
+    merge = evaluate.merge
+
+    def another(model):
+        merged = merge(model)
+        with torch.no_grad():
+            merged.model.layers[1].self_attn.v_proj.weight[:] += 0.1
+        return merged
+
+    def untied(model):
+        merged = merge(model)
+        merged.config.tie_word_embeddings = False
+        return merged
+
+    for wrong, message in ((another, "logits differ by"), (untied, "it cannot be loaded: .*lm_head")):
+        monkeypatch.setattr(evaluate, "merge", wrong)
+        with pytest.raises(
+            RunError, match=f"the export differs from the model that was evaluated, .*{message}"
+        ):
+            run_llama(*settings, **flags)
+        # An older export stays; nothing else does.
+        assert {path.name: path.read_bytes() for path in written.iterdir()} == content
+        assert [p.name for p in (tmp_path / "x").iterdir() if not p.name.startswith(".lock")] == ["export"]
+
+
+def test_a_beginning_token_of_template_and_tokenizer_is_there_once(run_llama, tmp_path, capsys):
+    template = '"<|begin|>Review: {sentence}\\nSentiment: {label}"'
+    own = tmp_path / "own"
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
+    loading.make_model(len(tokenizer), 32, 48, 2, 4, 2, 512, seed=5).save_pretrained(own)
+    tokenizer.save_pretrained(own)
+    sizes = ["llama.Model.hidden_size = 64", "llama.Model.intermediate_size = 176"]
+    settings = [*sizes, f'llama.Model.name_or_path = "{own}"', "llama.Train.steps = 3"]
+    assert run_llama(*settings, f"llama.Data.template = {template}", directory=tmp_path / "a") == 0
+    told = capsys.readouterr().err
+    for what in ("training", "validation", "test"):
+        assert re.search(rf"(\d+) of \1 {what} examples have two beginning tokens, .*: one was dropped", told)
+    without = template.replace("<|begin|>", "")
+    assert run_llama(*settings, f"llama.Data.template = {without}", directory=tmp_path / "b") == 0
+    assert "beginning tokens" not in capsys.readouterr().err
+    assert result(tmp_path / "a")["test"] == result(tmp_path / "b")["test"]
+
+
+def test_a_text_with_a_token_beyond_the_embedding_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    examples = sst2.Examples(("fine", "an <image> of it"), np.array([1, 0]), np.array([4, 9]))
+    prompt, options = Prompt("{sentence}: {label}", ("no", "yes")), {"max_length": 99, "too_long": "drop"}
+    message = r"row 9 of the test examples: the token '<image>' has the number 259, .* only 259 tokens"
+    with pytest.raises(DataError, match=message):
+        encode(tokenizer, prompt, examples, **options, rows=259, what="test")
+    assert len(encode(tokenizer, prompt, examples, **options, rows=260)) == 2
+
+
+def test_answers_that_are_the_same_tokens_are_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.normalizer = normalizers.Replace("yes", "no")
+    with pytest.raises(ConfigError, match="both are the same tokens"):
+        encoded(tokenizer, Prompt("{sentence}: {label}", ("no", "yes")), ["fine"], [1])

@@ -217,7 +217,10 @@ def remove(name):
 
 BROKEN = {
     "config not JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "config.json cannot be read"),
-    "config a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "config.json cannot be read"),
+    "config a list": (
+        lambda d: (d / "adapter_config.json").write_text("[]"),
+        "config.json: it is not a LoRA",
+    ),
     "other method": (edit_config(peft_type="IA3"), "not a LoRA adapter"),
     "other layer": (
         edit_config(target_modules=["nowhere"]),
@@ -226,9 +229,41 @@ BROKEN = {
     "other rank": (edit_config(r=2), r"safetensors does not fit the model: .*, in the model \(2,"),
     "rank 0": (edit_config(r=0), "config.json cannot be read or does not fit the model"),
     "rank of text": (edit_config(r="4"), "config.json cannot be read or does not fit the model: TypeError"),
-    "package not installed": (
-        edit_config(megatron_config={"a": 1}),
-        "config.json cannot be read or does not fit the model",
+    "module of its own": (
+        edit_config(megatron_config={"a": 1}, megatron_core="antigravity"),
+        r"config.json: megatron_config = {'a': 1} is not supported",
+    ),
+    "other rank of a layer": (
+        edit_config(rank_pattern={"q_proj": 10**12}),
+        "a rank of 1000000000000 does not fit",
+    ),
+    "rank beyond its weights": (
+        edit_config(r=10**12),
+        "a rank of 1000000000000 does not fit its weights, of at",
+    ),
+    "many tokens": (edit_config(trainable_token_indices=[0] * 99), "99 trainable token indices do not fit"),
+    "many layers": (
+        edit_config(layer_replication=[[0, 10**9]]),
+        r"layer_replication = \[\[0, 1000000000\]\] is not",
+    ),
+    "random start": (
+        edit_config(init_lora_weights="pissa_niter_999999999"),
+        "'pissa_niter_999999999' changes the",
+    ),
+    "backtracking": (edit_config(target_modules="((_|[^.])+.?)+x"), "matches no layer"),
+    "slow pattern": (
+        edit_config(target_modules="(.*?)" * 10 + r"\d{5}"),
+        "regular expression .* takes too long",
+    ),
+    "slow rank": (
+        edit_config(rank_pattern={"(.*?)" * 10 + r"\d{5}": 2}),
+        "regular expression .* takes too long",
+    ),
+    "not a pattern": (edit_config(target_modules="(q_proj"), "config.json cannot be read or does not fit"),
+    "pattern of no layer": (edit_config(target_modules="x.*"), "target_modules = 'x.*' matches no layer"),
+    "pattern as a name": (
+        edit_config(layers_pattern=["(a+)+"], layers_to_transform=[0]),
+        "needed: a plain name",
     ),
     "no weights": (remove("adapter_model.safetensors"), "safetensors cannot be read"),
     "truncated weights": (cut, "safetensors cannot be read"),
@@ -241,7 +276,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_adapter_is_refused_in_one_line(tmp_path, case):
+def test_a_broken_adapter_is_refused_in_one_line(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(adapters, "_MATCH_SECONDS", 0.1)
     change, message = BROKEN[case]
     adapters.save_adapter(adapted(), tmp_path)
     change(tmp_path)
@@ -249,6 +285,71 @@ def test_a_broken_adapter_is_refused_in_one_line(tmp_path, case):
         adapters.load_adapter(base(), tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": r".*_proj", "exclude_modules": r".*\.0\..*"},
+        {
+            "target_modules": ["q_proj"],
+            "rank_pattern": {r"layers\.[1-9]\..*": 2},
+            "alpha_pattern": {"q_.*": 1},
+        },
+        {"target_modules": ["q_proj"], "rank_pattern": {r".*1\.self_attn\..+": 2, r".+": 3}},
+    ],
+    ids=["pattern", "exclude", "ranks", "first-rank"],
+)
+def test_patterns_mean_what_they_mean_in_peft(tmp_path, options):
+    model = get_peft_model(base(), LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(0.05)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(adapters.load_adapter(base(), tmp_path)), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_copies_of_base_weights_are_accepted_if_they_are_the_same(tmp_path):
+    model = adapted_ends(["q_proj", HEAD])
+    model.save_pretrained(tmp_path)
+    name = "base_model.model.lm_head.base_layer.weight"
+    assert name in load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(logits(adapters.load_adapter(base(), tmp_path)), logits(model))
+    with pytest.raises(DataError, match=r"lm_head\.base_layer\.weight is .*, in the model missing"):
+        adapters.load_adapter(base(seed=6), tmp_path)
+
+
+def test_a_setting_of_a_newer_peft_is_named(tmp_path, capsys):
+    adapters.save_adapter(adapted(), tmp_path)
+    edit_config(use_newest=True, newest_config=None)(tmp_path)
+    assert torch.equal(logits(adapters.load_adapter(base(), tmp_path)), logits(adapted()))
+    assert "unknown settings, without effect: use_newest\n" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying")
+@pytest.mark.parametrize("tie", [False, True], ids=["embedding", "both"])
+def test_merging_trained_tokens_gives_the_same_logits(tmp_path, tie):
+    settings = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        trainable_token_indices=[5, 80],
+        ensure_weight_tying=tie,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base(), settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    expected = logits(model)
+    assert (expected - logits(base())).abs().amax() > 0.05
+    merged = adapters.merge(model)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(merged))
 
 
 def test_an_adapter_for_a_wider_model_does_not_fit(tmp_path):

@@ -5,6 +5,7 @@ The library takes more than half a second to import, so it is imported on first 
 
 import csv
 import glob
+import json
 import logging
 import os
 import re
@@ -38,6 +39,8 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w[\w.-]*))?", re.ASCII)  # owner/name[:configuration]
+
+_SPACE = re.compile(r"\s*")
 
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
@@ -150,6 +153,8 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
     if reader == "from_csv":  # as text, because the sentence "1987" would become a number
         options = {**options, "converters": dict.fromkeys(columns, str)}
     try:
+        if reader == "from_json":
+            _check_json(path)
         # `datasets.load_dataset` does the same, but reports each use to the hub. The library always writes to
         # a cache; a temporary one leaves nothing behind.
         with _library() as library, tempfile.TemporaryDirectory() as cache:
@@ -162,6 +167,15 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
     if reader == "from_csv" and "__index_level_0__" in rows.column_names:
         raise DataError(f"{path}: the rows have more fields than the header")
     return _Table(str(path), path.name, rows)
+
+
+def _check_json(path: Path) -> None:
+    """Raises an exception for JSON that is broken, or nested so deeply that pyarrow would crash."""
+    text, decoder = path.read_text("utf-8-sig"), json.JSONDecoder()
+    position = _SPACE.match(text).end()
+    while position < len(text):
+        _, position = decoder.raw_decode(text, position)
+        position = _SPACE.match(text, position).end()
 
 
 def _read_hub(source: str) -> dict[str, _Table]:

@@ -2,11 +2,13 @@
 
 import sys
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from blacksmith.datasets import sst2
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Prompt, encode
+from blacksmith.models.pytorch.llama.prefix import causal_model
 from blacksmith.run.run import Run
 
 
@@ -17,12 +19,17 @@ def read_data(run: Run) -> sst2.Source:
 
 
 def encode_examples(
-    run: Run, tokenizer: PreTrainedTokenizerBase, examples: sst2.Examples, what: str
+    run: Run,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: sst2.Examples,
+    what: str,
 ) -> Encoded:
     """Returns ``training``, ``validation`` or ``test`` examples as tokens, without those to be left out.
 
     Raises:
       ConfigError: none is left; the template or the labels do not suit the tokenizer.
+      DataError: the tokenizer fails, or does not suit the model.
     """
     data = run.config.data
     if what != "test":
@@ -34,12 +41,16 @@ def encode_examples(
         examples = examples.take(rows)
     too_long = data.too_long if what == "training" else "truncate"
     prompt = Prompt(data.template, data.labels)
-    encoded = encode(tokenizer, prompt, examples, max_length=data.max_length, too_long=too_long)
+    rows = causal_model(model).config.vocab_size
+    options = {"max_length": data.max_length, "too_long": too_long}
+    encoded = encode(tokenizer, prompt, examples, **options, rows=rows, what=what)
     if not len(encoded):
         raise ConfigError(f"llama.Data.max_length = {data.max_length} leaves no {what} example; raise it")
     longer = f"more than {data.max_length} tokens"
     _report(len(examples) - len(encoded), len(examples), what, f"{longer}: left out")
     _report(encoded.truncated, len(examples), what, f"{longer}: truncated")
+    twice = "two beginning tokens, of the template and of the tokenizer: one was dropped"
+    _report(encoded.begun_twice, len(examples), what, twice)
     return encoded
 
 

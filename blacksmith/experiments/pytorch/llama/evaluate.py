@@ -11,14 +11,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from blacksmith.datasets import sst2
+from blacksmith.errors import RunError, UserError
 from blacksmith.experiments.pytorch.llama import evaluation
 from blacksmith.experiments.pytorch.llama.checkpoints import load_model
 from blacksmith.experiments.pytorch.llama.data import encode_examples, read_data
-from blacksmith.experiments.pytorch.llama.prompts import Encoded
+from blacksmith.experiments.pytorch.llama.prompts import Encoded, collate
 from blacksmith.files import atomic_directory, write_json
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.adapters import merge
+from blacksmith.models.pytorch.llama.finite import check_weights
+from blacksmith.models.pytorch.llama.prefix import causal_model, target_logits
 from blacksmith.run.run import Run
+
+_COMPARED = 8  # sentences for which an export must answer as before
 
 
 def evaluate(run: Run) -> int:
@@ -36,13 +41,14 @@ def evaluate(run: Run) -> int:
         "checkpoint": str(run.external_weights or run.resumed.path),
         "data": run.data,
     }
+    testing = encode_examples(run, model, tokenizer, data.test, "test")
     if same:
-        scores = score(run, model, encode_examples(run, tokenizer, data.validation, "validation"))
+        scores = score(run, model, encode_examples(run, model, tokenizer, data.validation, "validation"))
         if scores is None:
             return run.stopped()
         result["val"] = {"loss": scores.loss, "accuracy": scores.accuracy}
     directory = run.directory / "eval"  # the `eval_results.json` of training is not overwritten
-    result["test"] = test(run, model, tokenizer, data.test, directory)
+    result["test"] = test(run, model, tokenizer, testing, directory)
     if result["test"] is None:
         return run.stopped()
     write_json(run.directory / "eval.json", result)
@@ -63,7 +69,7 @@ def test(
     run: Run,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    examples: sst2.Examples,
+    encoded: Encoded,
     directory: Path,
 ) -> dict[str, Any] | None:
     """Scores all examples by likelihood and `llama.Evaluation.generate` of them by generation.
@@ -76,7 +82,7 @@ def test(
       the run is to stop.
     """
     settings, words = run.config.evaluation, run.config.data.labels
-    encoded = encode_examples(run, tokenizer, examples, "test")
+    examples = encoded.examples
     scores = score(run, model, encoded)
     if scores is None:
         return None
@@ -143,16 +149,58 @@ def autocast(run: Run) -> torch.autocast:
 
 
 def export(run: Run) -> int:
-    """``--mode=export``: writes the model, with its adapter merged, as a Hugging Face model directory."""
+    """``--mode=export``: writes the model, with its adapter merged, as a Hugging Face model directory.
+
+    The directory gets its name once the model in it was loaded and answered some sentences as before.
+    """
     model, tokenizer = load_model(run)
-    if run.config.lora.rank is not None or run.external_weights:
+    check_weights(model, str(run.external_weights or run.resumed.path))
+    adapted = run.config.lora.rank is not None or run.external_weights
+    if adapted:
         if run.config.model.dtype != "float32":
             print("written in float32, since bfloat16 would round small updates away", file=sys.stderr)
-        model = merge(model.float())
+        model = model.float()
+    if run.config.model.attention == "flash_attention_2":  # not in float32
+        causal_model(model).set_attn_implementation("sdpa")
+    sentences = sst2.read("sample").for_testing().test.take(range(_COMPARED))
+    before = encode_examples(run, model, tokenizer, sentences, "test")
+    evaluation.score(model, before, batch_size=1)  # raises if it is not finite
+    expected = _answer_logits(model, before)
+    if adapted:
+        model = merge(model)
     directory = run.directory / "export"
     with atomic_directory(directory) as temporary, loading.quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        del model
+        _compare(run, temporary, sentences, before, expected)
         shutil.rmtree(directory, ignore_errors=True)  # an older export
     print(directory)
     return 0
+
+
+@torch.no_grad()
+def _answer_logits(model: torch.nn.Module, encoded: Encoded) -> torch.Tensor:
+    """The logits at the answers of some examples: float32 [targets, vocabulary]."""
+    device = next(model.parameters()).device
+    return target_logits(model.eval(), collate(encoded.correct, encoded.shared_prefix()).to(device))
+
+
+def _compare(
+    run: Run, written: Path, sentences: sst2.Examples, before: Encoded, expected: torch.Tensor
+) -> None:
+    """Raises RunError if the model in a directory does not compute what was to be exported."""
+    problem = "the export differs from the model that was evaluated, and was removed"
+    try:
+        model, tokenizer = loading.load_model(str(written))
+        after = encode_examples(run, model, tokenizer, sentences, "test")
+    except UserError as error:
+        raise RunError(f"{problem}: it cannot be loaded: {error}") from error
+    if after.correct != before.correct:
+        raise RunError(f"{problem}: its tokenizer gives other tokens")
+    found = _answer_logits(model.to(run.device), after)
+    # Merging rounds each weight once; of a different model, the logits differ by about their own size.
+    limit = 1e-3 * float(expected.abs().max().clamp(min=1))
+    difference = float((found - expected).abs().max())
+    if not difference <= limit:  # nor if it is NaN
+        raise RunError(f"{problem}: logits differ by {difference:.3g}, more than {limit:.3g}")

@@ -1,7 +1,7 @@
 """From sentences to tokens and batches: the prompt, and which of its tokens are the answer."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from blacksmith.datasets import sst2
-from blacksmith.errors import ConfigError
+from blacksmith.errors import ConfigError, DataError
+from blacksmith.models.pytorch.llama.checks import check_embedded, one_line_errors
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, common_prefix
 
 
@@ -43,6 +44,8 @@ class Encoded:
     correct: list[Tokens]
     incorrect: list[Tokens]
     truncated: int  # how many sentences were truncated
+    begun_twice: int = 0  # how many began with two beginning tokens, of which one was dropped
+    what: str = "data"  # training, validation or test, for messages
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -65,18 +68,25 @@ def encode(
     *,
     max_length: int,
     too_long: Literal["drop", "truncate"],
+    rows: int | None = None,
+    what: str = "data",
 ) -> Encoded:
-    """Encodes examples in the prompt, each with both answers.
+    """Encodes ``training``, ``validation`` or ``test`` examples in the prompt, each with both answers.
 
     The first answer token is the first one that contains a character of the answer. It may begin before the
     answer: tokenizers often merge a space with the word after it. An example of more than `max_length` tokens
-    with the longer answer, whatever its label, is left out, or its sentence truncated.
+    with the longer answer, whatever its label, is left out, or its sentence truncated. A beginning token that
+    both the template and the tokenizer put first is dropped once.
+
+    Args:
+      rows: tokens that the model has embeddings of; None: not checked.
 
     Raises:
       ConfigError: the prompt alone is too long, has no token before the answer, or merges with only one of
-        the answers, so that their likelihoods would cover different text.
+        the answers, so that their likelihoods would cover different text, or both are the same tokens.
+      DataError: the tokenizer fails, or a text contains a token that the model has no embedding of.
     """
-    rows, pairs, truncated = [], [], 0
+    kept_rows, pairs, truncated, begun_twice = [], [], 0, 0
     for row, pair in enumerate(_encode(tokenizer, prompt, examples.sentences)):
         if _longest(pair) > max_length:
             if too_long == "drop":
@@ -92,12 +102,36 @@ def encode(
                 f"llama.Data.labels = {prompt.labels}: this tokenizer merges only one of them with {seam!r} "
                 "before it; use labels that begin alike, or change the end of the template"
             )
-        rows.append(row)
+        if pair[0].ids == pair[1].ids:
+            raise ConfigError(
+                f"llama.Data.labels = {prompt.labels}: to this tokenizer, both are the same tokens"
+            )
+        if rows is not None and (beyond := [i for ids, _ in pair for i in ids if i >= rows]):
+            named = {tokenizer.convert_ids_to_tokens(i): i for i in beyond}
+            check_embedded(named, rows, f"row {examples.numbers[row]} of the {what} examples")
+        begun_twice += _begins_twice(tokenizer, pair[0].ids)
+        pair = tuple(_begun_once(tokenizer, tokens) for tokens in pair)
+        kept_rows.append(row)
         pairs.append(pair)
-    kept = examples.take(rows)
+    kept = examples.take(kept_rows)
     correct = [pair[label] for pair, label in zip(pairs, kept.labels)]
     incorrect = [pair[1 - label] for pair, label in zip(pairs, kept.labels)]
-    return Encoded(kept, correct, incorrect, truncated)
+    return Encoded(kept, correct, incorrect, truncated, begun_twice, what)
+
+
+def _begins_twice(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    begin = tokenizer.bos_token_id
+    return begin is not None and list(ids[:2]) == [begin, begin]
+
+
+def _begun_once(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tokens:
+    return Tokens(tokens.ids[1:], tokens.answer - 1) if _begins_twice(tokenizer, tokens.ids) else tokens
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Mapping[str, list]:
+    """Returns `input_ids` and `offset_mapping` of texts; raises DataError if the tokenizer fails."""
+    with one_line_errors(f"a text with the tokenizer of {tokenizer.name_or_path or 'the model'}"):
+        return tokenizer(texts, return_offsets_mapping=True)
 
 
 def _longest(pair: Sequence[Tokens]) -> int:
@@ -111,10 +145,15 @@ def _encode(
     questions = [prompt.question(sentence) for sentence in sentences]
     found: list[list[Tokens]] = []
     for answer in prompt.labels:
-        encoded = tokenizer([question + answer for question in questions], return_offsets_mapping=True)
+        encoded = _tokenize(tokenizer, [question + answer for question in questions])
         found.append([])
         for question, ids, spans in zip(questions, encoded["input_ids"], encoded["offset_mapping"]):
-            first = next(i for i, (_, end) in enumerate(spans) if end > len(question))
+            first = next((i for i, (_, end) in enumerate(spans) if end > len(question)), None)
+            if first is None:
+                raise DataError(
+                    f"the tokenizer of {tokenizer.name_or_path} returns no token for the answer {answer!r}; "
+                    "use the tokenizer that belongs to the model"
+                )
             ended = ids[-1] == tokenizer.eos_token_id  # some tokenizers add it themselves
             found[-1].append(Tokens(ids if ended else [*ids, tokenizer.eos_token_id], first))
     return list(zip(*found))
@@ -128,7 +167,7 @@ def _truncate(
     def pair(end: int) -> tuple[Tokens, ...]:
         return _encode(tokenizer, prompt, [sentence[:end].rstrip()])[0]
 
-    spans = tokenizer(prompt.question(sentence), return_offsets_mapping=True)["offset_mapping"]
+    (spans,) = _tokenize(tokenizer, [prompt.question(sentence)])["offset_mapping"]
     first = prompt.template.index("{sentence}")
     ends = sorted({0, *(end - first for _, end in spans if first < end < first + len(sentence))})
     # Fewer characters can give more tokens, but never many: bisection finds the longest fit to within a few.

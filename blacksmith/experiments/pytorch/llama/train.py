@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from blacksmith.errors import RunError
 from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model, load_weights
 from blacksmith.experiments.pytorch.llama.data import encode_examples, read_data
 from blacksmith.experiments.pytorch.llama.evaluate import autocast, score, test
+from blacksmith.experiments.pytorch.llama.evaluation import NotFinite
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, collate, collate_whole
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.prefix import token_losses
@@ -36,8 +38,9 @@ def train(run: Run) -> int:
     data = read_data(run).split(config.data.validation, config.run.seed)
     run.use_data(data.info)
     model, tokenizer = build_model(run)
-    training = encode_examples(run, tokenizer, data.train, "training")
-    validation = encode_examples(run, tokenizer, data.validation, "validation")
+    training = encode_examples(run, model, tokenizer, data.train, "training")
+    validation = encode_examples(run, model, tokenizer, data.validation, "validation")
+    testing = encode_examples(run, model, tokenizer, data.test, "test")  # now, so that it cannot fail later
     prefix = training.shared_prefix() if settings.shared_prefix else []
     order = LengthOrder(training.lengths, settings.batch_size, settings.by_length, config.run.seed)
     end = settings.total_steps(order.steps_per_epoch)
@@ -64,7 +67,15 @@ def train(run: Run) -> int:
         if loop.step == 0:
             loop.say(f"validating on {len(validation):,} sentences before the first step")
         with averages.applied():
-            scores = score(run, model, validation)
+            try:
+                scores = score(run, model, validation)
+            except NotFinite as error:
+                if loop.step == 0:
+                    raise
+                raise RunError(
+                    f"validation at step {loop.step}: {error}; {run.checkpoints.describe_newest()}; "
+                    "a lower learning rate or gradient clipping may help"
+                ) from error
         model.train()
         return scores and {"loss": scores.loss, "accuracy": scores.accuracy}
 
@@ -124,7 +135,7 @@ def train(run: Run) -> int:
     def test_checkpoint(saved: Any) -> dict[str, Any] | None:
         load_weights(model, saved, state.base)
         print(f"testing {saved.path.name} on {len(data.test):,} sentences", file=sys.stderr)
-        return test(run, model, tokenizer, data.test, run.directory)
+        return test(run, model, tokenizer, testing, run.directory)
 
     return loop.finish(test_checkpoint, sizes)
 

@@ -1,21 +1,44 @@
 """LoRA adapters in PEFT's own layout. An adapter that does not fit the model is refused; peft accepts it."""
 
+import json
+import re
+import reprlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import peft
+import regex
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from blacksmith.errors import ConfigError, DataError, first_line
+from blacksmith.errors import ConfigError, DataError, UserError, first_line
+
+# What an adapter may ask for in `adapter_config.json`. Of the rest, some import a module by name, some change
+# the weights of the base model, and some compute something else than an adapter.
+_HONORED = (
+    *("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_rslora", "use_dora", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "ensure_weight_tying"),
+    "base_model_name_or_path",
+)
+# What they describe is over once an adapter is trained.
+_PAST = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
+    *("init_lora_weights", "loftq_config", "eva_config", "runtime_config", "megatron_core"),
+    "qalora_group_size",
+)
+# Initial values that are subtracted from the base model: exactly, or differently each time.
+_SUBTRACTED, _INEXACT = ("pissa", "olora"), re.compile(r"pissa_|corda|loftq|lora_ga")
+_PLAIN = re.compile(r"[\w.-]+")
+_MATCH_SECONDS = 1
 
 
 def add_lora(
@@ -69,20 +92,20 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
     """Adds a saved LoRA adapter to a model, in place, for evaluation; raises DataError if it does not fit."""
     path = Path(directory) / "adapter_config.json"
+    found = read_safetensors(Path(directory) / "adapter_model.safetensors")
     try:
+        settings = _read_settings(path)
+        base = "".join(c for c in str(settings.base_model_name_or_path)[:200] if c.isprintable())
+        _resolve_patterns(settings, [name for name, _ in model.named_modules()])
+        _check_counts(settings, found)
         with warnings.catch_warnings():
-            # The base model may lie elsewhere now. A newer peft has settings that this one skips; they do not
-            # matter if the weights fit.
-            warnings.simplefilter("ignore")
-            settings = PeftConfig.from_pretrained(str(directory))
-            if not isinstance(settings, LoraConfig):
-                raise TypeError(f"it is not a LoRA adapter but {type(settings).__name__}")
-            settings.inference_mode = True
-            base = settings.base_model_name_or_path
+            warnings.simplefilter("ignore")  # the base model may lie elsewhere now
             peft_model = peft.get_peft_model(model, settings)
+    except UserError as error:
+        raise DataError(f"{path}: {error}") from error
     except Exception as error:
-        # Invalid settings fail anywhere in peft: TypeError, re.error, ImportError, ValueError.
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        # Invalid settings fail anywhere in peft: TypeError, ImportError, ValueError.
+        reason = f"{type(error).__name__}: {first_line(error)[:300]}"
         raise DataError(f"{path} cannot be read or does not fit the model: {reason}") from error
     print(
         f"adapter: rank {settings.r}, alpha {settings.lora_alpha}, trained on {base}, used with "
@@ -93,12 +116,86 @@ def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
     return peft_model
 
 
+def _read_settings(path: Path) -> LoraConfig:
+    """Returns what an `adapter_config.json` says; raises DataError for a setting that is not supported."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        raise DataError(f"it is not a LoRA adapter but {reprlib.repr(content)}")
+    start = content.get("init_lora_weights")
+    if isinstance(start, str) and _INEXACT.match(start):
+        raise DataError(
+            f"init_lora_weights = {reprlib.repr(start)} changes the base model; convert the adapter with "
+            "peft's path_initial_model_for_weight_conversion"
+        )
+    plain = vars(LoraConfig())
+    own = {name: value for name, value in content.items() if name in _HONORED}
+    rest = {name: value for name, value in content.items() if name not in (*_HONORED, *_PAST)}
+    for name, value in rest.items():
+        if name in plain and value != plain[name] and value:
+            raise DataError(f"{name} = {reprlib.repr(value)} is not supported")
+    # Settings of a newer peft, whose defaults are not known here.
+    if unknown := sorted(
+        ascii(name[:50])[1:-1] for name, value in rest.items() if name not in plain and value
+    ):
+        print(f"{path}: unknown settings, without effect: {', '.join(unknown[:10])}", file=sys.stderr)
+    if start in _SUBTRACTED:
+        own["init_lora_weights"] = start
+    return LoraConfig(**own, task_type="CAUSAL_LM", inference_mode=True)
+
+
+def _resolve_patterns(settings: LoraConfig, modules: Sequence[str]) -> None:
+    """Replaces regular expressions, which may take forever, by the names of the modules that they match."""
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(settings, field)
+        if isinstance(pattern, str) and pattern != "all-linear":
+            names = {name for name in modules if _matches(pattern, name)}
+            if not names and field == "target_modules":
+                raise DataError(f"{field} = {pattern[:200]!r} matches no layer of the model")
+            setattr(settings, field, names)
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(settings, field)
+        if not all(map(_PLAIN.fullmatch, patterns)):
+            # The first one counts, as in peft.
+            reversed_ = [(rf"(.*\.)?({key})", value) for key, value in patterns.items()][::-1]
+            resolved = {n: value for key, value in reversed_ for n in modules if _matches(key, n)}
+            setattr(settings, field, resolved)
+    for field in ("layers_pattern", "modules_to_save"):
+        names = getattr(settings, field) or []
+        for name in [names] if isinstance(names, str) else names:
+            if not _PLAIN.fullmatch(name):
+                raise DataError(f"{field} = {name[:200]!r}; needed: a plain name")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return regex.fullmatch(pattern, name, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise DataError(f"the regular expression {pattern[:200]!r} takes too long") from error
+
+
+def _check_counts(settings: LoraConfig, found: Mapping[str, Tensor]) -> None:
+    """Raises DataError if the adapter's sizes are beyond those of its own weights."""
+    most = max((size for tensor in found.values() for size in tensor.shape), default=0)
+    for rank in (settings.r, *settings.rank_pattern.values()):
+        if rank > most:
+            raise DataError(f"a rank of {rank} does not fit its weights, of at most {most}")
+    indices: Iterable = settings.trainable_token_indices or ()
+    for one in indices.values() if isinstance(indices, dict) else [indices]:
+        if len(one) > most:
+            raise DataError(f"{len(one):,} trainable token indices do not fit its weights, of at most {most}")
+
+
 def load_weights(model: PeftModel, directory: Path) -> None:
     """Loads the weights of a saved adapter into a similar one; raises DataError if they do not fit."""
     path = Path(directory) / "adapter_model.safetensors"
-    found = read_safetensors(path)
+    found, own = read_safetensors(path), model.state_dict()
+    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    # peft saves a copy of the base model's embeddings beside an adapter of them.
+    for name in found.keys() & own.keys() - wanted.keys():
+        if torch.equal(found[name], own[name].to("cpu", found[name].dtype)):
+            del found[name]
     # peft itself ignores weights it has no place for, and keeps random numbers for those that are missing.
-    check_fit(found, peft.get_peft_model_state_dict(model, save_embedding_layers=False), path)
+    check_fit(found, wanted, path)
     peft.set_peft_model_state_dict(model, found)
 
 
@@ -110,9 +207,12 @@ def merge(model: PeftModel) -> LlamaForCausalLM:
     # Merging writes into the weight itself. A weight that head and embedding share would change in both.
     if updated and head.weight is embedding.weight:
         getattr(head, "base_layer", head).weight = nn.Parameter(head.weight.detach().clone())
-    if head.weight is not embedding.weight:
-        base.config.tie_word_embeddings = False
-    return model.merge_and_unload()
+        base.config.tie_word_embeddings = False  # else peft warns
+    merged = model.merge_and_unload()
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    # Only now: a layer that wraps another one may make its weight anew each time it is asked for.
+    merged.config.tie_word_embeddings = head.weight.data_ptr() == embedding.weight.data_ptr()
+    return merged
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -24,7 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 from blacksmith import assets, files, network
-from blacksmith.errors import ConfigError, DataError, UserError, first_line
+from blacksmith.errors import DataError, first_line
+from blacksmith.models.pytorch.llama import checks
 from blacksmith.models.pytorch.llama.prefix import causal_model
 
 _TINY = "gin/llama_sst2_tiny.gin needs no download"
@@ -48,7 +49,12 @@ def make_model(
     dtype: str = "float32",
     attention: str = "sdpa",
 ) -> LlamaForCausalLM:
-    """Returns a model with random weights and tied embeddings; the global random state is left unchanged."""
+    """Returns a model with random weights and tied embeddings; the global random state is left unchanged.
+
+    Raises:
+      ConfigError: the implementation of attention is not installed.
+    """
+    checks.check_attention(attention)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -80,11 +86,14 @@ def load_model(
       DataError: the model is missing, unreachable, gated, broken, quantized or not a Llama.
       ConfigError: a package that it needs is not installed.
     """
+    checks.check_attention(attention)
     path = _locate(name_or_path)
     if path.is_file():
         path = _convert_gguf(name_or_path, path)
     model, tokenizer = _read(name_or_path, path, dtype=getattr(torch, dtype), attn_implementation=attention)
     model.config.use_cache = True
+    with checks.one_line_errors(name_or_path), quiet():
+        checks.try_out(model, tokenizer)
     model.name_or_path = name_or_path  # recorded in adapters as their base model
     return model, tokenizer
 
@@ -181,7 +190,7 @@ def _convert_gguf(name: str, path: Path) -> Path:
     Reading GGUF takes transformers 20 seconds for 135M weights, safetensors one. Each version may convert
     differently.
     """
-    with _one_line_errors(name):
+    with checks.one_line_errors(name):
         digest = files.file_sha256(path)
     copy = files.cache_dir() / "gguf" / f"{digest[:32]}-transformers-{transformers.__version__}"
     if copy.is_dir():
@@ -216,13 +225,24 @@ def _read(name: str, path: Path, **options: Any) -> tuple[LlamaForCausalLM, PreT
         raise DataError(f"{name}: {directory} contains an adapter; move it to a directory of its own")
     if path.is_dir() and not any(path.glob("tokenizer.*")):  # transformers would make an empty tokenizer
         raise DataError(f"{name}: there is no tokenizer in {path}")
-    with _one_line_errors(name if name == str(path) else f"{name} ({path})"), quiet():
+    place = name if name == str(path) else f"{name} ({path})"
+    with checks.one_line_errors(place), quiet():
+        if path.is_dir():
+            checks.check_names(path)
+            checks.check_counts(path)
         config = transformers.AutoConfig.from_pretrained(directory, **where)
         if config.model_type != "llama":
             raise DataError(f"{name} is a {config.model_type} model; only llama models are supported")
         if getattr(config, "quantization_config", None):
             raise DataError(f"{name} is quantized; use weights that are not, or a .gguf file")
+        # Settings of what a model returns, not of what it computes.
+        config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+        checks.check_size(config, path)
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, **where)
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise DataError(f"{name}: the tokenizer has no end token, or no character offsets of its tokens")
+        checks.check_rules(tokenizer, place)
+        checks.check_tokens(config, tokenizer, name)
         model, info = LlamaForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -232,28 +252,10 @@ def _read(name: str, path: Path, **options: Any) -> tuple[LlamaForCausalLM, PreT
             **where,
             **options,
         )
-    # transformers only warns about these, and fills what is missing with random numbers.
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info[kind]:
-            keys = f"{kind.replace('_', ' ')}: {min(map(str, info[kind]))}"
-            raise DataError(f"{name}: the weights do not match config.json: {keys}")
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise DataError(f"{name}: the tokenizer has no end token, or no character offsets of its tokens")
-    # `vocab_size` does not count tokens that were added by name; an unused one needs no row.
-    tokens, rows = tokenizer.vocab_size, model.get_input_embeddings().num_embeddings
-    if tokens > rows or tokenizer.eos_token_id >= rows:
-        raise DataError(f"{name}: the tokenizer has {tokens} tokens, the model {rows}")
+        # transformers only warns about these, and fills what is missing with random numbers.
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if info[kind]:
+                keys = f"{kind.replace('_', ' ')}: {min(map(str, info[kind]))}"
+                raise DataError(f"{name}: the weights do not match config.json: {keys}")
+        checks.check_generation(model, name)
     return model, tokenizer
-
-
-@contextlib.contextmanager
-def _one_line_errors(name: str) -> Iterator[None]:
-    """Turns any exception of a library into one line: a truncated file can raise every kind."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:  # flash-attn for an attention, sentencepiece for a tokenizer.model
-        raise ConfigError(f"{name} needs a package that is not installed: {first_line(error)}") from error
-    except Exception as error:
-        raise DataError(f"{name} cannot be read: {type(error).__name__}: {first_line(error)}") from error

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -389,11 +390,33 @@ def test_the_cube_of_the_classic_cameras_has_a_half_side_of_1_45():
 
 def test_the_cube_is_no_larger_than_the_nearest_camera_sees():
     target = np.array([3.0, -2.0, 0.5])
-    places = target + np.concatenate([_on_sphere(20), _on_sphere(1, radius=2.0)])
+    places = target + np.concatenate([_on_sphere(20, radius=2.5), _on_sphere(1, radius=2.0)])
     bounds = estimate_bounds(_cameras(places, target, width=100, height=200, angle=0.5))
     # The picture is twice as high as it is wide, so that the wider angle is the vertical one.
     half = 2.0 * 2 * math.tan(0.25)
     np.testing.assert_allclose(bounds, [target - half, target + half], atol=1e-4)
+
+
+@pytest.mark.parametrize("radius", [0.3, 1.8, 2.9])
+def test_a_few_close_ups_do_not_shrink_the_cube(radius):
+    bounds = estimate_bounds(_cameras(np.concatenate([_on_sphere(20), _on_sphere(5, radius=radius)])))
+    np.testing.assert_allclose(bounds, [[-1.4512] * 3, [1.4512] * 3], atol=2e-3)
+
+
+def test_the_cube_holds_what_the_masks_show():
+    # Most are close-ups, which see 0.72; the other masks show a square that reaches 1 from the center.
+    near, far = _cameras(_on_sphere(15, radius=2.0)), _cameras(_on_sphere(6))
+    masks = np.ones((21, 200, 200), bool)  # of a close-up, which shows no end of it
+    pixels = round(200 / 2 * 1.0 / 1.4512)
+    masks[15:] = False
+    masks[15:, 100 - pixels : 100 + pixels, 100 - pixels : 100 + pixels] = True
+    np.testing.assert_allclose(estimate_bounds(near + far)[1], 0.72, atol=0.01)
+    np.testing.assert_allclose(estimate_bounds(near + far, masks)[1], 1.0, atol=0.02)
+    # Masks of less, or of nothing, change no bit.
+    masks[15:, : 100 - pixels // 2] = masks[15:, 100 + pixels // 2 :] = False
+    masks[15:, :, : 100 - pixels // 2] = masks[15:, :, 100 + pixels // 2 :] = False
+    for shown in (masks, np.zeros_like(masks)):
+        np.testing.assert_array_equal(estimate_bounds(near + far, shown), estimate_bounds(near + far))
 
 
 @pytest.mark.parametrize("shift", [0.0, 7.0])
@@ -444,6 +467,95 @@ def test_an_orbit_circles_its_center_at_the_given_elevation():
         # A float32 rotation leaves 1e-4 of a pixel.
         np.testing.assert_allclose(places, [camera.center], atol=1e-3)
         np.testing.assert_allclose(depth, 2.0, rtol=1e-6)
+
+
+# --- masks, keys that are not used, and turned pictures ---
+
+
+def test_black_pixels_of_a_mask_are_not_used(scene):
+    before = blender.open_scene(scene).info.sha256
+    assert blender.open_scene(scene).views("train").used is None
+    used = np.random.default_rng(3).random((HEIGHT, WIDTH)) < 0.8
+    used[:4, :4] = True
+    _mask(used * 0.01)(scene)  # dark gray is not black
+    opened = blender.open_scene(scene)
+    expected = np.ones((4, HEIGHT, WIDTH), bool)
+    expected[1] = used
+    np.testing.assert_array_equal(opened.views("train").used, expected)
+    np.testing.assert_array_equal(opened.views("train", [1]).used, [used])
+    assert opened.views("val").used is None
+    assert opened.info.sha256 != before
+    # Of a mean over pixels, all must be used.
+    halved = blender.open_scene(scene, downscale=2).views("train").used[1]
+    np.testing.assert_array_equal(halved, used.reshape(4, 2, 6, 2).all((1, 3)))
+
+
+def test_keys_that_are_not_used_are_named_once(scene):
+    assert blender.open_scene(scene).notes == ()  # `rotation` means nothing to anyone
+    for split in COUNTS:
+        _edit(
+            scene,
+            lambda content: content.update(aabb_scale=16, depth_unit=2, distortion_params=[0, 0]),
+            split,
+        )
+        _edit(scene, lambda content: content["frames"][0].update({"expo\nsure": 3, "time": 0}), split)
+    (note,) = blender.open_scene(scene).notes
+    assert note == r"scene mug: keys of the scene's files that are not used: 'depth_unit', 'expo\nsure'"
+
+
+def _turn(scene, orientation, *, form="PNG", **intrinsics):
+    """Stores the pictures as a camera does that is held in an orientation."""
+    back = {3: 3, 6: 8, 8: 6}[orientation]
+    for file in scene.glob("*/*.png"):
+        with Image.open(file) as image:
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            image.transpose(pictures._TURNS[back]).save(file, form, exif=exif)
+    for split in COUNTS:
+        _edit(scene, lambda content: content.update(intrinsics), split)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+@pytest.mark.parametrize(
+    "intrinsics", [{}, {"w": WIDTH, "h": HEIGHT}, {"fl_x": 20.0, "cx": 6.1, "cy": 3.8}], ids=str
+)
+def test_pictures_are_turned_as_exif_says_which_is_one_line(scene, orientation, intrinsics):
+    _turn(scene, orientation, **intrinsics)
+    opened = blender.open_scene(scene)
+    np.testing.assert_array_equal(opened.views("train").pixels[2], _pixels("train", 2))
+    assert (opened.info.width, opened.info.height) == (WIDTH, HEIGHT)
+    (note,) = opened.notes
+    assert re.fullmatch(
+        "scene mug: turned as their EXIF orientation says: train/r_0.png, .* and 1 more", note
+    )
+
+
+@pytest.mark.parametrize(
+    "intrinsics", [{"w": HEIGHT, "h": WIDTH}, {"fl_x": 20.0, "cx": 4.1, "cy": 5.8}], ids=str
+)
+def test_an_orientation_that_contradicts_the_intrinsics_is_refused(scene, intrinsics):
+    _turn(scene, 6, **intrinsics)
+    line = _refused(scene, "EXIF orientation 6 turns it to 12x8 pixels, which contradicts the intrinsics")
+    assert "train/r_0.png" in line
+
+
+def test_exif_that_makes_no_sense_is_ignored(scene):
+    for index, value in enumerate((0, 9, 1)):
+        with Image.open(scene / f"train/r_{index}.png") as image:
+            exif = image.getexif()
+            exif[0x0112] = value
+            image.save(scene / f"train/r_{index}.png", exif=exif)
+    with Image.open(scene / "train/r_3.png") as image:
+        image.save(scene / "train/r_3.png", exif=b"Exif\0\0junk")
+    opened = blender.open_scene(scene)
+    assert opened.notes == ()
+    np.testing.assert_array_equal(opened.views("train").pixels, [_pixels("train", i) for i in range(4)])
+
+
+def test_pictures_beyond_the_memory_are_refused_when_the_scene_is_opened(scene, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 50)
+    line = _refused(scene, "4 pictures of 96 pixels need .* GiB of memory.*nerf.Data.downscale")
+    assert str(scene) in line
 
 
 # --- hash ---
@@ -542,6 +654,16 @@ def _grown(scene):
     _save(scene, np.zeros((HEIGHT, WIDTH + 1, 4), np.uint8))
 
 
+def _mask(values):
+    """Gives a mask to the second frame."""
+
+    def apply(scene):
+        Image.fromarray((255 * values).astype(np.uint8)).save(scene / "m.png")
+        _set(mask_path="m.png")(scene)
+
+    return apply
+
+
 HUGE = _png(100_000, 100_000, 8, 6, [])
 LARGE = _png(10_000, 10_000, 8, 6, [])  # where Pillow only warns
 FRAME = rf"{TRAIN}: frame 1: "
@@ -616,6 +738,39 @@ BROKEN = {
     "distortion of a frame": (_set(p2=1e-4), FRAME + "p2 = 0.0001: must be 0 .*distortion", TRAIN),
     "distortion null": (_set(k2=None), FRAME + "k2 = None: must be 0 .*distortion", TRAIN),
     "a fisheye model": (_set(camera_model="OPENCV_FISHEYE"), FRAME + "camera_model = .*pinhole", TRAIN),
+    "a lens in a list": (
+        _whole(lambda c: c.update(distortion_params=[-0.11, 0, 0, 0, 0, 0])),
+        r"distortion_params = \[-0.11, .*not supported: only pinhole .*undistort",
+        TRAIN,
+    ),
+    "another lens": (_whole(lambda c: c.update(ftheta_p1=0.5)), "ftheta_p1 = 0.5 is not supp", TRAIN),
+    "a sphere": (_whole(lambda c: c.update(equirectangular=True)), "equirectangular = True is not", TRAIN),
+    "a cropped fisheye": (_set(fisheye_crop_radius=99), FRAME + "fisheye_crop_radius = 99 is not", TRAIN),
+    "time": (_set(time=0.5), FRAME + "time = 0.5 is not supported: moving scenes", TRAIN),
+    "a rolling shutter": (
+        _whole(lambda c: c.update(rolling_shutter=[0, 0, 1, 0])),
+        r"rolling_shutter = \[0, 0, 1, 0\] is not supported: moving",
+        TRAIN,
+    ),
+    "a moving camera": (_set(transform_matrix_end=[[1]]), FRAME + "transform_matrix_end = .* is not", TRAIN),
+    "a matrix of intrinsics": (_set(K=[[9, 0, 6]]), FRAME + "K = .* is not supported: give fl_x", TRAIN),
+    "degrees": (_whole(lambda c: c.update(x_fov=40)), "x_fov = 40 is not supported: give fl_x", TRAIN),
+    "other axes": (_whole(lambda c: c.update(from_na=True)), "from_na = True .*OpenGL axes", TRAIN),
+    "transparent white": (_whole(lambda c: c.update(white_transparent=True)), "change the pictures", TRAIN),
+    "frames to leave out": (_whole(lambda c: c.update(train_filenames=["a"])), "remove the frames", TRAIN),
+    "fewer frames": (_whole(lambda c: c.update(n_frames=3)), "n_frames = 3, but there are 4 fra", TRAIN),
+    "a key twice": (
+        lambda scene: (scene / TRAIN).write_text((scene / TRAIN).read_text()[:-1] + ', "frames": []}'),
+        "not JSON .*'frames' occurs twice",
+        TRAIN,
+    ),
+    "no mask": (_set(mask_path="m.png"), FRAME + "no picture 'm.png' in [^,]*$", TRAIN),
+    "a mask out of the scene": (_set(mask_path="../m.png"), FRAME + ".* leads out of the scene", TRAIN),
+    "a mask a number": (_set(mask_path=1), FRAME + "mask_path = 1: must be a valid string", TRAIN),
+    "a mask of another size": (_mask(np.ones((HEIGHT + 1, WIDTH))), "12x9 pixels, but .* has 12x8", "m.png"),
+    "a black mask": (_mask(np.zeros((HEIGHT, WIDTH))), "the mask is black", "m.png"),
+    "a mask with alpha": (_mask(np.ones((HEIGHT, WIDTH, 4))), "pixel mode RGBA; save the mask", "m.png"),
+    "a mask that is none": (lambda scene: _set(mask_path=TRAIN)(scene), NO_PICTURE, TRAIN),
     "a fisheye": (_whole(lambda c: c.update(is_fisheye=True)), "is_fisheye = True: .*pinhole", TRAIN),
     "no picture": (lambda scene: (scene / "train/r_1.png").unlink(), FRAME + "no picture", "train/r_1"),
     "a directory for a picture": (_set(file_path="train"), FRAME + "no picture 'train'", TRAIN),

@@ -13,6 +13,7 @@ from pinhole import camera_of, project
 
 from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.cameras import Camera, look_at
+from blacksmith.errors import RunError
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.models.pytorch.nerf.rendering import camera_rays
 from blacksmith.run.order import generator
@@ -196,7 +197,7 @@ def test_a_pool_smaller_than_a_batch_is_drawn_whole():
 
 
 def test_an_empty_pool_is_refused():
-    with pytest.raises(ValueError, match="no ray is left"):
+    with pytest.raises(RunError, match=r"no training ray can meet anything.*nerf\.Data\.bounds"):
         loader_of(POOL[:0])
 
 

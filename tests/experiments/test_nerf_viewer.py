@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import http.client
 import io
 import json
 import shutil
@@ -21,12 +22,14 @@ import torch
 import viser
 from PIL import Image
 from pinhole import camera_of, project
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from blacksmith.datasets.blender.cameras import look_at
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.lightning.nerf import viewer
 from blacksmith.experiments.lightning.nerf.pictures import depth_colors, to_bytes
+from blacksmith.experiments.lightning.nerf.viewer_access import refusal
 from blacksmith.models.pytorch.nerf.rendering import Rendered, render_image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -315,6 +318,89 @@ def test_a_client_cannot_make_the_server_public(monkeypatch):
         assert server.request_share_url() is None
     finally:
         server.stop()
+
+
+def reply(port, *, upgrade=False, **headers):
+    """Status and body of the answer to a request with these headers."""
+    headers = {"Host": f"127.0.0.1:{port}"} | headers
+    if upgrade:
+        key = {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version": "13"}
+        headers |= {"Upgrade": "websocket", "Connection": "Upgrade"} | key
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", "/", headers=headers)
+    answer = connection.getresponse()
+    body = b"" if answer.status == 101 else answer.read()
+    connection.close()
+    return answer.status, body
+
+
+@pytest.mark.parametrize("upgrade", [False, True], ids=["page", "websocket"])
+def test_only_the_viewers_own_page_is_answered(upgrade):
+    welcome = 101 if upgrade else 200
+    with serving(Ball()) as port:
+        own = f"http://127.0.0.1:{port}"
+        assert reply(port, upgrade=upgrade)[0] == welcome  # not a browser: it sends no Origin
+        assert reply(port, upgrade=upgrade, Origin=own)[0] == welcome
+        tunnel = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}
+        assert reply(port, upgrade=upgrade, **tunnel)[0] == welcome
+        for origin in ("https://example.org", "null", f"http://127.0.0.1:{port + 1}"):
+            assert reply(port, upgrade=upgrade, Origin=origin) == (
+                403,
+                b"refused: it comes from a page of another origin\n",
+            )
+        status, body = reply(
+            port, upgrade=upgrade, Host="rebound.example.org", Origin="http://rebound.example.org"
+        )
+        assert status == 403
+        assert b"'rebound.example.org' is not a name of this machine" in body
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "refused"),
+    [
+        ("0.0.0.0", ["192.0.2.7:8080"], False),
+        ("0.0.0.0", ["[::1]:8080"], False),
+        ("gpu.lan", ["GPU.lan:8080"], False),
+        ("0.0.0.0", [f"{socket.gethostname()}:8080"], False),
+        ("0.0.0.0", ["gpu.lan:8080"], True),
+        ("127.0.0.1", ["localhost.example.org"], True),
+        ("127.0.0.1", ["127.0.0.1.example.org"], True),
+        ("127.0.0.1", [], True),
+        ("127.0.0.1", ["127.0.0.1", "127.0.0.1"], True),
+        ("127.0.0.1", ["[::1"], True),
+        ("127.0.0.1", [""], True),
+    ],
+)
+def test_hosts_are_addresses_or_names_of_this_machine(host, hosts, refused):
+    assert (refusal(host, hosts, []) is not None) == refused
+
+
+def test_junk_is_one_line_and_the_viewer_goes_on(capfd):
+    junk = [
+        b"",
+        b"\x00",
+        b"\xc1" * 40,
+        b"\x91" * 5000,
+        b"\x81\xa4type\xa9NoSuchOne",
+        "text",
+        b"\x82\xa4type\x01",
+    ]
+    with serving(Ball()) as port:
+        for message in junk * 3:
+            address = f"ws://127.0.0.1:{port}"
+            with connect(address, subprotocols=[f"viser-v{viser.__version__}"]) as page:
+                page.send(message)
+                with contextlib.suppress(ConnectionClosed):
+                    while True:
+                        page.recv(timeout=10)
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"\x16\x03\x01 not HTTP\r\n\r\n")
+            stranger.recv(1000)
+        assert reply(port)[0] == 200
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("viewer: http")
+    assert 1 <= len(lines[1:]) <= len(junk)
+    assert all(line.startswith("viewer: ignored a message that is not from its page (") for line in lines[1:])
 
 
 # --- a browser ---

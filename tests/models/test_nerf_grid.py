@@ -21,6 +21,7 @@ CUBE = torch.tensor([[-1.0] * 3, [1.0] * 3])
 BOX = torch.tensor([[-1.0, -0.6, -1.3], [1.2, 0.7, 1.0]])
 WHITE, BLACK = torch.ones(3), torch.zeros(3)
 ALPHA = 3e-3
+ALL = (0.0, math.inf)  # the distances at which rays have samples
 
 
 def _random_cells(resolution, share, seed):
@@ -38,7 +39,7 @@ def _field(level=9, bounds=BOX, cells=None, resolution=17, seed=0, **options):
         torch.manual_seed(seed)
         options = {"features": 5, "width": 8, "alpha": ALPHA, "rows": resolution**3 + 1} | options
         field = GridField(resolution=resolution, occupancy_resolution=len(cells), **options)
-        field.begin(bounds, cells, level)
+        field.begin(bounds, cells, level, ALL)
         with torch.no_grad():
             field.density_table.normal_(2, 3)
             field.feature_table[1:].normal_()
@@ -101,7 +102,7 @@ def test_tables_keep_their_shapes_at_every_level():
     shapes = {name: value.shape for name, value in field.state_dict().items()}
     identities = {name: id(value) for name, value in field.named_parameters()}
     for resolution, shrink in ((9, False), (12, True), (17, False)):
-        field.refresh_occupancy(0.5)
+        _refresh(field, 0.5)
         field.upsample(resolution, shrink=shrink)
         assert {name: value.shape for name, value in field.state_dict().items()} == shapes
         assert {name: id(value) for name, value in field.named_parameters()} == identities
@@ -112,7 +113,7 @@ def test_tables_keep_their_shapes_at_every_level():
 
 def test_an_empty_field_has_the_given_opacity():
     field = GridField(resolution=16, rows=5000, occupancy_resolution=8, alpha=0.02)
-    field.begin(CUBE, _all_cells(8), 16)
+    field.begin(CUBE, _all_cells(8), 16, ALL)
     assert field.voxel == pytest.approx(2 / 15)
     assert field.unit == pytest.approx(2 / 96)
     opacity = -torch.expm1(-field.density(_points(100, 0, CUBE)) * 2 / 96)
@@ -433,7 +434,7 @@ def test_a_constant_color_stays_so_up_to_the_rim_of_the_cells(share):
 
 def test_too_few_rows_make_a_level_coarser():
     field = _field(level=9, rows=1200)
-    assert field.begin(BOX, _all_cells(8), 9) == 9
+    assert field.begin(BOX, _all_cells(8), 9, ALL) == 9
     found = field.upsample(17)
     assert tuple(field.shape.tolist()) == level_shape(BOX, found)
     # Every vertex has a row here. The next finer level would not fit.
@@ -479,6 +480,11 @@ def _ball(field, center, radius):
     return ((_vertices(field) - center).norm(dim=1) < radius).view(field.shape.tolist())
 
 
+def _refresh(field, threshold):
+    """Refreshes the occupancy as if light reached everything."""
+    return field.refresh_occupancy(threshold, torch.ones_like(field.occupancy.cells))
+
+
 @pytest.mark.parametrize("thing", ["a sheet", "a rod", "a dot"])
 @pytest.mark.parametrize(("level", "cells"), [(17, 16), (12, 32), (24, 16)])
 def test_refreshing_loses_nothing_that_is_one_vertex_thick(thing, level, cells):
@@ -491,7 +497,7 @@ def test_refreshing_loses_nothing_that_is_one_vertex_thick(thing, level, cells):
         field.occupancy.set(_all_cells(cells))
         # A vertex on the box's upper face belongs to the last cell.
         places = _vertices(field)[matter.view(-1)].clamp(-0.999, 0.999)
-        if not field.refresh_occupancy(5e-3) or not _marked(field, places).all():
+        if not _refresh(field, 5e-3) or not _marked(field, places).all():
             lost.append(index)
     assert lost == []
 
@@ -501,18 +507,32 @@ def test_refreshing_marks_nothing_outside_of_the_hull():
     field = _field(bounds=CUBE, level=16, cells=hull)
     _make_matter(field, torch.ones(16, 16, 16, dtype=torch.bool))
     field.occupancy.set(hull & _random_cells(16, 0.5, seed=6))
-    field.refresh_occupancy(5e-3)
+    _refresh(field, 5e-3)
     assert torch.equal(field.occupancy.cells, hull)
+
+
+def test_the_share_of_matter_at_the_faces_by_hand():
+    field = _field(bounds=CUBE, level=9, cells=_all_cells(8))
+    matter = torch.zeros(9, 9, 9, dtype=torch.bool)
+    matter[4, 4, 4] = True  # marks the 4x4x4 cells around it
+    _make_matter(field, matter)
+    _refresh(field, 5e-3)
+    assert field.share_at_faces(0.1) == 0.0
+    matter[0, 4, 4] = True  # marks 2x4x4 cells, half of them at a face
+    _make_matter(field, matter)
+    _refresh(field, 5e-3)
+    assert field.share_at_faces(0.1) == pytest.approx(16 / (64 + 32))
+    assert field.share_at_faces(0.999) == 0.0
 
 
 def test_refreshing_an_empty_field_changes_nothing_and_says_so():
     field = GridField(resolution=16, rows=5000, occupancy_resolution=8, alpha=ALPHA)
     cells = _random_cells(8, 0.5, seed=7)
-    field.begin(CUBE, cells, 16)
-    assert field.refresh_occupancy(0.9 * ALPHA)
-    assert not field.refresh_occupancy(1.1 * ALPHA)
+    field.begin(CUBE, cells, 16, ALL)
+    assert _refresh(field, 0.9 * ALPHA)
+    assert not _refresh(field, 1.1 * ALPHA)
     origins, directions = _rays(20, 1, CUBE)
-    assert not field.refresh_occupancy(0.9 * ALPHA, [(origins, -directions)])
+    assert not field.refresh_occupancy(0.9 * ALPHA, field.lit_cells([(origins, -directions)]))
     assert torch.equal(field.occupancy.cells, cells)
 
 
@@ -521,12 +541,12 @@ def test_marked_cells_have_features_after_every_upsampling(shrink):
     field = _field(bounds=CUBE, level=5, cells=_all_cells(16), resolution=17)
     _make_matter(field, _ball(field, torch.tensor([0.1, -0.2, 0.0]), 0.4))
     for resolution in (9, 17):
-        field.refresh_occupancy(5e-3)
+        _refresh(field, 5e-3)
         field.upsample(resolution, shrink=shrink)
         kept = field.density_table.detach().clone()
         with torch.no_grad():
             field.density_table.fill_(10.0)  # even if matter is everywhere
-        field.refresh_occupancy(5e-3)
+        _refresh(field, 5e-3)
         shape = tuple(field.shape.tolist())
         needed = reachable_vertices(field.occupancy.cells, shape).view(-1)
         assert (field.row[: math.prod(shape)][needed] > 0).all()
@@ -557,7 +577,7 @@ def test_refreshing_by_rays_hollows_things_and_changes_no_picture(level, cells):
     rays = _all_rays(_orbit(20, 3.0, size=28))
     unseen = _all_rays(_orbit(3, 3.0, size=28, offset=1.0))
     before = [field.render(*bundle, WHITE) for bundle in (rays, unseen)]
-    field.refresh_occupancy(5e-3, zip(rays[0].split(5000), rays[1].split(5000)))
+    field.refresh_occupancy(5e-3, field.lit_cells(zip(rays[0].split(5000), rays[1].split(5000))))
     for bundle, old in zip((rays, unseen), before):
         new = field.render(*bundle, WHITE)
         # The 1e-3 of light that is not followed, and samples below the floors, in and out.
@@ -580,7 +600,7 @@ def test_a_loaded_field_renders_and_continues_with_the_same_bits():
     field.upsample(12, shrink=True)
     with torch.no_grad():
         field.density_table.normal_(0, 6, generator=torch.Generator().manual_seed(3))
-    field.refresh_occupancy(0.3)
+    _refresh(field, 0.3)
     fresh = _field(level=9, bounds=CUBE, cells=_all_cells(13), seed=9)
     fresh.load_state_dict(field.state_dict())
     origins, directions = _rays(200, 17)
@@ -596,7 +616,7 @@ def test_a_loaded_field_renders_and_continues_with_the_same_bits():
         assert fresh.voxel == field.voxel
         for one in (field, fresh):
             one.upsample(17)
-            one.refresh_occupancy(0.3)
+            _refresh(one, 0.3)
     for a, b in zip(field.state_dict().values(), fresh.state_dict().values()):
         assert torch.equal(a, b)
 

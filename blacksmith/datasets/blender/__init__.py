@@ -4,10 +4,12 @@
 that it returns decode pictures on demand.
 """
 
+import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,8 @@ class Views:
     pixels: np.ndarray  # RGBA with straight alpha, uint8 [views, height, width, 4]
     cameras: tuple[Camera, ...]
     names: tuple[str, ...]  # unique, and usable as file names
+    # Pixels that count, in training and in scores: bool [views, height, width]; None: all.
+    used: np.ndarray | None = None
 
     def picture(self, index: int, background: np.ndarray | tuple[float, float, float]) -> np.ndarray:
         """One view over a background in [0, 1], float [3]: float32 [height, width, 3] in [0, 1]."""
@@ -68,10 +72,11 @@ class SceneInfo:
 
 
 class Shot(NamedTuple):
-    """A checked picture: its name, its file, and its camera after `downscale`."""
+    """A checked picture: its name, its file and that of its mask, and its camera after `downscale`."""
 
     name: str
     file: Path
+    mask: Path | None
     camera: Camera
 
 
@@ -81,6 +86,7 @@ class Scene:
 
     info: SceneInfo
     shots: dict[str, tuple[Shot, ...]] = field(repr=False)  # by split, in the order of its file
+    notes: tuple[str, ...] = ()  # what the user should know about it, a line each
 
     def cameras(self, split: str) -> tuple[Camera, ...]:
         """The cameras of all views of a split, in the order of its file."""
@@ -97,16 +103,26 @@ class Scene:
             shots = tuple(shots[index] for index in indices)
         width, height, factor = self.info.width, self.info.height, self.info.downscale
         pixels = np.empty((len(shots), height, width, 4), np.uint8)
+        masked = any(shot.mask for shot in shots)
+        used = np.ones((len(shots), height, width), bool) if masked else None
+
+        def checked(array: np.ndarray, file: Path) -> np.ndarray:
+            if array.shape[:2] != (height * factor, width * factor):
+                raise DataError(f"{file}: changed since the scene was opened; start again")
+            return array
 
         def decode(index: int) -> None:
-            picture = pictures.read(shots[index].file)
-            if picture.shape[:2] != (height * factor, width * factor):
-                raise DataError(f"{shots[index].file}: changed since the scene was opened; start again")
+            shot = shots[index]
+            picture = checked(pictures.read(shot.file), shot.file)
             pixels[index] = picture if factor == 1 else pictures.reduce(picture, factor)
+            if shot.mask:
+                # A pixel is used if all of those that it is the mean of are.
+                mask = checked(pictures.read_mask(shot.mask), shot.mask)
+                used[index] = mask.reshape(height, factor, width, factor).all((1, 3))
 
-        with ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(_decoders()) as pool:
             list(pool.map(decode, range(len(shots))))
-        return Views(pixels, tuple(shot.camera for shot in shots), tuple(shot.name for shot in shots))
+        return Views(pixels, tuple(shot.camera for shot in shots), tuple(shot.name for shot in shots), used)
 
 
 def open_scene(
@@ -115,8 +131,8 @@ def open_scene(
     """Opens and checks a scene, so that a run fails at once and not at its first validation.
 
     `info.sha256` is the hash of a list in the format of the program `sha256sum`: each split's JSON file, then
-    its pictures in order, with names relative to the directory. It does not change when the scene is moved,
-    and changes with any byte of it.
+    its pictures in order, each followed by its mask if it has one, with names relative to the directory. It
+    does not change when the scene is moved, and changes with any byte of it.
 
     Args:
       path: a directory with `transforms_{train,val,test}.json` and the pictures that they name; None for the
@@ -132,20 +148,19 @@ def open_scene(
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
         raise DataError(f"{directory}: no {', '.join(missing)}; a scene is a directory with a file per split")
-    frames = {split: transforms.read(file) for split, file in files.items()}
-    found = {split: _inspected(directory, frames[split], needs_alpha) for split in SPLITS}
-    width, height = _common_size([header for split in SPLITS for header in found[split].values()], downscale)
+    read = {split: transforms.read(file) for split, file in files.items()}
+    found = {split: _inspected(directory, frames, needs_alpha) for split, (frames, _) in read.items()}
+    width, height = _common_size([one.header for split in SPLITS for one in found[split]], downscale)
     size = (width // downscale, height // downscale)
+    _check_memory(directory, max(map(len, found.values())), width * height, size[0] * size[1])
     shots, listing = {}, ""
     for split, file in files.items():
-        headers = found[split]
-        names = _unique_names([header.file.stem for header in headers.values()])
+        names = _unique_names([one.header.file.stem for one in found[split]])
         shots[split] = tuple(
-            Shot(name, header.file, frame.camera(width, height).resized(*size))
-            for name, header, frame in zip(names, headers.values(), frames[split])
+            Shot(name, one.header.file, one.mask, _camera(frame, one.header).resized(*size))
+            for name, one, frame in zip(names, found[split], read[split][0])
         )
-        listing += f"{file_sha256(file)}  {file.name}\n"
-        listing += "".join(f"{header.sha256}  {name}\n" for name, header in headers.items())
+        listing += f"{file_sha256(file)}  {file.name}\n" + "".join(one.listing for one in found[split])
     info = SceneInfo(
         source="anvil" if path is None else "blender",
         name=directory.name,
@@ -158,25 +173,102 @@ def open_scene(
         height=size[1],
         downscale=downscale,
     )
-    return Scene(info, shots)
+    notes = []
+    turned = [one.name for split in SPLITS for one in found[split] if one.header.orientation > 1]
+    if turned:
+        notes.append(f"turned as their EXIF orientation says: {listed(turned)}")
+    if unused := sorted(set().union(*(keys for _, keys in read.values()))):
+        notes.append(f"keys of the scene's files that are not used: {listed(map(reprlib.repr, unused))}")
+    return Scene(info, shots, tuple(f"scene {directory.name}: {note}" for note in notes))
 
 
-def _inspected(
-    directory: Path, frames: list[transforms.Frame], needs_alpha: bool
-) -> dict[str, pictures.Header]:
-    """The pictures of a split, in order, by their names relative to the directory."""
-    found = {}
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """The first names of a list, and how many more there are: ``a, b and 3 more``."""
+    names = list(names)
+    rest = len(names) - most
+    return ", ".join(names) if rest <= 0 else f"{', '.join(names[:most])} and {rest} more"
+
+
+class _Picture(NamedTuple):
+    """A picture of a scene and its mask, checked."""
+
+    name: str  # relative to the directory
+    header: pictures.Header
+    mask: Path | None
+    listing: str  # their lines in what is hashed
+
+
+def _inspected(directory: Path, frames: list[transforms.Frame], needs_alpha: bool) -> list[_Picture]:
+    """The pictures of a split, in order."""
+    found: dict[str, _Picture] = {}
     for frame in frames:
-        file, name = transforms.find(frame, directory)
+        file, name = transforms.find(frame.where, frame.file_path, directory)
         if name in found:
             raise DataError(f"{frame.where}: {frame.file_path!r} is named twice; remove one of the frames")
-        found[name] = pictures.inspect(file, needs_alpha=needs_alpha)
-    return found
+        header = pictures.inspect(file, needs_alpha=needs_alpha)
+        mask, listing = None, f"{header.sha256}  {name}\n"
+        if frame.mask_path is not None:
+            mask, mask_name = transforms.find(frame.where, frame.mask_path, directory, ("",))
+            height, width = pictures.read_mask(mask).shape
+            if (width, height) != (header.width, header.height):
+                raise DataError(
+                    f"{mask}: {width}x{height} pixels, but {file} has {header.width}x{header.height}; a mask "
+                    "must have the size of its picture"
+                )
+            listing += f"{file_sha256(mask)}  {mask_name}\n"
+        found[name] = _Picture(name, header, mask, listing)
+    return list(found.values())
+
+
+def _camera(frame: transforms.Frame, header: pictures.Header) -> Camera:
+    """The camera of a picture, whose EXIF orientation must not contradict the intrinsics."""
+    width, height = header.width, header.height
+    if header.orientation == 1:
+        return frame.camera(width, height)
+    with contextlib.suppress(DataError):  # w and h contradict it
+        camera = frame.camera(width, height)
+        # Without w and h, the other intrinsics must not fit the picture as stored better.
+        if header.orientation <= 4 or frame.w or frame.h:
+            return camera
+        if _oddness(camera) <= _oddness(frame.camera(height, width)) + 1e-6:
+            return camera
+    raise DataError(
+        f"{header.file}: its EXIF orientation {header.orientation} turns it to {width}x{height} pixels, "
+        "which contradicts the intrinsics in the scene's file; if those are of the pixels as stored, remove "
+        "the orientation (exiftool -Orientation= FILE), otherwise correct w, h, cx and cy"
+    )
+
+
+def _oddness(camera: Camera) -> float:
+    """How far a camera is from one with square pixels and the principal point in the middle."""
+    (fx, fy), (cx, cy) = camera.focal, camera.center
+    return abs(math.log(fx / fy)) + abs(cx / camera.width - 0.5) + abs(cy / camera.height - 0.5)
+
+
+def _check_memory(directory: Path, views: int, full: int, reduced: int) -> None:
+    """Raises a DataError if this machine cannot hold the pixels of the largest split.
+
+    `full` and `reduced` are the pixels of a picture before and after `downscale`. A small file can stand for
+    a large picture, so the sizes of the files say nothing.
+    """
+    # 4 bytes a pixel that is kept; decoding and scaling down take up to 24 at a time.
+    needed = 4 * views * reduced + 24 * full * _decoders()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise DataError(
+            f"{directory}: {views:,} pictures of {full:,} pixels need {needed / 2**30:,.1f} GiB of memory, "
+            f"and this machine has {memory / 2**30:,.1f}; raise nerf.Data.downscale, or use fewer or smaller "
+            "pictures"
+        )
+
+
+def _decoders() -> int:
+    return min(_DECODERS, os.cpu_count() or 1)
 
 
 def _common_size(found: list[pictures.Header], downscale: int) -> tuple[int, int]:
     """Width and height of all pictures, which `downscale` must divide."""
-    first, width, height, _ = found[0]
+    first, width, height, *_ = found[0]
     for picture in found:
         if (picture.width, picture.height) != (width, height):
             raise DataError(

@@ -1,4 +1,4 @@
-"""Where a scene lies, estimated from its cameras alone: a box, and the stretch of each ray worth sampling."""
+"""Where a scene lies, from its cameras and masks: a box, and the stretch of each ray worth sampling."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,21 @@ import numpy as np
 from blacksmith.datasets.blender.cameras import Camera
 
 PARALLEL = 1e-3  # axes count as parallel below this mean of sin^2 of the angle to their common direction
+CLOSE_UP = 0.75  # a camera that sees less than this fraction of what the median camera sees does not count
 NEAREST = 0.05  # rays start at least this fraction of the distance to the box's middle away from a camera
 
 
-def estimate_bounds(cameras: Sequence[Camera]) -> np.ndarray:
-    """The lower and the upper corner, float32 [2, 3] in world units, of a cube that all cameras see.
+def estimate_bounds(cameras: Sequence[Camera], masks: np.ndarray | None = None) -> np.ndarray:
+    """The lower and the upper corner, float32 [2, 3] in world units, of a cube that nearly all cameras see.
 
     Its center is the point nearest to all optical axes, by least squares. If the axes are parallel, or meet
     behind most of the cameras, the center is the point of the mean axis nearest to the world's origin, but
     at least as far in front of the cameras as they are apart. Half its side is the smallest of the cameras'
-    distance * tan(angle / 2), for the wider angle of view. Cameras that look away do not count.
+    distance * tan(angle / 2), for the wider angle of view. Cameras that look away do not count, nor do
+    close-ups.
+
+    The cube is enlarged to hold what `masks`, bool [cameras, height, width], show: as far from its center as
+    in nine tenths of the views, among those that show it whole.
     """
     positions, axes = _positions_and_axes(cameras)
     spread = float(np.linalg.norm(positions - positions.mean(0), axis=1).max())
@@ -34,7 +39,13 @@ def estimate_bounds(cameras: Sequence[Camera]) -> np.ndarray:
         ahead = ((center - positions) * axes).sum(1) > 0
     distance = np.linalg.norm(center - positions, axis=1)
     slope = np.array([max(c.width / c.focal[0], c.height / c.focal[1]) / 2 for c in cameras])
-    half = (distance * slope)[ahead if ahead.any() else slice(None)].min()
+    sees = (distance * slope)[ahead if ahead.any() else slice(None)]
+    half = sees[sees >= CLOSE_UP * np.median(sees)].min()
+    if masks is not None:
+        shown = [_reach(camera, mask, center) for camera, mask in zip(cameras, masks)]
+        shown = [reach for reach in shown if reach is not None]
+        if shown:
+            half = max(half, np.quantile(shown, 0.9, method="higher"))
     return np.stack([center - half, center + half]).astype(np.float32)
 
 
@@ -57,6 +68,24 @@ def _positions_and_axes(cameras: Sequence[Camera]) -> tuple[np.ndarray, np.ndarr
     poses = np.stack([camera.pose for camera in cameras]).astype(np.float64)
     axes = -poses[:, :, 2]
     return poses[:, :, 3], axes / np.linalg.norm(axes, axis=1, keepdims=True)
+
+
+def _reach(camera: Camera, mask: np.ndarray, center: np.ndarray) -> float | None:
+    """How far from a point, in world units along the picture's axes, a mask reaches at the point's depth.
+
+    None if it says nothing: it is empty or touches the picture's edge, or the point is behind the camera.
+    """
+    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    x, y, z = (center - camera.pose[:, 3]) @ camera.pose[:, :3].astype(np.float64)
+    if not len(rows) or z >= 0:
+        return None
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    if top == 0 or left == 0 or bottom == camera.height or right == camera.width:
+        return None
+    # In the units of a picture at depth 1, relative to the point.
+    across = (np.array([left, right]) - camera.center[0]) / camera.focal[0] - x / -z
+    along = (np.array([top, bottom]) - camera.center[1]) / camera.focal[1] + y / -z
+    return float(-z * max(np.abs(across).max(), np.abs(along).max()))
 
 
 def _ahead_of_the_mean(positions: np.ndarray, axes: np.ndarray, spread: float) -> np.ndarray:

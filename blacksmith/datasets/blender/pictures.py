@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from blacksmith.errors import DataError, first_line
 from blacksmith.files import file_sha256
@@ -13,14 +13,26 @@ from blacksmith.files import file_sha256
 FORMATS = ("PNG", "JPEG")
 MODES = ("L", "LA", "P", "RGB", "RGBA")  # Pillow's names of the pixels that are read
 
+# How the stored pixels must be turned to be seen as they were taken, by EXIF orientation; 1: not at all.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 class Header(NamedTuple):
-    """A checked file: its size in pixels and its hash."""
+    """A checked file: its size in pixels, turned by its EXIF orientation, and its hash."""
 
     file: Path
     width: int
     height: int
     sha256: str
+    orientation: int  # 1 to 8, as in EXIF
 
 
 def inspect(file: Path, *, needs_alpha: bool) -> Header:
@@ -35,6 +47,7 @@ def inspect(file: Path, *, needs_alpha: bool) -> Header:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 (width, height), mode, alpha = image.size, image.mode, image.has_transparency_data
+                orientation = _orientation(image)
                 if image.format == "PNG":
                     image.verify()  # finds a truncated file now, not at the first validation
         sha256 = file_sha256(file)
@@ -47,20 +60,46 @@ def inspect(file: Path, *, needs_alpha: bool) -> Header:
             f"{file}: has no alpha channel, which the hull and a random background need; set "
             'nerf.Data.hull = False and nerf.Data.background = "white" or "black" as it was rendered'
         )
-    return Header(file, width, height, sha256)
+    if orientation > 4:
+        width, height = height, width
+    return Header(file, width, height, sha256, orientation)
 
 
 def read(file: Path) -> np.ndarray:
     """The pixels as straight RGBA, uint8 [height, width, 4]: unchanged if they are, opaque without alpha.
+
+    They are turned by the EXIF orientation.
 
     Raises:
       DataError: it cannot be decoded.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
-            return np.asarray(image.convert("RGBA"))
+            turn = _TURNS.get(_orientation(image))
+            pixels = image.convert("RGBA")
+            return np.asarray(pixels if turn is None else pixels.transpose(turn))
     except Exception as error:
         raise _unreadable(file, error) from error
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """Which pixels are to be used, bool [height, width]: those that are not black, as in nerfstudio.
+
+    Raises:
+      DataError: it is no mask, or it uses no pixel.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                mode, used = image.mode, np.asarray(image.convert("L")) > 0
+    except Exception as error:
+        raise _unreadable(file, error) from error
+    if mode not in ("1", "L", "P", "RGB"):
+        raise DataError(f"{file}: unsupported pixel mode {mode}; save the mask as PNG, 8 bits, without alpha")
+    if not used.any():
+        raise DataError(f"{file}: the mask is black, so that no pixel would be used; remove the frame")
+    return used
 
 
 def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
@@ -81,6 +120,16 @@ def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
     result[..., 3:] = weight / factor**2 + 0.5
     result[result[..., 3] == 0] = 0
     return result
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none, or none that can be read."""
+    try:
+        # That of a PNG class would decode the pixels to look for EXIF data behind them.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:
+        return 1
+    return orientation if orientation in _TURNS else 1
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:

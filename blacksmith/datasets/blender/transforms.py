@@ -1,6 +1,8 @@
 """Scene files in JSON: for each picture its file, and the pose and intrinsics of its camera.
 
-What is not a pinhole camera (lens distortion, or a pose that is not a rigid motion) is refused here.
+What is not a pinhole camera (lens distortion, or a pose that is not a rigid motion) is refused here, and so
+are the keys of nerfstudio's and instant-ngp's formats that change the meaning of a scene in ways that are not
+supported.
 """
 
 import json
@@ -19,6 +21,34 @@ from blacksmith.errors import DataError, first_line
 RIGID_TOLERANCE = 1e-3  # how far R R^T may be from the identity in any entry, and det R from 1
 
 _FOCAL = {"fl_x", "fl_y", "camera_angle_x", "camera_angle_y"}
+
+# Keys that change the meaning of a scene and are not supported, by the advice that their refusal gives. They
+# are accepted if they say nothing: false, 0, or a list of zeros.
+_REFUSED = {
+    "only pinhole cameras are supported: undistort the pictures": (
+        *("distortion_params", "latlong", "equirectangular", "orthographic", "fisheye_crop_radius"),
+        *(f"ftheta_p{index}" for index in range(6)),
+    ),
+    "moving scenes and cameras are not supported": (
+        *("time", "rolling_shutter", "transform_matrix_start", "transform_matrix_end"),
+    ),
+    "give fl_x, fl_y, cx and cy in pixels instead": ("K", "intrinsic_matrix", "intrinsics", "x_fov", "y_fov"),
+    "give poses in OpenGL axes instead": ("from_na", "from_mitsuba", "normal_mts_args"),
+    "change the pictures themselves instead": (
+        *("white_transparent", "black_transparent", "mask_color", "fix_premult", "sharpen", "envmap"),
+    ),
+    "the light must be the same in all pictures": ("driver_parameters", "lightdir"),
+    "remove the frames that are not to be used instead": (
+        *("train_filenames", "val_filenames", "test_filenames", "sharpness_discard_threshold"),
+    ),
+}
+_ADVICE = {key: advice for advice, keys in _REFUSED.items() for key in keys}
+
+# Known keys without a meaning here: notes of the tools that wrote the file, and how nerfstudio and
+# instant-ngp move the scene into their own box.
+_NOTES = {"rotation", "sharpness", "colmap_im_id", "ply_file_path", "aabb_scale", "scale", "offset"} | {
+    *("applied_transform", "applied_scale", "orientation_override", "auto_scale_poses_override", "n_frames"),
+}
 
 
 def _rigid(rows: list[list[float]]) -> list[list[float]]:
@@ -43,14 +73,16 @@ _Zero = Annotated[Literal[0], Field(description="lens distortion is not supporte
 class Frame(BaseModel):
     """One of the `frames` of a scene file, merged with the settings of the whole file.
 
-    Other keys are ignored. `None` means that a number is not given; an explicit null is refused, because
-    defaults are not validated.
+    `None` means that a value is not given; an explicit null is refused, because defaults are not validated.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
 
     where: str  # the file and the index of the frame, for error messages
     file_path: str = Field(min_length=1, description="a picture in the scene's directory")
+    mask_path: str = Field(
+        None, min_length=1, description="a picture in the scene's directory whose black pixels are not used"
+    )
     transform_matrix: _Matrix = Field(description="camera to world, 4 rows of 4 numbers")
     # The models of COLMAP and nerfstudio that are a pinhole camera when all distortion is 0.
     camera_model: Literal[
@@ -118,32 +150,44 @@ class _File(BaseModel):
 _SHARED = Frame.model_fields.keys() - {"where", "file_path", "transform_matrix"}
 
 
-def read(path: Path) -> list[Frame]:
-    """The frames of one `transforms_*.json`, in their order; at least one.
+def read(path: Path) -> tuple[list[Frame], set[str]]:
+    """The frames of one `transforms_*.json`, in their order, at least one; and the keys that are not used.
 
     Raises:
-      DataError: the file cannot be read, is not a scene file, or has a camera that is not a pinhole camera.
+      DataError: the file cannot be read, is not a scene file, has a camera that is not a pinhole camera, or
+        a key that would change the meaning of the scene and is not supported.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({first_line(error)})") from error
     file = _validated(_File, content, str(path))
-    shared = {key: value for key, value in file.model_extra.items() if key in _SHARED}
-    frames = []
+    whole = file.model_extra
+    _refuse(whole, str(path))
+    if whole.get("n_frames", len(file.frames)) != len(file.frames):
+        raise DataError(
+            f"{path}: n_frames = {reprlib.repr(whole['n_frames'])}, but there are {len(file.frames)} frames; "
+            "remove those that are not to be used"
+        )
+    shared = {key: value for key, value in whole.items() if key in _SHARED}
+    frames, unused = [], whole.keys() - _SHARED
     for index, entry in enumerate(file.frames):
         where = f"{path}: frame {index}"
+        _refuse(entry, where)
         # A frame with any focal length of its own takes none from the whole file.
         own = _FOCAL if _FOCAL & entry.keys() else set()
         inherited = {key: value for key, value in shared.items() if key not in own}
         frames.append(_validated(Frame, inherited | entry | {"where": where}, where))
-    return frames
+        unused = unused | (entry.keys() - Frame.model_fields.keys())
+    return frames, unused - _NOTES - _ADVICE.keys()
 
 
-def find(frame: Frame, directory: Path) -> tuple[Path, str]:
-    """The picture of a frame: `file_path`, or if that is not a file, `file_path` with `.png` appended.
+def find(
+    where: str, name: str, directory: Path, extensions: tuple[str, ...] = ("", ".png")
+) -> tuple[Path, str]:
+    """The file `name` of a scene, or if that is not a file, with the first extension that makes it one.
 
     Returns the file, and its name relative to the directory after following all links.
 
@@ -151,20 +195,40 @@ def find(frame: Frame, directory: Path) -> tuple[Path, str]:
       DataError: there is none, or it is outside of the directory.
     """
     root = os.path.realpath(directory)
-    for name in (frame.file_path, f"{frame.file_path}.png"):
-        file = directory / name
+    for candidate in (name + extension for extension in extensions):
+        file = directory / candidate
         try:
             target = Path(os.path.realpath(file))
             if not target.is_relative_to(root):
                 raise DataError(
-                    f"{frame.where}: {name!r} leads out of the scene, to {str(target)!r}; the pictures "
+                    f"{where}: {candidate!r} leads out of the scene, to {str(target)!r}; the pictures "
                     f"must be in {directory}"
                 )
             if file.is_file():
                 return file, target.relative_to(root).as_posix()
         except (OSError, ValueError) as error:
-            raise DataError(f"{frame.where}: {name!r} cannot be read ({error})") from error
-    raise DataError(f"{frame.where}: no picture {frame.file_path!r} in {directory}, with or without .png")
+            raise DataError(f"{where}: {candidate!r} cannot be read ({error})") from error
+    tried = ", with or without .png" if len(extensions) > 1 else ""
+    raise DataError(f"{where}: no picture {name!r} in {directory}{tried}")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that it has twice would be read differently by different programs."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {reprlib.repr(repeated)} occurs twice")
+    return content
+
+
+def _refuse(content: dict[str, Any], where: str) -> None:
+    """Raises a DataError for the first key that is not supported and says something."""
+    for key, value in content.items():
+        if key not in _ADVICE:
+            continue
+        if any(value) if isinstance(value, list) else value:
+            raise DataError(f"{where}: {key} = {reprlib.repr(value)} is not supported: {_ADVICE[key]}")
 
 
 def _validated(model: type[BaseModel], content: Any, where: str) -> Any:

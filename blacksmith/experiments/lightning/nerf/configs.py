@@ -37,7 +37,7 @@ class Data:
         True, "start from the hull of the images' alpha, which the standard protocol ignores", only_with=_GRID
     )
     bounds: tuple[float, ...] | None = setting(
-        None, "box around the scene, (x0, y0, z0, x1, y1, z1) in world units; None: what all cameras see"
+        None, "box around the scene, (x0, y0, z0, x1, y1, z1) in world units; None: from cameras and masks"
     )
     near: float | None = setting(None, "where rays start, in world units; None: in front of the box", ge=0)
     far: float | None = setting(None, "where rays end, in world units; None: behind the box", gt=0)

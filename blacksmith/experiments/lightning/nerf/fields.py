@@ -1,6 +1,8 @@
 """Fields from a configuration: empty ones for a scene, and trained ones from a checkpoint."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,16 +11,17 @@ from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.bounds import estimate_bounds, near_far
 from blacksmith.errors import CheckpointError, ConfigError, DataError, first_line
 from blacksmith.experiments.lightning.nerf.configs import Config
+from blacksmith.experiments.lightning.nerf.masks import masks_of
 from blacksmith.models.pytorch.nerf.grid import GridField
+from blacksmith.models.pytorch.nerf.hull import visual_hull
 from blacksmith.models.pytorch.nerf.mlp import MlpField
-from blacksmith.models.pytorch.nerf.occupancy import box_of, visual_hull
+from blacksmith.models.pytorch.nerf.occupancy import box_of
 from blacksmith.models.pytorch.nerf.vertices import level_shape, reachable_vertices
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.order import seed_int
 
 WEIGHTS = "lightning.ckpt"  # the file of a checkpoint that Lightning writes and reads
 
-_MASK_ALPHA = 5  # of 255: pixels above it are in the masks of the visual hull
 _COARSE_HULL = 64  # cells along each side of the hull that the box is fitted to
 
 
@@ -46,19 +49,17 @@ def build(config: Config, rows: int, attempt: int = 0) -> GridField | MlpField:
         )
 
 
-def for_scene(config: Config, views: Views, device: str) -> GridField | MlpField:
-    """An empty field for the scene that these views show, on a device.
+def for_scene(config: Config, views: Views, device: str, say: Callable[[str], None]) -> GridField | MlpField:
+    """An empty field for the scene that these views show, on a device; `say` prints a line about it.
 
     Raises:
-      DataError: the visual hull is empty.
-      ConfigError: nothing lies between near and far.
+      DataError: the visual hull is empty, or no view has a mask.
+      ConfigError: nothing lies between near and far, or no view shows the box.
     """
     data, cameras = config.data, views.cameras
-    if data.bounds is None:
-        box = estimate_bounds(cameras)
-    else:
-        box = np.reshape(data.bounds, (2, 3)).astype(np.float32)
+    given = None if data.bounds is None else np.reshape(data.bounds, (2, 3)).astype(np.float32)
     if config.model.field == "mlp":
+        box = estimate_bounds(cameras) if given is None else given
         near, far = near_far(cameras, box)
         near = near if data.near is None else data.near
         far = far if data.far is None else data.far
@@ -69,16 +70,16 @@ def for_scene(config: Config, views: Views, device: str) -> GridField | MlpField
         field = build(config, rows=0)
         field.near_far.copy_(torch.tensor([near, far]))
         field.bounds.copy_(torch.from_numpy(box))
+        _describe(say, box, f"from the {'cameras' if given is None else 'configuration'}")
         return field.to(device)
-    box, resolution = torch.from_numpy(box).to(device), config.grid.occupancy_resolution
-    finest, rows = config.grid.resolutions[-1], config.grid.rows
+    resolution, finest, rows = config.grid.occupancy_resolution, config.grid.resolutions[-1], config.grid.rows
     if data.hull:
-        masks = torch.from_numpy(views.pixels[..., 3] > _MASK_ALPHA)
-        # The coarse hull only fits the box, so that no cell of the fine one is wasted on empty space.
-        coarse = visual_hull(masks, cameras, box, _COARSE_HULL)
-        if data.bounds is None:
-            box = box_of(coarse, box)
-        hull = visual_hull(masks, cameras, box, resolution)
+        masks = masks_of(views, device, say)
+        box = torch.from_numpy(masks.bounds if given is None else given).to(device)
+        if given is None:
+            # The coarse hull only fits the box, so that no cell of the fine one is wasted on empty space.
+            box = box_of(visual_hull(masks.maybe, masks.cameras, box, _COARSE_HULL), box)
+        hull = visual_hull(masks.maybe, masks.cameras, box, resolution)
         if not hull.any():
             raise DataError(
                 "the visual hull of the training images is empty: their alpha, their cameras or "
@@ -86,19 +87,39 @@ def for_scene(config: Config, views: Views, device: str) -> GridField | MlpField
             )
         rows = rows or int(reachable_vertices(hull, level_shape(box, finest)).sum())
     else:
+        box = torch.from_numpy(estimate_bounds(cameras) if given is None else given).to(device)
         hull = torch.ones((resolution,) * 3, dtype=torch.bool, device=device)
         rows = rows or finest**3 // 4
-    field = build(config, rows + 1).to(device)  # the first row serves all vertices without features
+    source = "configuration" if given is not None else "alpha masks" if data.hull else "cameras"
+    _describe(say, box.cpu().numpy(), f"from the {source}")
     distances = (data.near or 0.0, math.inf if data.far is None else data.far)
+    nearest, farthest = near_far(cameras, box.cpu().numpy())
+    if distances[0] >= farthest or distances[1] <= nearest:
+        raise ConfigError(
+            f"nerf.Data.near = {data.near}, far = {data.far}: no ray would meet the box, which is "
+            f"{nearest:.3f} to {farthest:.3f} away from the cameras"
+        )
+    field = build(config, rows + 1).to(device)  # the first row serves all vertices without features
     field.begin(box, hull, config.grid.resolutions[0], distances)
+    if not any(bool(visible.any()) for visible in field.occupancy.visible_pixels(cameras)):
+        raise ConfigError(
+            f"nerf.Data.bounds = {data.bounds}: no training view shows any of this box; in the scene's world "
+            f"units, the cameras look at {np.round(estimate_bounds(cameras), 3).tolist()}"
+        )
     return field
+
+
+def _describe(say: Callable[[str], None], box: np.ndarray, source: str) -> None:
+    low, high = (", ".join(f"{at:.3f}" for at in corner) for corner in box)
+    say(f"box {source}: ({low}) to ({high}) in world units; nerf.Data.bounds sets it")
 
 
 def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
     """The field of a checkpoint, for rendering.
 
     Raises:
-      CheckpointError: the file cannot be read or does not fit the configuration.
+      CheckpointError: the file cannot be read, does not fit the configuration, or has values that are not
+        finite.
     """
     path = saved.path / WEIGHTS
     try:
@@ -110,4 +131,20 @@ def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {first_line(error)}"
         ) from error
+    check_weights(field, path)
     return field.to(device).eval()
+
+
+def check_weights(field: GridField | MlpField, path: Path) -> None:
+    """Raises a CheckpointError if the field, loaded from a file, has values that are not finite.
+
+    The grid field would show them as empty space, in pictures whose scores look right.
+    """
+    for name, value in field.state_dict().items():
+        # That rays have no end is what infinity means in `near_far`.
+        if value.is_floating_point() and not name.endswith("near_far") and not value.isfinite().all():
+            wrong = int((~value.isfinite()).sum())
+            raise CheckpointError(
+                f"{path}: {wrong:,} of the {value.numel():,} values of {name} are not finite; take an "
+                "earlier checkpoint with --resume"
+            )

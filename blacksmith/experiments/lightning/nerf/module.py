@@ -20,7 +20,7 @@ from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.experiments.lightning.nerf.scores import psnr
 from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.mlp import MlpField
-from blacksmith.models.pytorch.nerf.rendering import distortion, render_image
+from blacksmith.models.pytorch.nerf.rendering import distortion, not_finite, render_image
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import generator, seed_int
 from blacksmith.run.run import Run
@@ -30,6 +30,8 @@ from blacksmith.trainers.native_optimizers import make_optimizer
 _CHECK_AT = 0.05  # when to check for a collapse, as a fraction of the training
 _SMOOTHING = 0.9  # of the samples per ray, from which the number of rays follows
 _FEWEST_RAYS = 512
+_MATTER = 0.1  # opacity over 1/96 of the box above which a cell counts as matter, for a warning
+_AT_FACES = 0.05  # more of the matter at the faces of the box than this is worth a warning
 _OCCUPANCY_RAYS = 1 << 18
 
 
@@ -57,6 +59,7 @@ class NerfModule(L.LightningModule):
         # Step, reason and attempt of each restart after a collapse; at most one.
         self.restarts: list[dict[str, Any]] = []
         self._per_ray = 0.0
+        self._warned = False  # of matter at the faces of the box
         if run.resumed is not None:
             own = run.resumed.own
             self.restarts, self._per_ray, loader.drawn = list(own["restarts"]), own["per_ray"], own["drawn"]
@@ -81,6 +84,8 @@ class NerfModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Prepares the first step, now that Lightning has restored the field."""
+        if self._run.resumed is not None:
+            fields.check_weights(self.field, self._run.resumed.path / fields.WEIGHTS)
         # Lightning's own handler of SIGTERM would raise in the middle of a step.
         self._run.stop.listen()
         self._use_pool(reshuffle=False)
@@ -183,10 +188,18 @@ class NerfModule(L.LightningModule):
         errors, ratios = [], []
         for index, name in enumerate(views.names):
             rendered = render_image(self.field, views.cameras[index], self.background)
+            if wrong := not_finite(rendered):
+                raise RunError(
+                    f"val view {name} at step {step}: {wrong}; {run.checkpoints.describe_newest()}"
+                )
             rgb = rendered.rgb.clamp(0, 1).cpu()
             truth = views.picture(index, self._config.background)
-            errors.append(float(np.square(rgb.numpy() - truth).mean(dtype=np.float64)))
-            ratios.append(psnr(rgb, truth))
+            error, used = np.square(rgb.numpy() - truth), None
+            if views.used is not None:
+                used = views.used[index]
+                error = error[used]
+            errors.append(float(error.mean(dtype=np.float64)))
+            ratios.append(psnr(rgb, truth, used))
             labels = panel_labels(f"val view {name}", ratios[-1])
             shown = strip(panels(truth, rendered).values(), labels.values())
             run.metrics.image(step, f"val/{name}", shown)
@@ -251,14 +264,8 @@ class NerfModule(L.LightningModule):
 
     def _use_pool(self, *, reshuffle: bool = True) -> None:
         """Draws only rays that can meet something; all of them for the mlp field."""
-        device = self._rays.pixels.device
-        if not isinstance(self.field, GridField):
-            pool = torch.arange(len(self._rays), dtype=torch.int32, device=device)
-        else:
-            area = self._rays.height * self._rays.width
-            visible = enumerate(self.field.occupancy.visible_pixels(self._rays.cameras))
-            pool = torch.cat([(pixels.flatten().nonzero()[:, 0] + n * area).int() for n, pixels in visible])
-        self._loader.use_pool(pool, reshuffle=reshuffle)
+        occupancy = self.field.occupancy if isinstance(self.field, GridField) else None
+        self._loader.use_pool(self._rays.pool(occupancy), reshuffle=reshuffle)
 
     def _refresh_occupancy(self) -> None:
         """Keeps occupied only cells with matter that some of the training rays reach."""
@@ -267,10 +274,18 @@ class NerfModule(L.LightningModule):
         numbers = torch.from_numpy(drawn).to(self._rays.pixels.device)
         bundles = (self._rays(some)[:2] for some in numbers.split(1 << 14))
         threshold = self._config.grid.refresh_threshold
-        if not self.field.refresh_occupancy(threshold, bundles):
+        if not self.field.refresh_occupancy(threshold, self.field.lit_cells(bundles)):
             self.loop.say(
                 f"step {self.global_step}: nothing is denser than nerf.Grid.refresh_threshold = {threshold} "
                 "yet; the occupancy stays as it was"
+            )
+            return
+        share = self.field.share_at_faces(_MATTER)
+        if share > _AT_FACES and not self._warned:
+            self._warned = True
+            self.loop.say(
+                f"step {self.global_step}: {share:.0%} of the matter lies at the faces of the box, which may "
+                "cut off what is beyond; if it does, set larger nerf.Data.bounds"
             )
 
     def _reset_moments(self, parameters: list[Tensor]) -> None:
@@ -286,7 +301,8 @@ class NerfModule(L.LightningModule):
         if self.restarts:
             raise RunError(
                 f"the field has collapsed again ({reason}); lower the learning rates in Optimizer "
-                "and nerf.Train, raise nerf.Grid.alpha, or check that cameras and images belong together"
+                "and nerf.Train, raise nerf.Grid.alpha, or check nerf.Data.bounds and that cameras and "
+                "images belong together"
             )
         self._loader.attempt += 1
         self.restarts.append({"step": step, "reason": reason, "attempt": self._loader.attempt})

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from blacksmith.datasets.blender import Views
+from blacksmith.errors import RunError
+from blacksmith.models.pytorch.nerf.occupancy import Occupancy
 from blacksmith.models.pytorch.nerf.rendering import rays_through
 from blacksmith.run.order import generator
 
@@ -21,6 +23,10 @@ class RayBank:
     def __init__(self, views: Views, device: torch.device | str) -> None:
         self.height, self.width = views.pixels.shape[1:3]
         self.pixels = torch.from_numpy(views.pixels).to(device).view(-1, 4)
+        # Rays of pixels that count, bool [views, height * width]; None: all.
+        self._used = None
+        if views.used is not None:
+            self._used = torch.from_numpy(views.used).to(device).flatten(1)
         self.cameras = cameras = views.cameras
         self._poses = torch.from_numpy(np.stack([c.pose for c in cameras])).to(device)
         intrinsics = np.array([(*c.focal, *c.center) for c in cameras], np.float32)
@@ -28,6 +34,21 @@ class RayBank:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def pool(self, occupancy: Occupancy | None = None) -> Tensor:
+        """The rays that training draws from, int32: of pixels that count and, given cells, can meet one."""
+        device, area = self.pixels.device, self.height * self.width
+        if occupancy is None and self._used is None:
+            return torch.arange(len(self), dtype=torch.int32, device=device)
+        if occupancy is None:
+            return self._used.flatten().nonzero()[:, 0].int()
+        pieces = []
+        for view, visible in enumerate(occupancy.visible_pixels(self.cameras)):
+            visible = visible.flatten()
+            if self._used is not None:
+                visible = visible & self._used[view]
+            pieces.append((visible.nonzero()[:, 0] + view * area).int())
+        return torch.cat(pieces)
 
     def __call__(self, rays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Origins [rays, 3], unit directions [rays, 3] and straight RGBA [rays, 4] in [0, 1], all float32."""
@@ -66,9 +87,16 @@ class RayLoader:
         self._order: Tensor | None = None
 
     def use_pool(self, pool: Tensor, *, reshuffle: bool = True) -> None:
-        """Draws from these rays, int32 [rays], from now on; `reshuffle` starts a new pass."""
+        """Draws from these rays, int32 [rays], from now on; `reshuffle` starts a new pass.
+
+        Raises:
+          RunError: there is none.
+        """
         if not len(pool):
-            raise ValueError("no ray is left to draw from")
+            raise RunError(
+                "no training ray can meet anything: no camera sees the box in which the scene is learned, or "
+                "what it contains has vanished; check nerf.Data.bounds, near and far, the alpha and the masks"
+            )
         self._pool, self._order = pool, None
         if reshuffle and self.cursor:
             self.passes, self.cursor = self.passes + 1, 0

@@ -21,12 +21,12 @@ from PIL import Image
 
 from blacksmith.datasets.blender import Scene
 from blacksmith.datasets.blender.cameras import Camera, orbit
-from blacksmith.errors import RunError
+from blacksmith.errors import CheckpointError, RunError
 from blacksmith.experiments.lightning.nerf.configs import Results
 from blacksmith.experiments.lightning.nerf.pictures import panel_labels, panels, strip, to_bytes, write_png
 from blacksmith.experiments.lightning.nerf.scores import Lpips, psnr, ssim
 from blacksmith.files import atomic_file
-from blacksmith.models.pytorch.nerf.rendering import RadianceField, render_image
+from blacksmith.models.pytorch.nerf.rendering import RadianceField, Rendered, not_finite, render_image
 from blacksmith.run.run import Run
 
 STRIP_PICTURE_PIXELS = 320  # width: four fit on a page of the report, and three strips take about 1 MB
@@ -45,6 +45,9 @@ def score_views(
     Returns:
       Means over the views: ``psnr`` in dB, ``ssim``, ``lpips`` if given; ``images``, the scores of each view
       with its ``name``; ``seconds_per_frame``, rendering only. None if the run is to stop.
+
+    Raises:
+      CheckpointError: a render is not finite.
     """
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -58,14 +61,18 @@ def score_views(
         if run.stop:
             return None
         start = time.perf_counter()
-        rendered = render_image(field, views.cameras[index], behind)
+        rendered = _rendered(field, views.cameras[index], behind, f"{split} view {name}")
         rgb = rendered.rgb.clamp(0, 1)
         float(rgb.sum())  # waits for the accelerator
         seconds += time.perf_counter() - start
 
         picture = views.picture(index, background)
         truth = torch.as_tensor(picture, device=rgb.device)
-        scores = {"psnr": psnr(rgb, truth), "ssim": ssim(rgb, truth)}
+        used = None if views.used is None else views.used[index]
+        scores = {"psnr": psnr(rgb, truth, used)}
+        if used is not None:  # the others cannot leave pixels out: they are given the true ones
+            rgb = torch.where(torch.as_tensor(used, device=rgb.device)[..., None], rgb, truth)
+        scores["ssim"] = ssim(rgb, truth)
         if lpips is not None:
             scores["lpips"] = lpips(rgb, truth)
         images.append({"name": name} | scores)
@@ -102,6 +109,7 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
       False if the run is to stop; then nothing is written.
 
     Raises:
+      CheckpointError: a render is not finite.
       RunError: the video could not be written, for example because the disk is full.
     """
     settings, directory = run.config.results, run.directory / "images"
@@ -127,7 +135,8 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
                 for index, camera in enumerate(cameras):
                     if run.stop:
                         return False
-                    pixels = to_bytes(render_image(field, camera, behind).rgb.cpu().numpy())
+                    rendered = _rendered(field, camera, behind, f"frame {index} of the video")
+                    pixels = to_bytes(rendered.rgb.cpu().numpy())
                     frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                     frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
                     file.mux(stream.encode(frame))
@@ -143,6 +152,17 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
     with atomic_file(directory / "orbit.gif") as stream:
         small[0].save(stream, "GIF", save_all=True, append_images=small[1:], duration=duration, loop=0)
     return True
+
+
+def _rendered(field: RadianceField, camera: Camera, background: torch.Tensor, view: str) -> Rendered:
+    """Renders a picture of a trained field, whose weights are finite; the picture must be so too.
+
+    Clipped to [0, 1] it would look as if it were.
+    """
+    rendered = render_image(field, camera, background)
+    if wrong := not_finite(rendered):
+        raise CheckpointError(f"{view}: {wrong}, although all weights are: the field's activations overflow")
+    return rendered
 
 
 def _orbit(settings: Results, field: RadianceField, scene: Scene) -> list[Camera]:

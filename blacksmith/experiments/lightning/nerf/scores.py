@@ -25,9 +25,14 @@ ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 ALEXNET_SHA256 = "7be5be79"
 
 
-def psnr(render: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB: -10 log10 of the mean squared error, at most `PSNR_CAP`."""
+def psnr(render: Tensor | np.ndarray, truth: Tensor | np.ndarray, used: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio in dB: -10 log10 of the mean squared error, at most `PSNR_CAP`.
+
+    `used`, bool [height, width], are the pixels that count; None: all.
+    """
     error = torch.as_tensor(render) - torch.as_tensor(truth)
+    if used is not None:
+        error = error[torch.as_tensor(used, device=error.device)]
     mean_squared = float(error.square().mean())
     return -10 * math.log10(max(mean_squared, 10 ** (-PSNR_CAP / 10)))
 

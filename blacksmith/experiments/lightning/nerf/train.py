@@ -1,5 +1,6 @@
 """NeRF in native Lightning: from the images of a Blender scene to a field, its scores and a video."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
 
     # A resumed field gets its box and its weights from the checkpoint, which Lightning loads.
     if run.resumed is None:
-        field = fields.for_scene(config, images, run.device)
+        field = fields.for_scene(config, images, run.device, lambda line: print(line, file=sys.stderr))
     else:
         field = fields.build(config, run.resumed.own["rows"])
 

@@ -3,6 +3,7 @@
 viser serves the page and reports each browser's camera; a picture is the background of its empty scene.
 """
 
+import contextlib
 import math
 import socket
 import sys
@@ -20,6 +21,7 @@ from viser.transforms import SO3
 from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.lightning.nerf.pictures import depth_colors, to_bytes
+from blacksmith.experiments.lightning.nerf.viewer_access import checked_requests, quiet_about_junk
 from blacksmith.models.pytorch.nerf.rendering import RadianceField, camera_rays
 
 RESPONSE_SECONDS = 0.08  # for a preview, and while refining until the next check for a newer camera
@@ -51,8 +53,8 @@ def serve(
 ) -> None:
     """Shows a field to any number of browsers until `stop()`, checked between chunks of rays; prints its URL.
 
-    Each browser has its own camera and settings. There is no password: with any `host` other than the
-    default, everyone who can reach the port can connect.
+    Each browser has its own camera and settings. Pages of other origins are refused, but there is no
+    password: with any `host` other than the default, everyone who can reach the port can connect.
 
     Args:
       camera: the first view, without its roll; the horizontal field of view follows the browser's window.
@@ -73,8 +75,7 @@ def serve(
     # A browser may disconnect while its picture is rendered; viser warns about that.
     warnings.filterwarnings("ignore", message="Queued a .* on a closed connection")
     rich.get_console().quiet = True  # viser prints a banner to stdout, which is for results
-    server = _Server(host=host, port=port, label="blacksmith", verbose=False)
-    try:
+    with _started(host, port) as server:
         server.scene.set_up_direction("+z")
         server.gui.configure_theme(show_share_button=False, show_logo=False)
         server.initial_camera.position = camera.pose[:, 3]
@@ -96,8 +97,18 @@ def serve(
             busy = [browser.step() for browser in list(browsers.values())]
             if not any(busy):
                 time.sleep(IDLE_SECONDS)
-    finally:
-        server.stop()
+
+
+@contextlib.contextmanager
+def _started(host: str, port: int) -> Iterator[_Server]:
+    """A running server that answers only to its own page; it is stopped at the end."""
+    with checked_requests(host):
+        server = _Server(host=host, port=port, label="blacksmith", verbose=False)
+    with quiet_about_junk():
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 class Browser:

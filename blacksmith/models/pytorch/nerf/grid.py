@@ -113,7 +113,7 @@ class GridField(nn.Module):
         bounds: Tensor,
         hull: Tensor,
         resolution: int,
-        near_far: tuple[float, float] = (0.0, math.inf),
+        near_far: tuple[float, float],
     ) -> int:
         """Starts an empty field; returns the resolution of its level, see `upsample`.
 
@@ -159,30 +159,42 @@ class GridField(nn.Module):
         return resolution
 
     @torch.no_grad()
-    def refresh_occupancy(
-        self, threshold: float, rays: Iterable[tuple[Tensor, Tensor]] | None = None
-    ) -> bool:
+    def lit_cells(self, rays: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """The cells that the light of some rays reaches and their neighbors, bool [z, y, x].
+
+        Those inside of things are not among them. The rays come in bundles, origins and unit directions
+        [rays, 3].
+        """
+        resolution, step = self.occupancy.resolution, self.voxel * self.train_step
+        lit = torch.zeros(resolution**3, device=self.bounds.device)
+        for origins, directions in rays:
+            _, unit = self._lit_samples(origins, directions, step, None)
+            lit[flat_cell(unit, resolution)] = 1
+        return F.max_pool3d(lit.view(1, 1, *[resolution] * 3), 3, 1, 1)[0, 0] > 0
+
+    @torch.no_grad()
+    def refresh_occupancy(self, threshold: float, lit: Tensor) -> bool:
         """Marks the cells, among those with features, that are more opaque than `threshold` over `unit`.
 
-        Given bundles of rays, origins and unit directions [rays, 3], only cells that their light reaches are
-        marked, with their neighbors, which leaves out the inside of things. Returns whether there is any; if
+        Only cells of `lit`, bool [z, y, x], are marked; see `lit_cells`. Returns whether there is any; if
         not, nothing changes.
         """
-        occupancy, resolution = self.occupancy, self.occupancy.resolution
-        z, y, x = self._shape
-        opacity = -torch.expm1(-F.softplus(self.density_table[: z * y * x] + self._shift))
-        cells = (highest_around(opacity.view(z, y, x), resolution) > threshold) & self.allocated
-        if rays is not None:
-            lit = torch.zeros(resolution**3, device=self.bounds.device)
-            step = self.voxel * self.train_step
-            for origins, directions in rays:
-                _, unit = self._lit_samples(origins, directions, step, None)
-                lit[flat_cell(unit, resolution)] = 1
-            cells &= F.max_pool3d(lit.view(1, 1, *cells.shape), 3, 1, 1)[0, 0] > 0
+        cells = (self._opacity_of_cells() > threshold) & self.allocated & lit
         if not cells.any():
             return False
-        occupancy.set(cells)
+        self.occupancy.set(cells)
         return True
+
+    @torch.no_grad()
+    def share_at_faces(self, opacity: float) -> float:
+        """How much of the matter, the occupied cells of at least this opacity over `unit`, touches the box.
+
+        Where matter reaches a face of the box, the box may cut it off.
+        """
+        matter = self.occupancy.cells & (self._opacity_of_cells() > opacity)
+        inside = int(matter[1:-1, 1:-1, 1:-1].sum())
+        total = int(matter.sum())
+        return (total - inside) / total if total else 0.0
 
     def trace(
         self,
@@ -262,6 +274,12 @@ class GridField(nn.Module):
         z, y, x = self._shape
         grid = self.density_table[: z * y * x].view(z, y, x)
         return sum(grid.diff(dim=axis).square().mean() for axis in range(3))
+
+    def _opacity_of_cells(self) -> Tensor:
+        """The highest opacity over `unit` in each cell of the occupancy grid, float32 [z, y, x]."""
+        z, y, x = self._shape
+        opacity = -torch.expm1(-F.softplus(self.density_table[: z * y * x] + self._shift))
+        return highest_around(opacity.view(z, y, x), self.occupancy.resolution)
 
     def _share(self, step: float) -> float:
         """The length of a step relative to training, so that half steps do not lose what whole steps keep."""

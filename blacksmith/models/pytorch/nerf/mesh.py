@@ -5,7 +5,7 @@ import torch
 import trimesh
 from skimage.measure import marching_cubes
 
-from blacksmith.errors import RunError
+from blacksmith.errors import CheckpointError, RunError
 from blacksmith.models.pytorch.nerf.rendering import RadianceField
 
 CHUNK_POINTS = 1 << 18  # vertices that are colored at a time
@@ -26,10 +26,12 @@ def extract_mesh(field: RadianceField, *, resolution: int, threshold: float) -> 
       counter-clockwise as seen from outside; `visual.vertex_colors` is what is seen along the inward normals.
 
     Raises:
+      CheckpointError: a density or a color is not finite.
       RunError: the density is nowhere above the threshold.
     """
     lower, upper = field.bounds.cpu().double().numpy()
     volume = _density_volume(field, lower, upper, resolution)
+    _check_finite("density", volume)
     if not volume.max() > threshold:
         raise RunError(
             f"no mesh: nothing in the field is denser than the threshold of {threshold:g} per world unit "
@@ -76,5 +78,14 @@ def _colors(field: RadianceField, vertices: np.ndarray, normals: np.ndarray) -> 
     device, colors = field.bounds.device, []
     for some, normal in zip(points.split(CHUNK_POINTS), outward.split(CHUNK_POINTS), strict=True):
         rgb = field.color(some.to(device), -normal.to(device))
+        _check_finite("color", rgb.cpu().numpy())
         colors.append((rgb.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu())
     return torch.cat(colors).numpy()
+
+
+def _check_finite(name: str, values: np.ndarray) -> None:
+    wrong = int((~np.isfinite(values)).sum())
+    if wrong:
+        raise CheckpointError(
+            f"no mesh: the field's {name} is not finite at {wrong:,} of {values.size:,} points"
+        )

@@ -1,4 +1,4 @@
-"""Where a scene can have matter: the visual hull of its masks, and a grid of cells that rays step through.
+"""Where a scene can have matter: a grid of cells that rays step through.
 
 Rays have samples only in marked cells. Blocks of 4x4x4 cells are tested first; single cells only where a
 block or one of its neighbors contains a marked cell.
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blacksmith.datasets.blender.cameras import Camera
+from blacksmith.models.pytorch.nerf.projection import splat
 from blacksmith.models.pytorch.nerf.rendering import Samples
 
 BLOCK = 4  # side of a block, in cells
 
-_NEAR = 3  # depth, in radii, below which a ball may fill the picture
 _SEGMENT = 2 * BLOCK  # length of a ray's segment, in cells
 
 
@@ -114,10 +114,10 @@ class Occupancy(nn.Module):
         empty_beside = F.max_pool3d(F.pad(1 - marked, [1] * 6, value=1.0), 3, 1)
         surface = ((marked > 0) & (empty_beside > 0)).view(-1).nonzero()[:, 0]
         side = 2 * (self.bounds[1] - self.bounds[0]) / self.resolution
-        points = self.bounds[0] + (_unravel(surface, (pairs,) * 3) + 0.5) * side
+        points = self.bounds[0] + (unravel(surface, (pairs,) * 3) + 0.5) * side
         radius = float(side.norm()) / 2
         for camera in cameras:
-            yield _splat(camera, points, radius)
+            yield splat(camera, points, radius)
 
 
 def grid_points(
@@ -129,48 +129,10 @@ def grid_points(
     """
     if flat is None:
         flat = torch.arange(math.prod(shape), device=bounds.device)
-    index = _unravel(flat, shape)
+    index = unravel(flat, shape)
     count = torch.tensor(shape[::-1], device=bounds.device)
     unit = (index + 0.5) / count if centered else index / (count - 1).clamp(min=1)
     return bounds[0] + unit * (bounds[1] - bounds[0])
-
-
-@torch.no_grad()
-def visual_hull(masks: Tensor, cameras: Sequence[Camera], bounds: Tensor, resolution: int) -> Tensor:
-    """The cells of a box in which no view rules out matter, bool [z, y, x].
-
-    A cell stays if it projects to within its own size of a masked pixel in each view that contains it
-    (Laurentini, The visual hull concept, 1994). `masks`, bool [views, height, width], are true where a
-    picture is not empty.
-    """
-    # Coarse to fine: if a view rules out a cell, its eight parts need no test.
-    level = resolution
-    while level % 2 == 0 and level > 32:
-        level //= 2
-    cells = torch.arange(level**3, device=bounds.device)
-    while True:
-        side = (bounds[1] - bounds[0]) / level
-        for mask, camera in zip(masks, cameras):
-            centers = bounds[0] + (_unravel(cells, (level,) * 3) + 0.5) * side
-            x, y, depth = _project(camera, centers)
-            radius = float(side.norm()) / 2
-            pixels = _pixels_across(camera, radius, depth)
-            grown = _grow(mask.to(bounds.device), pixels)
-            column, row = x.long(), y.long()
-            # A view can rule out only cells that are completely inside its picture.
-            seen = (depth > _NEAR * radius) & (x >= pixels) & (x < camera.width - pixels)
-            seen &= (y >= pixels) & (y < camera.height - pixels)
-            place = row.clamp(0, camera.height - 1) * camera.width + column.clamp(0, camera.width - 1)
-            cells = cells[~seen | grown.view(-1)[place]]
-        hull = torch.zeros(level**3, dtype=torch.bool, device=bounds.device)
-        hull[cells] = True
-        if level == resolution:
-            return hull.view((resolution,) * 3)
-        level *= 2
-        halves = hull.view((level // 2,) * 3)
-        for axis in range(3):
-            halves = halves.repeat_interleave(2, axis)
-        cells = halves.reshape(-1).nonzero()[:, 0]
 
 
 def box_of(cells: Tensor, bounds: Tensor, margin: float = 0.5) -> Tensor:
@@ -189,61 +151,7 @@ def flat_cell(unit: Tensor, resolution: int) -> Tensor:
     return (index[:, 2] * resolution + index[:, 1]) * resolution + index[:, 0]
 
 
-def _unravel(flat: Tensor, shape: Sequence[int]) -> Tensor:
+def unravel(flat: Tensor, shape: Sequence[int]) -> Tensor:
     """Indices (x, y, z), int64 [cells, 3], of flat indices into [z, y, x]."""
     _, y, x = shape
     return torch.stack([flat % x, flat // x % y, flat // (x * y)], -1)
-
-
-def _project(camera: Camera, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Picture coordinates x and y in pixels, and depth in world units: float32 [points] each."""
-    pose = torch.as_tensor(camera.pose, device=points.device)
-    local = (points - pose[:, 3]) @ pose[:, :3]
-    depth = -local[:, 2]
-    safe = torch.where(depth.abs() < 1e-6, torch.full_like(depth, 1e-6), depth)
-    x = local[:, 0] / safe * camera.focal[0] + camera.center[0]
-    return x, -local[:, 1] / safe * camera.focal[1] + camera.center[1], depth
-
-
-def _pixels_across(camera: Camera, radius: float, depth: Tensor) -> int:
-    """How far, in pixels, a pixel that shows a ball can be from the ball's projected center.
-
-    For balls of radius r = `radius` with centers at these depths. A point of the ball at p' = x'/z' and the
-    center at p = x/z with |x - x'| and |z - z'| up to r differ by (x - x' - p' (z - z')) / z, at most
-    r (1 + |p'|) / z.
-    """
-    ahead = depth[depth > _NEAR * radius]
-    nearest = float(ahead.amin()) if len(ahead) else math.inf
-    pixels = math.ceil(max(camera.focal) * radius * (1 + _steepest(camera)) / nearest) + 1
-    return min(pixels, max(camera.width, camera.height))
-
-
-def _steepest(camera: Camera) -> float:
-    """The largest tangent, along x or y, of the angle between the optical axis and a ray of the picture."""
-    x = max(camera.center[0], camera.width - camera.center[0]) / camera.focal[0]
-    y = max(camera.center[1], camera.height - camera.center[1]) / camera.focal[1]
-    return max(x, y, 0.0)
-
-
-def _grow(mask: Tensor, pixels: int) -> Tensor:
-    """Marks everything within `pixels` of a marked pixel."""
-    # A square maximum is one along rows, then one along columns: 2n operations per pixel instead of n^2.
-    grown = F.max_pool2d(mask.float()[None, None], (1, 2 * pixels + 1), 1, (0, pixels))
-    return F.max_pool2d(grown, (2 * pixels + 1, 1), 1, (pixels, 0))[0, 0] > 0
-
-
-def _splat(camera: Camera, points: Tensor, radius: float) -> Tensor:
-    """Pixels within `radius` world units of a point, bool [height, width]."""
-    x, y, depth = _project(camera, points)
-    away = (points - torch.as_tensor(camera.pose[:, 3], device=points.device)).norm(dim=1)
-    # From inside a ball, or close to it, every pixel can show it.
-    if bool((away < radius * (2 + _NEAR) * (1 + _steepest(camera))).any()):
-        return torch.ones(camera.height, camera.width, dtype=torch.bool, device=points.device)
-    pixels = _pixels_across(camera, radius, depth)
-    # Balls with centers beside the picture can reach into it, hence the border of `pixels` on each side.
-    row, column = (y.floor().long() + pixels), (x.floor().long() + pixels)
-    height, width = camera.height + 2 * pixels, camera.width + 2 * pixels
-    near = (depth > _NEAR * radius) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    mask = torch.zeros(height, width, dtype=torch.bool, device=points.device)
-    mask[row[near], column[near]] = True
-    return _grow(mask, pixels)[pixels:-pixels, pixels:-pixels]

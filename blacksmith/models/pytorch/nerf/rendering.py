@@ -22,6 +22,15 @@ class Rendered(NamedTuple):
     depth: Tensor  # float32 [...], the expected distance at which the ray ends; 0 for an empty ray
 
 
+def not_finite(rendered: Rendered) -> str | None:
+    """What is not finite in a picture, and in how many pixels; None if all is."""
+    for name, values in zip(Rendered._fields, rendered):
+        pixels = values.isfinite() if values.dim() < 3 else values.isfinite().all(-1)
+        if not pixels.all():
+            return f"{name} is not finite in {int((~pixels).sum()):,} of {pixels.numel():,} pixels"
+    return None
+
+
 class Samples(NamedTuple):
     """Samples of a bundle of rays, ordered by ray and then by distance; lengths are in world units."""
 

@@ -135,7 +135,7 @@ def _lines(directory: Path) -> int:
 
 def _saving(directory: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
-        return any(".tmp-" in name for name in os.listdir(directory / "checkpoints"))
+        return any(name.endswith("-tmp") for name in os.listdir(directory / "checkpoints"))
     return False
 
 

@@ -1,14 +1,19 @@
-"""Files and directories that appear complete or not at all, file hashes, and the cache directory."""
+"""Files and directories that appear complete or not at all, file hashes, JSON, and the cache directory."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# What a kill may leave: `.NAME.PID-RANDOM.blacksmith-tmp`, or `-old` where it still has to replace something.
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.blacksmith-(?P<kind>tmp|old)", re.DOTALL)
 
 
 def cache_dir() -> Path:
@@ -27,7 +32,7 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
     If the block raises, `target` is unchanged. The directory must exist.
     """
-    temporary = _temporary_name(target)
+    temporary = temporary_name(target)
     try:
         with open(temporary, "xb") as stream:
             yield stream
@@ -45,29 +50,69 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     Raises:
       OSError: the parent cannot be written, or `target` exists and is not an empty directory.
     """
-    temporary = _temporary_name(target)
-    temporary.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_directory(target) as temporary:
+        yield temporary
+        settle(temporary)
+        temporary.rename(target)
+
+
+@contextmanager
+def temporary_directory(target: Path) -> Iterator[Path]:
+    """Makes an empty directory beside `target`, which is removed after the block if it is still there."""
+    temporary = temporary_name(target)
+    temporary.mkdir()
     try:
         yield temporary
-        mode = temporary.stat().st_mode & 0o666
-        for file in (path for path in temporary.rglob("*") if path.is_file()):
-            file.chmod(mode)  # some libraries create files that only their owner can read
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary_name(target: Path) -> Path:
-    # A sibling, so that the rename stays within one file system.
-    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+def temporary_name(target: Path, kind: str = "tmp") -> Path:
+    """A new name beside `target`, so that a rename stays within one file system; see `TEMPORARY`."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.blacksmith-{kind}")
+
+
+def settle(directory: Path) -> None:
+    """Puts every file in a directory on disk, readable by whoever may read the directory."""
+    mode = directory.stat().st_mode & 0o666
+    for file in (path for path in directory.rglob("*") if path.is_file()):
+        file.chmod(mode)  # some libraries create files that only their owner can read
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a directory with all in it, or a link, but never what a link points to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """The content of a JSON file; `ValueError` if it is not JSON, nested too deeply or over `limit` bytes."""
+    if not path.is_file():  # a pipe, say, would never end
+        raise FileNotFoundError(errno.ENOENT, "not a file", str(path))
+    with path.open("rb") as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    return parse_json(content)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """`json.loads`, with a `ValueError` also for what is nested too deeply."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -180,12 +180,16 @@ def run_experiment(
     devices.check_installed(f"{experiment.name} on {resolved.backend}", experiment.backends[resolved.backend])
     if config.log.wandb != "off":
         devices.check_installed(f"Log.wandb = {config.log.wandb!r}", registry.Needs("wandb", ("wandb",)))
+    if mode != "view":
+        runs.check_directory(workdir, config)
     # Listed before a checkpoint is chosen and compared under the lock: another run may write meanwhile.
     try:
         present = runs.checkpoints_of(workdir / "checkpoints", config).steps()
     except OSError as error:
         raise ConfigError(f"--workdir: {error.strerror}: {str(workdir)[:60]}...") from error
     saved, external = starting_point(resolved, workdir, mode=mode, resume=resume)
+    if mode != "view" and external is not None:
+        runs.check_apart(workdir, external, f"--resume={resume}")
     if saved is not None:
         runs.check_resume(saved, config, experiment.name, experiment.checkpoint_format, mode=mode)
     name = devices.activate(experiment, resolved.backend, device)

@@ -13,6 +13,7 @@ import pytest
 from blacksmith import config as configuration
 from blacksmith import devices, errors, launch, registry, report
 from blacksmith.run import run as runs
+from blacksmith.run.manifest import Manifest
 
 JAX = "--gin_file=gin/mnist_jax.gin"
 BUNDLED = sorted(configuration.gin_directory().glob("*.gin"))
@@ -398,9 +399,62 @@ def test_a_workdir_in_place_of_or_below_a_file_is_refused(
 
 
 def test_resume_never_refuses_a_directory_with_checkpoints(tmp_path, fails, toy):
+    (tmp_path / "run").mkdir()
+    Manifest(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     fails(*toy, "--workdir=run", "--resume=never", says=["--resume=never: run already has checkpoints"])
     fails(*toy, "--workdir=run", "--resume=other", says=["--resume=other: run already has checkpoints"])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "export"])
+def test_a_directory_with_files_of_others_is_refused(tmp_path, fails, toy, tree, mode):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    before = tree(tmp_path)
+    says = ["--workdir: run is not empty and was not made by a run", "it contains config.json"]
+    fails(*toy, f"--mode={mode}", "--workdir=run", says=says)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"),
+    [
+        ("mnist_torch", "mnist.Data.path"),
+        ("nerf_blender", "nerf.Data.scene"),
+        ("llama_sst2_tiny", "llama.Data.source"),
+        ("llama_sst2_tiny", "llama.Model.name_or_path"),
+    ],
+)
+def test_a_run_in_the_data_is_refused_before_anything_is_made(tmp_path, fails, tree, file, setting):
+    (tmp_path / "data").mkdir()
+    given = [f"--gin_file=gin/{file}.gin", f"--gin_param={setting} = 'data'"]
+    for workdir, how in (("data", "is"), ("data/new/run", "lies in"), (".", "contains")):
+        fails(*given, f"--workdir={workdir}", says=[f"--workdir: {workdir} {how} what {setting} names"])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "data"]
+
+
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("mnist_jax", ["mnist.Data.source", "mnist.Data.path", "mnist.Data.name"]),
+        ("nerf_blender", ["nerf.Data.scene"]),
+        (
+            "llama_sst2_tiny",
+            [
+                "llama.Data.source",
+                "llama.Data.sentence_column",
+                "llama.Data.label_column",
+                "llama.Model.name_or_path",
+            ],
+        ),
+    ],
+)
+def test_where_the_same_data_lies_may_change_on_resume(file, names):
+    sections = configuration.sections(type(launch.resolve([f"gin/{file}.gin"], []).config)).values()
+    by_name = {section.gin_name: section for section in sections}
+    for name in names:
+        section, _, field = name.rpartition(".")
+        assert configuration.may_change(by_name[section], field)
 
 
 def test_eval_with_resume_never_is_refused(fails, toy):

@@ -62,6 +62,7 @@ def setting(
     resume_may_change: bool = False,
     evaluation_may_change: bool = False,
     only_with: Conditions | None = None,
+    location: bool = False,
     **constraints: Any,
 ) -> Any:
     """A field of a section.
@@ -73,12 +74,14 @@ def setting(
       evaluation_may_change: whether ``--mode=eval`` and ``export`` may also differ from the checkpoint.
       only_with: when the field has an effect: ``{"Optimizer.name": ("sgd", "rmsprop")}``. Otherwise any value
         but the default is an error.
+      location: whether the field may be the path of what a run reads, apart from which it must write.
       **constraints: pydantic's (``gt``, ``ge``, ``lt``, ``le``, ``min_length``, ...).
     """
     own = {
         "resume_may_change": resume_may_change,
         "evaluation_may_change": evaluation_may_change,
         "only_with": only_with,
+        "location": location,
     }
     return pydantic.Field(
         default, description=description, json_schema_extra={**own, **constraints}, **constraints
@@ -101,6 +104,16 @@ def may_change(section_class: type, field: str, *, mode: str = "train") -> bool:
     """Whether a run in `mode` may differ in this field from the checkpoint that it starts from."""
     extra = fields(section_class)[field].json_schema_extra
     return extra["resume_may_change"] or (mode != "train" and extra["evaluation_may_change"])
+
+
+def locations(config: Any) -> dict[str, str]:
+    """What a run reads from where, as far as its settings say so: ``{"nerf.Data.scene": "/scenes/lego"}``."""
+    return {
+        f"{part.gin_name}.{field}": value
+        for part in _parts(config).values()
+        for field, info in fields(type(part)).items()
+        if info.json_schema_extra["location"] and (value := getattr(part, field)) is not None
+    }
 
 
 def build(config_class: type[T], bindings: Sequence[Binding], *, experiment: str) -> T:

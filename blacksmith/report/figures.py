@@ -20,6 +20,7 @@ SPLIT_STYLES = {
 }
 OTHER_SPLIT_STYLE = {"mode": "lines+markers", "dash": "dot", "symbol": "square"}
 MAX_POINTS = 2000  # per curve; longer SVG paths are slow and show nothing more
+MAX_CLASSES = 1000  # a larger confusion matrix is not drawn
 MAX_CELL_TEXTS = 25  # with more classes, counts do not fit their cells
 MAX_LABEL = 14  # characters of a class name on an axis
 
@@ -99,7 +100,7 @@ def confusion_matrix(run: Run) -> Figure | None:
     """Counts, with separate color scales for hits and errors, so that errors are visible."""
     counts = np.array(run.result.test.confusion_matrix)
     size = len(counts)
-    if not size:
+    if not 0 < size <= MAX_CLASSES:
         return None
     ticks = _class_axis(run, size)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

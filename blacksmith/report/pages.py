@@ -27,7 +27,16 @@ def write(directory: Path, output: Path | None = None) -> Path:
     """
     directory = Path(directory)
     run = read.load(directory, directory.resolve().name)
-    return _render(output or directory / "report.html", **_run_page(run))
+    return _render(output or own_page(directory / "report.html"), **_run_page(run))
+
+
+def own_page(path: Path) -> Path:
+    """The path of a page that may be overwritten; `DataError` if the file there is not a page of ours."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            if b'name="generator" content="blacksmith"' not in stream.read(2000):
+                raise DataError(f"{path} is not a page that this program wrote; move it or give --output")
+    return path
 
 
 def write_comparison(output: Path, directories: Sequence[Path]) -> Path:

@@ -4,7 +4,6 @@ import base64
 import datetime
 import functools
 import io
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,15 @@ import numpy as np
 import pydantic
 
 from blacksmith.errors import ConfigError, DataError, first_line
+from blacksmith.files import read_json
 from blacksmith.run import metrics
 from blacksmith.run.checkpoint import direction
 
 AXES = ("step", "epoch", "seconds")
 SPLITS = ("train", "val", "test")
 FIRST_METRICS = ("accuracy", "loss")
+MAX_JSON_BYTES = 2**24
+MAX_TEXT = 300  # characters of a title or a line of a caption, lines of a caption
 MAX_IMAGE_BYTES = 32 * 2**20  # all images of a run together
 TILE_PIXELS = 100  # images up to this size are shown as small tiles
 
@@ -169,7 +171,7 @@ def load(directory: Path, name: str) -> Run:
         for kind in (Config, Result, Environment):
             path = directory / f"{kind.__name__.lower()}.json"
             if path.exists():
-                files[path.name] = json.loads(path.read_text(encoding="utf-8"))
+                files[path.name] = read_json(path, MAX_JSON_BYTES)
             sections[path.stem] = kind.model_validate(files.get(path.name, {}))
         path = directory / "metrics.jsonl"
         rows = metrics.read(path) if path.exists() else []
@@ -191,22 +193,26 @@ def _read_pictures(directory: Path, notes: list[str]) -> list[Picture]:
 
     pictures, size = [], 0
     for file in sorted(f for f in directory.glob("*") if f.suffix.lower() in (".png", ".gif")):
-        content = file.read_bytes()
-        size += len(content)
+        if not file.is_file():
+            continue
+        size += file.stat().st_size
         if size > MAX_IMAGE_BYTES:
             notes.append(
                 f"Only {MAX_IMAGE_BYTES >> 20} MiB of images are shown: {file.name} and later are left out."
             )
             break
+        content = file.read_bytes()
         try:
             image = Image.open(io.BytesIO(content), formats=["PNG", "GIF"])  # reads only the header
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{file} is not a PNG or GIF file: {first_line(error)}") from error
+            notes.append(f"{file.name} is not a PNG or GIF file and is left out: {first_line(error)}.")
+            continue
         width, height = image.size
+        caption = str(image.info.get("Description", file.name)).splitlines()
         pictures.append(
             Picture(
-                title=str(image.info.get("Title", "Images")),
-                caption=str(image.info.get("Description", file.name)).splitlines(),
+                title=str(image.info.get("Title", "Images"))[:MAX_TEXT],
+                caption=[line[:MAX_TEXT] for line in caption[:MAX_TEXT]],
                 uri=f"data:{image.get_format_mimetype()};base64,{base64.b64encode(content).decode()}",
                 layout="tile" if max(width, height) <= TILE_PIXELS else "wide" if width > 2 * height else "",
             )

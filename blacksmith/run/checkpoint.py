@@ -11,14 +11,18 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blacksmith.errors import CheckpointError, ConfigError
-from blacksmith.files import file_sha256
+import pydantic
 
-FORMAT_VERSION = 2
+from blacksmith.errors import CheckpointError, ConfigError, first_line
+from blacksmith.files import TEMPORARY, file_sha256, read_json, remove, temporary_directory, temporary_name
+from blacksmith.run.manifest import Manifest, set_aside
+
+FORMAT_VERSION = 3
+_MAX_STATE_BYTES = 2**26
 LOWER_IS_BETTER = {"loss", "error", "mae", "mse", "rmse", "perplexity", "lpips", "nll", "wer", "cer", "fid"}
 HIGHER_IS_BETTER = {
     "accuracy",
@@ -34,6 +38,39 @@ HIGHER_IS_BETTER = {
     "r2",
 }
 _STEP = re.compile(r"step_\d{8,}")
+
+
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
+class Position:
+    """Where a run stands; saved as JSON with every checkpoint."""
+
+    step: int = 0  # optimizer steps taken
+    # Of the `summed` steps since the last training line: the logged values added up, by name.
+    sums: dict[str, float] = field(default_factory=dict)
+    summed: int = 0
+    validation: dict[str, float] = field(default_factory=dict)  # the latest, named ``val_*``
+    validated_at: int = -1  # the step at which it was measured
+    best: float | None = None  # best value of `Checkpoint.metric` so far
+    best_step: int = 0
+    worse: int = 0  # validations without improvement since then
+
+
+class _State(pydantic.BaseModel, strict=True):
+    """What `state.json` must hold, apart from its own hash."""
+
+    step: pydantic.NonNegativeInt
+    own: dict[str, Any]
+    metrics: dict[str, float]
+    sha256: dict[str, str]
+    # What a run adds, see `Run.save_checkpoint`.
+    experiment: str = ""
+    checkpoint_format: str = ""
+    config: dict[str, dict[str, Any]] = {}
+    data: dict[str, Any] = {}
+    metrics_offset: pydantic.NonNegativeInt = 0
+    metrics_sha256: str = ""
+    seconds: pydantic.NonNegativeFloat = pydantic.Field(0.0, allow_inf_nan=False)
+    position: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -63,6 +100,7 @@ class Checkpoints:
     keep_best: int = 0  # how many of the best by `metric` also stay
     metric: str = "val_loss"  # a name in the metrics given to `save`
     mode: str = "auto"  # see `direction`
+    manifest: Manifest | None = None  # the run directory's: what is not in it stays; None: all is ours
 
     def save(
         self,
@@ -82,11 +120,10 @@ class Checkpoints:
           metrics: validation metrics of these weights, for `keep_best`.
         """
         target = self.directory / f"step_{step:08d}"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = self.directory / f".{target.name}.tmp-{os.getpid()}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+        if os.path.lexists(self.directory) and not self.directory.is_dir():
+            set_aside(self.directory)
+        self.directory.mkdir(exist_ok=True)
+        with temporary_directory(target) as temporary:
             own = write(temporary)
             files = sorted(p for p in temporary.rglob("*") if p.is_file())
             for path in files:
@@ -107,15 +144,19 @@ class Checkpoints:
             for path in files:
                 shutil.copymode(temporary / "state.json", path)  # safetensors makes its files private
             _fsync(temporary)
+            if os.path.lexists(target) and not (self._owns(target) and target.is_dir()):
+                set_aside(target)
+            if self.manifest is not None:
+                names = (path.relative_to(temporary) for path in files)
+                self.manifest.add(*(target / name for name in (*names, "state.json")))
+            if target.is_symlink():
+                target.unlink()
             if target.exists():
                 self._replace(target, temporary)
             else:
                 temporary.rename(target)
             _fsync(self.directory)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        self._retain(newest=target)
+        self.retain(target)
         return target
 
     def steps(self) -> list[Path]:
@@ -142,20 +183,31 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Removes what an interrupted `save` left; call it only while the run's lock is held."""
-        for old in self.directory.glob(".step_*.old-*"):
-            target = self.directory / old.name[1:].partition(".old-")[0]
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(target)
-        for temporary in self.directory.glob(".step_*.tmp-*"):
-            shutil.rmtree(temporary, ignore_errors=True)
+        for path in self.directory.glob(".step_*"):
+            if found := TEMPORARY.fullmatch(path.name):
+                target = self.directory / found["name"]
+                if found["kind"] == "tmp" or target.exists():
+                    remove(path)
+                else:
+                    path.rename(target)
 
     def remove_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: they belong to a history that a resume gave up."""
         for path in self.steps():
-            if _step_of(path) > step:
+            if _step_of(path) > step and self._owns(path):
                 self._remove(path)
+
+    def retain(self, newest: Path | None = None) -> None:
+        """Removes the checkpoints that are no longer to be kept."""
+        steps = [path for path in self.steps() if self._owns(path)]
+        keep = {newest, *steps[-self.keep_last :], *self._by_metric()[: self.keep_best]}
+        for path in steps:
+            if path not in keep:
+                self._remove(path)
+
+    def _owns(self, path: Path) -> bool:
+        """Whether a run wrote this checkpoint; what a link in its place points to was moved by the user."""
+        return self.manifest is None or self.manifest.owns(path)
 
     def _first_intact(self, candidates: list[Path]) -> Saved | None:
         problems = []
@@ -173,37 +225,38 @@ class Checkpoints:
         scored, lower = [], direction(self.metric, self.mode) == "min"
         for path in self.steps():
             try:
-                value = json.loads((path / "state.json").read_text())["metrics"].get(self.metric)
-            except (OSError, ValueError, KeyError):
+                value = _read_state(path)["metrics"].get(self.metric)
+            except CheckpointError:
                 continue
             if value is not None and math.isfinite(value):
                 scored.append((value if lower else -value, path))
         return [path for _, path in sorted(scored, key=lambda pair: pair[0])]
 
-    def _retain(self, newest: Path) -> None:
-        steps = self.steps()
-        keep = {newest, *steps[-self.keep_last :], *self._by_metric()[: self.keep_best]}
-        for path in steps:
-            if path not in keep:
-                self._remove(path)
-
     def _replace(self, target: Path, temporary: Path) -> None:
         """Puts `temporary` in the place of `target`, which stays if that fails; see `clean`."""
-        replaced = self.directory / f".{target.name}.old-{os.getpid()}"
-        shutil.rmtree(replaced, ignore_errors=True)
+        if self.manifest is not None:
+            self.manifest.rescue(target)
+        replaced = temporary_name(target, "old")
         target.rename(replaced)
         try:
             temporary.rename(target)
         except BaseException:
             replaced.rename(target)
             raise
-        shutil.rmtree(replaced)
+        remove(replaced)
 
     def _remove(self, path: Path) -> None:
         """Removes a checkpoint at once for readers: a kill on the way must not leave half of it."""
-        removed = self.directory / f".{path.name}.tmp-{os.getpid()}"
-        path.rename(removed)
-        shutil.rmtree(removed)
+        if path.is_symlink():
+            path.unlink()  # what it points to is not ours
+        else:
+            if self.manifest is not None:
+                self.manifest.rescue(path)
+            removed = temporary_name(path)
+            path.rename(removed)
+            remove(removed)
+        if self.manifest is not None:
+            self.manifest.forget(path)
 
 
 def _step_of(path: Path) -> int:
@@ -244,23 +297,55 @@ def find(path: Path) -> Saved:
 
 def load(path: Path) -> Saved:
     """Reads one checkpoint directory; raises `CheckpointError` if it is not as it was written."""
+    state = _read_state(path)
+    root = path.resolve()
+    for name, expected in state["sha256"].items():
+        try:
+            part = root / name
+            within = part.resolve() == part and root in part.parents
+            intact = within and part.is_file() and file_sha256(part) == expected
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path / 'state.json'} names a file that cannot be read: {error}"
+            ) from error
+        if not within:
+            raise CheckpointError(
+                f"{path / 'state.json'} names {name!r}, which is not a file of its directory"
+            )
+        if not intact:
+            raise CheckpointError(f"{path / name} is missing or has changed since it was written")
+    return Saved(path, state)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` says, verified; other files are not looked at."""
     file = path / "state.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        if file.is_symlink():
+            raise OSError("a link")
+        state = read_json(file, _MAX_STATE_BYTES)
         recorded = state.pop("state_sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({type(error).__name__})") from error
-    if recorded != _content_sha256(state):
+        intact = recorded == _content_sha256(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({first_line(error)})") from error
+    if not intact:
         raise CheckpointError(f"{file} has changed since it was written")
-    if state["format_version"] != FORMAT_VERSION:
+    if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format version {state['format_version']}, this blacksmith reads {FORMAT_VERSION}"
+            f"{file} has format version {state.get('format_version')}, this blacksmith reads {FORMAT_VERSION}"
         )
-    for name, expected in state["sha256"].items():
-        part = path / name
-        if not part.is_file() or file_sha256(part) != expected:
-            raise CheckpointError(f"{part} is missing or has changed since it was written")
-    return Saved(path, state)
+    try:
+        _State.model_validate(state)
+        Position(**state.get("position", {}))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{file}: {where} is not valid: {first['msg']}") from error
+    named = _STEP.fullmatch(path.name)
+    if named and _step_of(path) != state["step"]:
+        raise CheckpointError(f"{file} is that of step {state['step']}")
+    absent = {name: field.default for name, field in _State.model_fields.items() if not field.is_required()}
+    return absent | state
 
 
 def _content_sha256(content: Mapping[str, Any]) -> str:

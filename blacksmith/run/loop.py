@@ -20,7 +20,7 @@ import numpy as np
 
 from blacksmith.config.settings import check_warmup
 from blacksmith.errors import ConfigError, RunError, closest
-from blacksmith.run.checkpoint import Saved, direction
+from blacksmith.run.checkpoint import Position, Saved, direction
 from blacksmith.run.metrics import is_timed
 from blacksmith.run.progress import Progress
 from blacksmith.run.run import Run
@@ -37,21 +37,6 @@ class Batches(Protocol):
 
     def examples_before(self, step: int) -> int:
         """How many examples the steps before `step` have seen."""
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run stands; saved as JSON with every checkpoint."""
-
-    step: int = 0  # optimizer steps taken
-    # Of the `summed` steps since the last training line: the logged values added up, by name.
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    summed: int = 0
-    validation: dict[str, float] = dataclasses.field(default_factory=dict)  # the latest, named ``val_*``
-    validated_at: int = -1  # the step at which it was measured
-    best: float | None = None  # best value of `Checkpoint.metric` so far
-    best_step: int = 0
-    worse: int = 0  # validations without improvement since then
 
 
 @dataclasses.dataclass(eq=False)

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from blacksmith.errors import DataError
+from blacksmith.errors import DataError, RunError
+from blacksmith.files import parse_json
 
+MAX_BYTES = 2**28  # of a `metrics.jsonl` that is read: a million lines
 _PLACE = ("step", "epoch", "seconds", "split")  # on every line, beside the values
 
 
@@ -25,19 +27,15 @@ def is_timed(name: str) -> bool:
 
 
 class TensorBoardWriter:
-    """TensorBoard events in a directory; earlier ones from `first_step` on are forgotten."""
+    """TensorBoard events in a new file; earlier ones in its directory from `first_step` on are forgotten."""
 
-    def __init__(self, directory: Path, first_step: int = 0) -> None:
+    def __init__(self, path: Path, first_step: int = 0) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2, summary_pb2
-        directory.mkdir(parents=True, exist_ok=True)
-        # Readers take the files in the order of their names. No EventFileWriter: its errors, a full disk for
-        # example, show up as a traceback from a thread.
-        number = len(list(directory.glob("*.tfevents.*")))
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{number}"
-        self._file = (directory / name).open("wb")
+        # No EventFileWriter: its errors, a full disk for example, show up as a traceback from a thread.
+        self._file = path.open("wb")
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         # TensorBoard drops events at or after a restart's step when it meets this record.
@@ -86,6 +84,14 @@ class TensorBoardWriter:
         self._file.flush()
 
 
+def events_file(directory: Path) -> Path:
+    """The path of a new file of TensorBoard events; readers take them in the order of their names."""
+    number = len(list(directory.glob("*.tfevents.*")))
+    return directory / (
+        f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{number}"
+    )
+
+
 class WandbWriter:
     """Weights & Biases: the run's `config` is logged, and its files are kept in the run's directory."""
 
@@ -127,7 +133,8 @@ class WandbWriter:
 class Metrics:
     """The metric stream of one run, in a JSON-lines file and the `writers`.
 
-    A resumed run keeps the first `offset` bytes of the file, and had already taken `seconds`.
+    A resumed run keeps the first `offset` bytes of the file, which have this `digest`, and had already taken
+    `seconds`.
     """
 
     def __init__(
@@ -136,8 +143,10 @@ class Metrics:
         writers: Sequence[TensorBoardWriter | WandbWriter] = (),
         *,
         offset: int = 0,
+        digest: "hashlib._Hash | None" = None,
         seconds: float = 0,
     ) -> None:
+        self._path, self._digest = path, digest or hashlib.sha256()
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(offset)
         self._file.seek(offset)
@@ -157,8 +166,10 @@ class Metrics:
         line = {"step": step, "epoch": round(epoch, 6), "seconds": round(self.seconds, 4), "split": split}
         # What is not finite becomes a string: JSON has no NaN.
         line |= {name: v if math.isfinite(v) else json.dumps(v) for name, v in values.items()}
-        self._file.write(json.dumps(line).encode() + b"\n")
+        written = json.dumps(line).encode() + b"\n"
+        self._file.write(written)
         self._file.flush()
+        self._digest.update(written)
         for writer in self._writers:
             writer.scalars(step, split, values)
 
@@ -172,11 +183,21 @@ class Metrics:
         for writer in self._writers:
             writer.image(step, name, pixels)
 
-    def flush(self) -> int:
-        """Puts `metrics.jsonl` on disk; returns its length in bytes."""
+    def flush(self) -> None:
+        """Puts `metrics.jsonl` on disk; `RunError` if it is no longer there."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        try:
+            there = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except OSError:
+            there = False
+        if not there:
+            raise RunError(f"{self._path} was removed or replaced while the run was going; start again")
+
+    def mark(self) -> dict[str, Any]:
+        """Puts `metrics.jsonl` on disk; returns what a checkpoint needs to find and verify this place."""
+        self.flush()
+        return {"metrics_offset": self._file.tell(), "metrics_sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         """Flushes and closes the file and every writer, also when one of them fails."""
@@ -186,21 +207,49 @@ class Metrics:
                     stack.callback(closing.close)
 
 
+def digest(path: Path, offset: int) -> "hashlib._Hash":
+    """The sha256 of the first `offset` bytes of a file, or of as many as there are."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as stream:
+            while offset and (part := stream.read(min(offset, 2**20))):
+                digest.update(part)
+                offset -= len(part)
+    return digest
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, except a last one cut short; `DataError` if another is broken."""
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{path} has more than {MAX_BYTES >> 20} MiB; log less with Log.every_steps")
     lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode())
-            if not isinstance(row, dict) or not row.keys() >= set(_PLACE):
-                raise ValueError(f"not an object with {', '.join(_PLACE)}")
-        except ValueError as error:
+            rows.append(_row(parse_json(line.decode())))
+        except (ValueError, OverflowError) as error:
             if number == len(lines):
                 break
             raise DataError(f"{path} line {number} is broken: {error}") from error
-        rows.append({k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in row.items()})
     return rows
+
+
+def _row(row: Any) -> dict[str, Any]:
+    """A line with numbers in place of ``"NaN"`` and the like; `ValueError` if it is not one of ours."""
+    if not isinstance(row, dict) or not row.keys() >= set(_PLACE):
+        raise ValueError(f"not an object with {', '.join(_PLACE)}")
+    row = {k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in row.items()}
+    for name, value in row.items():
+        if name == "split":
+            valid = isinstance(value, str)
+        elif name in _PLACE:
+            valid = type(value) is int if name == "step" else type(value) in (int, float)
+            valid = valid and math.isfinite(value)
+        else:
+            valid = type(value) is not int or math.isfinite(value)  # OverflowError if it is no float
+        if not valid:
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return row
 
 
 def _finite_values(values: np.ndarray) -> np.ndarray:

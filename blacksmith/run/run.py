@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from blacksmith import config as configuration
-from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, first_line
-from blacksmith.files import write_json
+from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, UserError, first_line
+from blacksmith.files import settle, temporary_directory, write_json
 from blacksmith.run import metrics as metric_writers
 from blacksmith.run import provenance
 from blacksmith.run.checkpoint import Checkpoints, Saved
+from blacksmith.run.lock import locked
+from blacksmith.run.manifest import Manifest, check_apart, check_ours, set_aside
 from blacksmith.run.signals import StopFlag
 
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
@@ -48,6 +48,8 @@ class Run:
         self.checkpoints = checkpoints_of(self.directory / "checkpoints", self.config)
         self._environment: dict[str, Any] = {}
         self._metrics: metric_writers.Metrics | None = None
+        self._manifest: Manifest | None = None  # while the directory is locked
+        self._in_place: Callable[[], bool] = lambda: True  # whether the directory is the one that was locked
         self._changed = False  # whether the directory is no longer as it was found
         self._opened_at = 0.0
 
@@ -72,10 +74,13 @@ class Run:
         made are removed. After any other failure `result.json` says what happened.
 
         Raises:
-          ConfigError: another run uses this directory, or its checkpoints are no longer `checkpoints`, those
-            that were there when `resumed` was chosen.
-          RunError: the disk is full.
+          ConfigError: the directory has files and no run made it, another run uses it, or its checkpoints are
+            no longer `checkpoints`, those that were there when `resumed` was chosen.
+          RunError: the disk is full, the directory was removed, or something in it cannot be read or written.
         """
+        viewing = self.mode == "view"  # a viewer writes nothing, and may show a run that is still training
+        if not viewing:
+            check_ours(self.directory)
         made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -83,11 +88,13 @@ class Run:
             raise ConfigError(f"--workdir: cannot make {self.directory}: {error.strerror}") from error
         self._opened_at = time.perf_counter()
         try:
-            # A viewer writes nothing, and may show a run that is still training.
-            with self._lock() if self.mode != "view" else contextlib.nullcontext(), self.stop:
+            with contextlib.nullcontext() if viewing else self._taken(), self.stop:
                 try:
                     if checkpoints is not None and self.checkpoints.steps() != list(checkpoints):
                         raise ConfigError(f"{self.directory} was just changed by another run; start again")
+                    if not viewing:
+                        self._manifest.clean()
+                        self.checkpoints.clean()
                     if self.mode == "train" and not self.resumes_in_place:
                         self.begin()
                     yield self
@@ -95,22 +102,93 @@ class Run:
                     refused = isinstance(error, (ConfigError, DataError, CheckpointError))
                     if refused and made and not self.checkpoints.steps():
                         self._close()
-                        shutil.rmtree(self.directory, ignore_errors=True)
-                        with contextlib.suppress(OSError):  # another run may be in one by now
+                        with contextlib.suppress(
+                            OSError
+                        ):  # another run, or a user's file, may be in one by now
+                            (self._manifest.dispose if self._manifest else self.directory.rmdir)()
                             for parent in made[1:]:
                                 parent.rmdir()
-                    elif self._changed:
+                    elif self._changed and self._in_place():
                         self._record_failure(error)
                     raise
                 finally:
                     self._close()
         except Exception as error:
-            if reason := _full_disk(error):
-                newest = self.checkpoints.describe_newest()
-                raise RunError(
-                    f"the disk is full ({reason}); {newest}; make room and run the same command again"
-                ) from error
+            self._explain(error)
             raise
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[None]:
+        """Locks the directory and reads its manifest."""
+        with locked(self.directory) as self._in_place:
+            self._manifest = self.checkpoints.manifest = Manifest(self.directory)
+            yield
+
+    def _explain(self, error: Exception) -> None:
+        """Raises a `RunError` in place of an error that has its cause in the run directory."""
+        newest = self.checkpoints.describe_newest
+        if reason := _full_disk(error):
+            raise RunError(
+                f"the disk is full ({reason}); {newest()}; make room and run the same command again"
+            ) from error
+        if isinstance(error, UserError):
+            return
+        if not self._in_place():
+            raise RunError(self._gone()) from error
+        if isinstance(error, OSError) and error.filename is not None:
+            path = Path(os.fsdecode(error.filename)) if not isinstance(error.filename, int) else Path()
+            if self.directory.absolute() in path.absolute().parents:
+                raise RunError(
+                    f"{path}: {error.strerror}; {newest()}; repair it and run the same command again"
+                ) from error
+
+    def _gone(self) -> str:
+        return (
+            f"the run directory {self.directory} was removed, moved or replaced while the run was going, and "
+            "nothing more can be saved; start again, in a directory that stays"
+        )
+
+    def claim(self, path: Path | str) -> Path:
+        """The path of a file in the run directory that the run is about to write: a name there, or a `Path`.
+
+        Its directory is made. Whatever is in the way and was not written by a run is kept under another name,
+        with a warning.
+        """
+        if not self._in_place():
+            raise RunError(self._gone())
+        if self._manifest is None:
+            raise RuntimeError("a run writes only while it is opened, and never in mode 'view'")
+        return self._manifest.claim(path)
+
+    def clear(self, *patterns: str, where: Callable[[Path], bool] = lambda path: True) -> None:
+        """Removes files that runs wrote in this directory, and no others.
+
+        `patterns` are relative names, as in `fnmatch`; that of a directory stands for all in it. With
+        `where`, only paths for which it is true are removed.
+        """
+        if self._manifest is not None:
+            self._manifest.clear(*patterns, where=where)
+
+    @contextlib.contextmanager
+    def new_directory(self, name: str) -> Iterator[Path]:
+        """Makes a temporary directory, which becomes `name` in the run directory once the block succeeds.
+
+        Files that earlier runs wrote there are removed; others stay.
+        """
+        target = self.directory / name
+        with temporary_directory(target) as temporary:
+            yield temporary
+            settle(temporary)
+            files = [path.relative_to(temporary) for path in temporary.rglob("*") if not path.is_dir()]
+            self.clear(name)
+            if target.is_symlink() or (target.exists() and not target.is_dir()):
+                set_aside(target)
+            if target.exists() and any(target.iterdir()):  # what is left is the user's
+                for file in files:
+                    os.replace(temporary / file, self.claim(target / file))
+            else:
+                self._manifest.add(*(target / file for file in files))
+                temporary.rename(target)
 
     def begin(self) -> None:
         """Takes the directory for this run; a second call does nothing.
@@ -121,26 +199,25 @@ class Run:
         if self._metrics is not None:
             return
         path = self.directory / "metrics.jsonl"
-        offset = self.resumed.state["metrics_offset"] if self.resumes_in_place else 0
-        if offset > (path.stat().st_size if path.exists() else 0):
+        kept = self.resumed.state if self.resumes_in_place else {"metrics_offset": 0, "metrics_sha256": ""}
+        offset = kept["metrics_offset"]
+        digest = metric_writers.digest(path, offset)
+        if offset and digest.hexdigest() != kept["metrics_sha256"]:
             raise CheckpointError(
-                f"{path} is shorter than when {self.resumed.path.name} was written; "
+                f"{path} has lost or changed lines since {self.resumed.path.name} was written; "
                 "resume into a new directory with --resume=PATH"
             )
         log = self.config.log
         writers = [self._wandb_writer()] if log.wandb != "off" else []
-        self.checkpoints.clean()
         if not self.resumes_in_place and self.checkpoints.steps():
             # An interrupted save had moved it aside, where the launcher did not see it.
             raise ConfigError(f"{self.directory} has a checkpoint; start again to resume from it")
         self._changed = True
-        for stale in ("result.json", "report.html"):
-            (self.directory / stale).unlink(missing_ok=True)
-        for picture in (self.directory / "images").glob("test_*"):
-            picture.unlink()
-        (self.directory / "config.gin").write_text(configuration.bindings_as_gin(self.bindings))
-        (self.directory / "operative.gin").write_text(configuration.as_gin(self.config))
-        write_json(self.directory / "config.json", configuration.as_dict(self.config))
+        self._manifest.rewrite()
+        self.clear("result.json", "report.html", "images/test_*")
+        self.claim("config.gin").write_text(configuration.bindings_as_gin(self.bindings))
+        self.claim("operative.gin").write_text(configuration.as_gin(self.config))
+        write_json(self.claim("config.json"), configuration.as_dict(self.config))
         self._environment = provenance.describe(
             self.directory,
             command=list(self.command),
@@ -148,16 +225,19 @@ class Run:
             resumed_from=str(self.resumed.path) if self.resumed else None,
             data=self.data,
         )
-        write_json(self.directory / "environment.json", self._environment)
+        write_json(self.claim("environment.json"), self._environment)
         first = 0
         if self.resumes_in_place:
             self.checkpoints.remove_after(self.resumed.step)
+            self.checkpoints.retain()
             first = self.resumed.step + 1
         if log.tensorboard:
-            writers.append(metric_writers.TensorBoardWriter(self.directory / "tensorboard", first))
+            events = metric_writers.events_file(self.directory / "tensorboard")
+            writers.append(metric_writers.TensorBoardWriter(self.claim(events), first))
         seconds = time.perf_counter() - self._opened_at
         seconds += self.resumed.state["seconds"] if self.resumed else 0
-        self._metrics = metric_writers.Metrics(path, writers, offset=offset, seconds=seconds)
+        path = path if offset else self.claim(path)
+        self._metrics = metric_writers.Metrics(path, writers, offset=offset, digest=digest, seconds=seconds)
         self._metrics.last_step = self.resumed.step if self.resumed else 0
 
     def use_data(self, info: Any, **more: Any) -> None:
@@ -167,16 +247,18 @@ class Run:
         """
         print(info.describe(), file=sys.stderr)
         self.data = {**dataclasses.asdict(info), **more}
+        if self.mode != "view" and isinstance(place := self.data.get("path"), (str, Path)):
+            check_apart(self.directory, place, "the data")
         if self.resumed is not None and self.mode == "train":
             before = self.resumed.state["data"]
             if before.get("sha256") != info.sha256:
                 raise DataError(
                     f"the data has changed since {self.resumed.path.name}: it was {_short(before)}, now it "
-                    f"is {_short(self.data)}; give the same source"
+                    f"is {_short(self.data)}; give the same data"
                 )
         if self._metrics is not None:
             self._environment["data"] = self.data
-            write_json(self.directory / "environment.json", self._environment)
+            write_json(self.claim("environment.json"), self._environment)
 
     def trained_on_this_data(self) -> bool:
         """For evaluation: whether the checkpoint was trained on the data in use; prints a note if not."""
@@ -199,15 +281,17 @@ class Run:
     ) -> Path:
         """Saves the experiment's files, as `Checkpoints.save` does, with everything that a resume needs.
 
-        The loop's JSON values are found again under ``position``.
+        The loop's JSON values are found again under ``position``. `RunError` if the directory is gone.
         """
+        if not self._in_place():
+            raise RunError(self._gone())
         content = {
             **self._identity(),
             "checkpoint_format": self.checkpoint_format,
             "seed": self.config.run.seed,
             "config": configuration.as_dict(self.config),
             "data": self.data,
-            "metrics_offset": self.metrics.flush(),
+            **self.metrics.mark(),
             "seconds": self.metrics.seconds,
             "position": dict(position),
         }
@@ -264,8 +348,9 @@ class Run:
             self._write_result("failed", {"error": message, "step": step, "data": self.data})
 
     def _write_result(self, status: str, result: Mapping[str, Any]) -> None:
-        write_json(self.directory / "result.json", {"status": status, **self._identity(), **result})
+        write_json(self.claim("result.json"), {"status": status, **self._identity(), **result})
         if self.write_report is not None:
+            self.claim("report.html")
             try:
                 self.write_report(self.directory)
             except Exception as error:
@@ -276,37 +361,23 @@ class Run:
             with contextlib.suppress(OSError):
                 self._metrics.close()
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        try:
-            file = (self.directory / ".lock").open("a+")
-        except OSError as error:
-            raise ConfigError(f"--workdir: cannot write in {self.directory}: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise ConfigError(
-                    f"{self.directory} is in use by another run (process {holder}); "
-                    "wait for it or choose another --workdir"
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
-
 
 def _short(data: Mapping[str, Any]) -> str:
     """Recorded data in a few words: its source and the beginning of its hash."""
-    return f"{data['source']} {data['sha256'][:12]}" if data else "unknown data"
+    return f"{data.get('source')} {str(data.get('sha256'))[:12]}" if data else "unknown data"
 
 
 def checkpoints_of(directory: Path, config: Any) -> Checkpoints:
     """The checkpoints in a directory of ``step_*`` under a configuration's retention rules."""
     rules = config.checkpoint
     return Checkpoints(directory, rules.keep_last, rules.keep_best, rules.metric, rules.mode)
+
+
+def check_directory(directory: Path, config: Any) -> None:
+    """Raises `ConfigError` if a run with `config` must not use a directory."""
+    for setting, place in configuration.locations(config).items():
+        check_apart(directory, place, f"what {setting} names")
+    check_ours(directory)
 
 
 def check_resume(

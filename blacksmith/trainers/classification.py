@@ -96,10 +96,12 @@ def run_classifier(run: Run, setup: Setup, preparation: Mapping[str, Any] | None
     return trainer.finish(lambda: score_classifier(trainer.backend, setup.test))
 
 
-def score_classifier(backend: Backend, samples: Samples, worst_to: Path | None = None) -> dict[str, Any]:
+def score_classifier(
+    backend: Backend, samples: Samples, worst_to: Callable[[str], Path] | None = None
+) -> dict[str, Any]:
     """Loss, accuracy, per-class accuracy and confusion matrix (rows: true, columns: predicted).
 
-    The worst-classified images are saved in the directory `worst_to`, for the report.
+    The worst-classified images are saved for the report, where `worst_to` puts them: `Run.claim`.
     """
     means, logits = evaluate(backend, samples)
     classes = logits.shape[1]
@@ -113,21 +115,20 @@ def score_classifier(backend: Backend, samples: Samples, worst_to: Path | None =
     return {**means, "per_class_accuracy": per_class.tolist(), "confusion_matrix": confusion.tolist()}
 
 
-def _save_worst(directory: Path, samples: Samples, logits: np.ndarray) -> None:
+def _save_worst(claim: Callable[[str], Path], samples: Samples, logits: np.ndarray) -> None:
     """Saves the misclassified images whose true class got the lowest probability, worst first."""
     labels, predictions = samples.labels, logits.argmax(axis=1)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     of_truth = probabilities[np.arange(len(labels)), labels]
     wrong = np.flatnonzero(predictions != labels)
-    directory.mkdir(exist_ok=True)
     for rank, index in enumerate(wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST], 1):
         true, chance = labels[index], of_truth[index]
         caption = f"{true} → {predictions[index]}\np({true}) = {chance:{'.0e' if chance < 1e-3 else '.3f'}}"
         texts = PngImagePlugin.PngInfo()  # the report shows them next to the image
         texts.add_itxt("Title", "Worst-classified test images: true → predicted class")
         texts.add_itxt("Description", caption)
-        Image.fromarray(samples.images[index]).save(directory / f"test_worst_{rank:02d}.png", pnginfo=texts)
+        Image.fromarray(samples.images[index]).save(claim(f"images/test_worst_{rank:02d}.png"), pnginfo=texts)
 
 
 def evaluate_checkpoint(run: Run, setup: Setup) -> int:
@@ -141,7 +142,7 @@ def evaluate_checkpoint(run: Run, setup: Setup) -> int:
     if run.trained_on_this_data() and len(setup.validation):
         result["val"] = evaluate(backend, setup.validation)[0]
     result["test"] = score_classifier(backend, setup.test)
-    write_json(run.directory / "eval.json", result)
+    write_json(run.claim("eval.json"), result)
     for split in ("val", "test"):
         if split in result:
             print(f"{split}: " + "  ".join(f"{k} {result[split][k]:.6f}" for k in ("loss", "accuracy")))
@@ -156,16 +157,16 @@ def export_checkpoint(run: Run, setup: Setup, preparation: Mapping[str, Any]) ->
     backend.sync()
     model = setup.task.model
     directory = run.directory / "export"
-    directory.mkdir(exist_ok=True)
-    files = export_model(model, directory)
-    content = {
-        "checkpoint": str(run.resumed.path),
-        "files": files,
-        "input": f"float32 {_with_batch(model.inputs[0].shape)}",
-        "output": f"logits {_with_batch(model.outputs[0].shape)}",
-        **preparation,
-    }
-    write_json(directory / "export.json", content)
+    with run.new_directory("export") as temporary:
+        files = export_model(model, temporary)
+        content = {
+            "checkpoint": str(run.resumed.path),
+            "files": files,
+            "input": f"float32 {_with_batch(model.inputs[0].shape)}",
+            "output": f"logits {_with_batch(model.outputs[0].shape)}",
+            **preparation,
+        }
+        write_json(temporary / "export.json", content)
     for name in [*files, "export.json"]:
         print(directory / name)
     return 0

@@ -36,6 +36,7 @@ from blacksmith.experiments.lightning.nerf.pictures import (
 from blacksmith.experiments.lightning.nerf.results import write_gallery
 from blacksmith.experiments.lightning.nerf.scores import Lpips, find_lpips_weights, psnr, ssim
 from blacksmith.models.pytorch.nerf.rendering import Rendered, render_image
+from blacksmith.run.manifest import Manifest
 
 WHITE = (1.0, 1.0, 1.0)
 
@@ -102,12 +103,17 @@ def _run(directory=None, background=WHITE, stop=False, **video):
     """The part of a run that results are made from."""
     log, video = types.SimpleNamespace(progress="off"), types.SimpleNamespace(**video)
     config = types.SimpleNamespace(background=background, log=log, results=video)
-    return types.SimpleNamespace(config=config, directory=directory, stop=stop)
+    run = types.SimpleNamespace(config=config, directory=directory, stop=stop)
+    if directory is not None:
+        manifest = Manifest(directory)
+        run.claim, run.clear = manifest.claim, manifest.clear
+    return run
 
 
 def evaluate(field, views, directory, lpips=None, **options):
     scene = types.SimpleNamespace(views=lambda split: views)
-    return results.score_views(_run(**options), field, scene, "test", lpips, directory)
+    run = _run(directory and directory.parent, **options)
+    return results.score_views(run, field, scene, "test", lpips, directory)
 
 
 # Pictures
@@ -349,7 +355,7 @@ def test_colors_are_clipped_before_scoring():
 
 
 def test_evaluation_writes_four_pictures_of_every_view(tmp_path):
-    directory = tmp_path / "deep" / "test"
+    directory = tmp_path / "test"
     views = _sphere_views()
     evaluate(Sphere(), views, directory)
     kinds = ("", "_truth", "_error", "_depth")
@@ -367,9 +373,9 @@ def test_evaluation_writes_four_pictures_of_every_view(tmp_path):
 
 
 def test_a_stopped_evaluation_returns_none(tmp_path):
-    assert evaluate(Wall(0.4), _gray_views(0, 0, 0), tmp_path, stop=StopAfter(2)) is None
-    assert (tmp_path / "r_1.png").exists()
-    assert not (tmp_path / "r_2.png").exists()
+    assert evaluate(Wall(0.4), _gray_views(0, 0, 0), tmp_path / "test", stop=StopAfter(2)) is None
+    assert (tmp_path / "test" / "r_1.png").exists()
+    assert not (tmp_path / "test" / "r_2.png").exists()
 
 
 # The gallery
@@ -379,7 +385,7 @@ def test_the_gallery_has_the_worst_median_and_best_view(tmp_path):
     views = _gray_views(102, 153, 0, 120, 110)  # errors of 0, 51, 102, 18 and 8 levels
     directory, images = tmp_path / "test", tmp_path / "images"
     found = evaluate(Wall(102 / 255), views, directory)
-    write_gallery(directory, images, found)
+    write_gallery(_run(tmp_path), found)
     names = ["test_1_worst_r_2.png", "test_2_median_r_3.png", "test_3_best_r_0.png"]
     assert sorted(path.name for path in images.iterdir()) == names
     picture = np.asarray(Image.open(images / names[0]))
@@ -400,7 +406,7 @@ def test_the_gallery_has_the_worst_median_and_best_view(tmp_path):
 )
 def test_a_small_gallery_shows_no_view_twice(tmp_path, levels, names):
     found = evaluate(Wall(0.4), _gray_views(*levels), tmp_path / "test")
-    write_gallery(tmp_path / "test", tmp_path / "images", found)
+    write_gallery(_run(tmp_path), found)
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == names
 
 

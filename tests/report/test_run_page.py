@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -194,7 +195,6 @@ def test_long_curves_are_thinned_without_losing_spikes(tmp_path, make, page):
         ("result.json", b"[1]", "valid dictionary"),
         ("environment.json", b"\xff\xfe", "is not valid JSON"),
         ("metrics.jsonl", b'{"st\n{"step": 3}\n', "line 1"),
-        ("images/view.png", b"not an image", "is not a PNG or GIF"),
     ],
 )
 def test_a_broken_file_is_one_line_and_exit_status_3(run, capsys, name, content, message):
@@ -209,8 +209,30 @@ def test_a_broken_file_is_one_line_and_exit_status_3(run, capsys, name, content,
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b'{"run": ' * 100_000, "nested too deeply"),
+        ("result.json", b'{"test": {"confusion_matrix": [[1, 2], [3]]}}', "not square"),
+        ("metrics.jsonl", b'{"step": NaN, "epoch": 1, "seconds": 1, "split": "val"}\n{}\n', "step is 'nan'"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n{}\n", "nested too deeply"),
+        ("config.json", b" " * (2**24 + 1), "more than 16,777,216 bytes"),
+    ],
+)
+def test_files_that_ask_for_too_much_are_one_line(run, name, content, message):
+    (run / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        report.write(run)
+
+
+def test_a_file_among_the_images_that_is_none_is_named_on_the_page(run, page):
+    (run / "images" / "view.png").write_bytes(b"not an image")
+    os.mkfifo(run / "images" / "pipe.png")
+    assert "view.png is not a PNG or GIF file and is left out" in page(report.write(run)).text
+
+
 def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
-    report.write(run).write_text("old")
+    before = report.write(run).read_bytes()
 
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
@@ -218,5 +240,18 @@ def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(DataError, match="No space left on device"):
         report.write(run)
-    assert (run / "report.html").read_text() == "old"
+    assert (run / "report.html").read_bytes() == before
     assert not list(run.glob(".*"))
+
+
+def test_only_a_page_of_this_program_is_overwritten_unless_it_is_named(run, capsys):
+    page = run / "report.html"
+    page.write_text("<!doctype html>mine")
+    comparison = run.parent / "comparison.html"
+    comparison.write_text("mine")
+    assert main([str(run)]) == 3
+    assert f"{page} is not a page that this program wrote" in capsys.readouterr().err
+    assert main([str(run), str(run)]) == 3
+    assert (page.read_text(), comparison.read_text()) == ("<!doctype html>mine", "mine")
+    assert main([str(run), f"--output={page}"]) == 0
+    assert main([str(run)]) == 0

@@ -13,6 +13,7 @@ import pytest
 
 import blacksmith
 from blacksmith.errors import CheckpointError
+from blacksmith.files import temporary_name
 from blacksmith.run import checkpoint
 from blacksmith.run.checkpoint import Checkpoints, find, load
 
@@ -240,7 +241,7 @@ def test_if_the_best_is_broken_the_next_is_chosen(tmp_path, capsys):
 
 
 def test_no_flipped_bit_of_the_state_goes_unnoticed(checkpoints):
-    path = _save(checkpoints, 1, metrics={"val_loss": 0.25}, position={"best": 1e-05, "name": "é"})
+    path = _save(checkpoints, 1, metrics={"val_loss": 0.25}, position={"best": 1e-05}, name="é")
     file = path / "state.json"
     content, state = file.read_bytes(), load(path).state
     for bit in np.random.default_rng(0).choice(8 * len(content), 100, replace=False):
@@ -383,8 +384,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_whole_checkpoints(tmp_path, step):
 
 def test_clean_brings_back_a_checkpoint_that_was_being_replaced(checkpoints):
     path = _save(checkpoints, 1, b"first")
-    path.rename(checkpoints.directory / ".step_00000001.old-123")
-    (checkpoints.directory / ".step_00000001.tmp-123").mkdir()
+    path.rename(temporary_name(path, "old"))
+    temporary_name(path).mkdir()
     checkpoints.clean()
     assert [p.name for p in checkpoints.directory.iterdir()] == ["step_00000001"]
     assert (checkpoints.newest().path / "adapter" / "lora.bin").read_bytes() == b"first"
@@ -392,7 +393,7 @@ def test_clean_brings_back_a_checkpoint_that_was_being_replaced(checkpoints):
 
 def test_clean_removes_a_checkpoint_that_was_replaced(checkpoints):
     path = _save(checkpoints, 1, b"first")
-    path.rename(checkpoints.directory / ".step_00000001.old-123")
+    path.rename(temporary_name(path, "old"))
     _save(checkpoints, 1, b"second")
     checkpoints.clean()
     assert [p.name for p in checkpoints.directory.iterdir()] == ["step_00000001"]

@@ -1,6 +1,7 @@
 """How a run ends: refused, failed, stopped, on a full disk; and the lock that ends with it."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 from numpy_toy import Info, result_of, take_steps
 
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
+from blacksmith.run import metrics
 from blacksmith.run import run as runs
 from blacksmith.run.checkpoint import Checkpoints
 
@@ -40,10 +42,15 @@ def test_a_refused_run_removes_the_directories_that_it_made(make, tmp_path, erro
 
 
 def test_a_refused_run_leaves_directories_that_others_use(make, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    _ends_with(make(), DataError("no"))
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    def write_into(run):
+        with run.opened():
+            (run.directory / "notes.txt").write_text("mine")
+            raise DataError("no")
+
+    run = make()
+    with pytest.raises(DataError):
+        write_into(run)
+    assert {p.name for p in run.directory.iterdir()} == {"notes.txt", ".lock", "manifest.jsonl"}
 
     def refused_beside_another():
         with make(directory=tmp_path / "all" / "new" / "now").opened():
@@ -93,11 +100,15 @@ def test_a_failed_run_records_why(make):
     assert reports == [run.directory]
 
 
-def test_a_failure_to_begin_is_recorded(make):
+def test_a_failure_to_begin_is_recorded(make, monkeypatch):
     run = make("Log.tensorboard = True")
-    run.directory.mkdir()
-    (run.directory / "tensorboard").write_text("in the way")
-    (run.directory / "result.json").write_text("{}")
+    with make().opened():
+        pass
+
+    def refuse(*_):
+        raise OSError("no events")
+
+    monkeypatch.setattr(metrics, "TensorBoardWriter", refuse)
     with pytest.raises(OSError), run.opened():
         pass
     assert result_of(run.directory)["status"] == "failed"
@@ -207,7 +218,7 @@ def test_a_second_run_in_a_directory_is_refused_but_no_viewer(make, tree):
         before = tree(run.directory)
         for mode in ("train", "eval"):
             second = make(mode=mode, resumed=run.checkpoints.newest())
-            message = rf"in use by another run \(process {os.getpid()}\)"
+            message = rf"in use by another run \(process {os.getpid()} on .* since "
             with pytest.raises(ConfigError, match=message), second.opened():
                 pass
         with make(mode="view", resumed=run.checkpoints.newest()).opened(run.checkpoints.steps()):
@@ -229,7 +240,8 @@ def test_the_lock_ends_with_its_process(make):
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with make().opened() as run:
-        assert (run.directory / ".lock").read_text() == str(os.getpid())
+        assert json.loads((run.directory / ".lock").read_text())["pid"] == os.getpid()
+    assert (run.directory / ".lock").read_text() == ""
 
 
 def test_a_directory_whose_lock_cannot_be_written_is_one_line(make, tmp_path):

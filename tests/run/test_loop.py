@@ -164,11 +164,11 @@ def test_a_metric_of_unknown_direction_needs_a_mode(tmp_path):
     "values", [{"loss": np.ones(4)}, {"loss": np.ones((1, 2))}, {"loss": np.ones(1), "accuracy": 1.0}]
 )
 def test_a_step_logs_one_number_by_name(tmp_path, values):
-    toy = Toy(make_run(tmp_path, STEPS))
-    steps = iter(toy.loop)
-    next(steps)
-    with pytest.raises(ValueError, match="log takes a number or an array"):
-        toy.loop.log(values)
+    with make_run(tmp_path / "run", STEPS).opened() as run:
+        toy = Toy(run)
+        next(iter(toy.loop))
+        with pytest.raises(ValueError, match="log takes a number or an array"):
+            toy.loop.log(values)
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The metric stream: its file, TensorBoard, Weights & Biases."""
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -16,7 +17,7 @@ from PIL import Image
 
 from blacksmith.errors import DataError
 from blacksmith.run import metrics
-from blacksmith.run.metrics import Metrics, TensorBoardWriter, is_timed
+from blacksmith.run.metrics import Metrics, TensorBoardWriter, events_file, is_timed
 
 # metrics.jsonl
 
@@ -66,17 +67,24 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(path):
         assert len(metrics.read(path)) == 1
 
 
-def test_flush_returns_the_length_that_a_resume_keeps(path):
+def test_a_mark_is_the_place_up_to_which_a_resume_keeps_the_file(path):
+    def mark_of_all():
+        return {
+            "metrics_offset": path.stat().st_size,
+            "metrics_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+
     with _opened(path) as stream:
-        assert stream.flush() == 0
+        assert stream.mark() == mark_of_all()
         stream.write(1, 0, "train", {"loss": 1.0})
-        offset = stream.flush()
-        assert offset == path.stat().st_size
+        mark = stream.mark()
+        assert mark == mark_of_all()
         stream.write(2, 0, "train", {"loss": 2.0})
-    with _opened(path, offset=offset) as stream:
+    offset = mark["metrics_offset"]
+    with _opened(path, offset=offset, digest=metrics.digest(path, offset)) as stream:
         assert [line["step"] for line in metrics.read(path)] == [1]
         stream.write(3, 0, "train", {"loss": 3.0})
-        assert stream.flush() == path.stat().st_size
+        assert stream.mark() == mark_of_all()
     assert [line["step"] for line in metrics.read(path)] == [1, 3]
 
 
@@ -175,18 +183,18 @@ def _events(directory):
 
 
 def test_tensorboard_reads_the_scalars(tmp_path, path):
-    with _opened(path, [TensorBoardWriter(tmp_path / "tensorboard")]) as stream:
+    with _opened(path, [TensorBoardWriter(events_file(tmp_path))]) as stream:
         for step in (10, 20):
             stream.write(step, 0.5, "train", {"loss": step / 8, "accuracy": 0.5})
         stream.write(20, 0.5, "val", {"loss": math.nan})
-    events = _events(tmp_path / "tensorboard")
+    events = _events(tmp_path)
     assert sorted(events.Tags()["scalars"]) == ["train/accuracy", "train/loss", "val/loss"]
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.25), (20, 2.5)]
     assert math.isnan(events.Scalars("val/loss")[0].value)
 
 
 def test_tensorboard_reads_the_histograms(tmp_path):
-    writer = TensorBoardWriter(tmp_path)
+    writer = TensorBoardWriter(events_file(tmp_path))
     values = np.random.default_rng(0).standard_normal((30, 40)).astype(np.float32)
     writer.histogram(5, "weights/a", values)
     writer.histogram(5, "weights/constant", np.full(7, 2.0))
@@ -208,7 +216,7 @@ def test_tensorboard_reads_the_histograms(tmp_path):
 
 
 def test_a_histogram_is_of_the_finite_values(tmp_path):
-    writer = TensorBoardWriter(tmp_path)
+    writer = TensorBoardWriter(events_file(tmp_path))
     writer.histogram(1, "some", np.array([math.nan, 1.0, math.inf, 3.0]))
     writer.histogram(1, "none", np.array([math.nan]))
     writer.close()
@@ -219,7 +227,7 @@ def test_a_histogram_is_of_the_finite_values(tmp_path):
 
 def test_tensorboard_reads_the_pictures_to_the_pixel(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    writer = TensorBoardWriter(tmp_path)
+    writer = TensorBoardWriter(events_file(tmp_path))
     writer.image(10, "views/a", pixels)
     writer.image(20, "views/a", 255 - pixels)
     writer.close()
@@ -233,12 +241,12 @@ def test_tensorboard_reads_the_pictures_to_the_pixel(tmp_path):
 
 
 def test_tensorboard_drops_later_events_after_a_resume(tmp_path):
-    first = TensorBoardWriter(tmp_path)
+    first = TensorBoardWriter(events_file(tmp_path))
     for step in (10, 20, 30):
         first.scalars(step, "train", {"loss": 1.0})
         first.histogram(step, "weights", np.ones(3))
     first.close()
-    second = TensorBoardWriter(tmp_path, first_step=21)
+    second = TensorBoardWriter(events_file(tmp_path), first_step=21)
     second.scalars(30, "train", {"loss": 2.0})
     second.histogram(30, "weights", np.ones(4))
     second.close()

@@ -13,6 +13,7 @@ from numpy_toy import Info, configure, result_of, save, take_steps
 
 from blacksmith import config as configuration
 from blacksmith.errors import CheckpointError, ConfigError, DataError
+from blacksmith.files import temporary_name
 from blacksmith.run import metrics, provenance
 from blacksmith.run import run as runs
 
@@ -32,6 +33,7 @@ def test_a_finished_run_leaves_its_files(make):
         run.finish("done", {"step": 2})
     assert {p.name for p in run.directory.iterdir()} == {
         ".lock",
+        "manifest.jsonl",
         "checkpoints",
         "config.gin",
         "config.json",
@@ -143,9 +145,10 @@ def test_a_report_that_fails_is_a_warning_and_keeps_the_result(make, capsys):
 
 def test_a_new_run_begins_at_once_and_once(make):
     run = make()
-    (run.directory / "images").mkdir(parents=True)
-    for stale in ("result.json", "report.html", "metrics.jsonl", "images/test_1.png"):
-        (run.directory / stale).write_text("old")
+    with run.opened():
+        for stale in ("result.json", "report.html", "metrics.jsonl", "images/test_1.png"):
+            run.claim(stale).write_text("old")
+    run = make()
     with run.opened():
         assert not (run.directory / "result.json").exists()
         assert not (run.directory / "report.html").exists()
@@ -207,7 +210,7 @@ def test_metrics_shorter_than_at_the_checkpoint_are_refused(make, tree):
     os.truncate(run.directory / "metrics.jsonl", 10)
     before = tree(run.directory)
     with (
-        pytest.raises(CheckpointError, match=r"metrics.jsonl is shorter .* --resume=PATH"),
+        pytest.raises(CheckpointError, match=r"metrics.jsonl has lost or changed lines .* --resume=PATH"),
         make(resumed=run.checkpoints.newest()).opened() as run,
     ):
         run.begin()
@@ -218,7 +221,7 @@ def test_a_checkpoint_that_a_kill_left_aside_is_not_started_over(make):
     with make().opened() as run:
         take_steps(run, 1)
     (saved,) = run.checkpoints.steps()
-    saved.rename(saved.with_name(f".{saved.name}.old-1"))
+    saved.rename(temporary_name(saved, "old"))
     with pytest.raises(ConfigError, match="start again to resume"), make(resumed=None).opened():
         pass
     assert run.checkpoints.newest().step == 1

@@ -22,18 +22,19 @@ class Data:
     source: Literal["auto", "idx", "tfds", "mnist5k"] = setting(
         "auto",
         "where the images come from; auto: the first that is there without a download",
-        evaluation_may_change=True,
+        resume_may_change=True,
     )
     path: str | None = setting(
         None,
         "directory of the idx files, or the data_dir of TFDS; None: the cache",
-        evaluation_may_change=True,
+        resume_may_change=True,
+        location=True,
     )
     name: str = setting(
         "mnist",
         "the TFDS dataset, any with 28x28 grayscale images (fashion_mnist, kmnist)",
         min_length=1,
-        evaluation_may_change=True,
+        resume_may_change=True,
         only_with={"mnist.Data.source": "tfds"},
     )
     validation: NonNegativeInt | Literal["test"] = setting(

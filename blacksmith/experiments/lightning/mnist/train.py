@@ -28,7 +28,7 @@ def train(run: Run) -> int:
     setup = prepare(run)
     trainer = KerasTrainer(run, setup)
     fit(trainer)
-    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test, run.directory / "images"))
+    return trainer.finish(lambda: score_classifier(trainer.backend, setup.test, run.claim))
 
 
 def prepare(run: Run) -> Setup:

@@ -27,7 +27,10 @@ class Data:
     """The scene: a directory in Blender's NeRF format, or the bundled anvil."""
 
     scene: str | None = setting(
-        None, "directory with transforms_{train,val,test}.json; None: the anvil", evaluation_may_change=True
+        None,
+        "directory with transforms_{train,val,test}.json; None: the anvil",
+        resume_may_change=True,
+        location=True,
     )
     downscale: int = setting(1, "shrink the images by this whole factor", ge=1, evaluation_may_change=True)
     background: Literal["white", "black", "random"] = setting(

@@ -25,7 +25,7 @@ def evaluate(run: Run) -> int:
         result[split] = score_views(run, field, scene, split, lpips, directory)
         if result[split] is None:
             return run.stopped()
-    write_json(run.directory / "eval.json", result)
+    write_json(run.claim("eval.json"), result)
     for split in ("val", "test"):
         print(f"{split}: " + show({k: v for k, v in result[split].items() if isinstance(v, float)}))
     print(run.directory / "eval.json")
@@ -43,8 +43,7 @@ def export(run: Run) -> int:
     )
     threshold = float(-np.log1p(-settings.mesh_opacity)) / unit  # 1 - exp(-density * unit) = opacity
     mesh = extract_mesh(field, resolution=settings.mesh_resolution, threshold=threshold)
-    path = run.directory / "export" / "mesh.ply"
-    path.parent.mkdir(exist_ok=True)
+    path = run.claim("export/mesh.ply")
     with atomic_file(path) as stream:
         stream.write(mesh.export(file_type="ply", vertex_normal=False))
     print(f"{len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles\n{path}")

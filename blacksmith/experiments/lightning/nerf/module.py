@@ -90,9 +90,9 @@ class NerfModule(L.LightningModule):
         self._run.stop.listen()
         self._use_pool(reshuffle=False)
         # A resumed run repeats the steps after its checkpoint.
-        for old in (self._run.directory / "images").glob("val_*.png"):
-            if int(old.stem.removeprefix("val_")) > self.global_step:
-                old.unlink()
+        self._run.clear(
+            "images/val_*.png", where=lambda p: int(p.stem.removeprefix("val_")) > self.global_step
+        )
         self.trainer.should_stop = not self.loop.between()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -204,8 +204,7 @@ class NerfModule(L.LightningModule):
             shown = strip(panels(truth, rendered).values(), labels.values())
             run.metrics.image(step, f"val/{name}", shown)
             if index == 0:
-                (run.directory / "images").mkdir(exist_ok=True)
-                write_png(run.directory / "images" / f"val_{step:08d}.png", shown)
+                write_png(run.claim(f"images/val_{step:08d}.png"), shown)
         return {"loss": float(np.mean(errors)), "psnr": float(np.mean(ratios))}
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:

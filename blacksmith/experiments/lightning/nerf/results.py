@@ -8,7 +8,6 @@ import os
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from blacksmith.errors import CheckpointError, RunError
 from blacksmith.experiments.lightning.nerf.configs import Results
 from blacksmith.experiments.lightning.nerf.pictures import panel_labels, panels, strip, to_bytes, write_png
 from blacksmith.experiments.lightning.nerf.scores import Lpips, psnr, ssim
-from blacksmith.files import atomic_file
+from blacksmith.files import atomic_file, temporary_directory
 from blacksmith.models.pytorch.nerf.rendering import RadianceField, Rendered, not_finite, render_image
 from blacksmith.run.run import Run
 
@@ -40,7 +39,7 @@ def score_views(
 ) -> dict[str, Any] | None:
     """Renders every view of a split and scores it against the true picture.
 
-    The PNG files in `directory`, if given, are replaced by the `panels` of every view.
+    The PNG files that runs wrote in `directory`, if given, are replaced by the `panels` of every view.
 
     Returns:
       Means over the views: ``psnr`` in dB, ``ssim``, ``lpips`` if given; ``images``, the scores of each view
@@ -50,9 +49,7 @@ def score_views(
       CheckpointError: a render is not finite.
     """
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        for stale in directory.glob("*.png"):
-            stale.unlink()
+        run.clear(directory.name)
     views, background = scene.views(split), run.config.background
     behind = torch.tensor(background, dtype=torch.float32)
     progress = _progress(run, f"{len(views.names)} {split} views")
@@ -78,14 +75,14 @@ def score_views(
         images.append({"name": name} | scores)
         if directory is not None:
             for kind, pixels in panels(picture, rendered).items():
-                write_png(directory / f"{name}{kind}.png", pixels)
+                write_png(run.claim(directory / f"{name}{kind}.png"), pixels)
         progress(len(images))
     means = {score: statistics.fmean(image[score] for image in images) for score in scores}
     return means | {"images": images, "seconds_per_frame": seconds / len(images)}
 
 
-def write_gallery(results: Path, images: Path, scores: dict[str, Any]) -> None:
-    """Writes strips of the worst, the median and the best view into `images`, for the report.
+def write_gallery(run: Run, scores: dict[str, Any]) -> None:
+    """Writes strips of the worst, the median and the best view in `test/` into `images/`, for the report.
 
     They are `test_1_worst_NAME.png` and so on, made from the files and scores of `score_views`; PSNR ranks
     the views.
@@ -93,13 +90,12 @@ def write_gallery(results: Path, images: Path, scores: dict[str, Any]) -> None:
     ranked = sorted(scores["images"], key=lambda image: image["psnr"])
     # A rank that occurs twice keeps its last place: the worst comes first, then the best.
     places = {len(ranked) // 2: "2_median", len(ranked) - 1: "3_best", 0: "1_worst"}
-    images.mkdir(exist_ok=True)
     for rank, place in places.items():
         image = ranked[rank]
         labels = panel_labels(f"test view {image['name']}", image["psnr"])
-        pictures = [_fitted(results / f"{image['name']}{kind}.png") for kind in labels]
+        pictures = [_fitted(run.directory / "test" / f"{image['name']}{kind}.png") for kind in labels]
         name = re.sub(r"[^\w.-]+", "_", image["name"])
-        write_png(images / f"test_{place}_{name}.png", strip(pictures, labels.values()))
+        write_png(run.claim(f"images/test_{place}_{name}.png"), strip(pictures, labels.values()))
 
 
 def film(run: Run, field: RadianceField, scene: Scene) -> bool:
@@ -112,7 +108,7 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
       CheckpointError: a render is not finite.
       RunError: the video could not be written, for example because the disk is full.
     """
-    settings, directory = run.config.results, run.directory / "images"
+    settings = run.config.results
     frames, fps = settings.video_frames, settings.video_fps
     if not frames:
         return True
@@ -120,9 +116,9 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
     every = math.ceil(frames / GIF_FRAMES)
     behind = torch.tensor(run.config.background, dtype=torch.float32)
     progress, small = _progress(run, f"{frames} video frames"), []
-    directory.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".orbit-", dir=directory) as folder:
-        temporary = Path(folder) / "orbit.mp4"
+    video = run.claim("images/orbit.mp4")
+    with temporary_directory(video) as folder:
+        temporary = folder / video.name
         try:
             # faststart: the index comes first, so that a browser can play the video before it has all of it.
             with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as file:
@@ -147,9 +143,9 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
                 file.mux(stream.encode())
         except av.FFmpegError as error:
             raise RunError(f"cannot write the video: {error.strerror}") from error
-        os.replace(temporary, directory / "orbit.mp4")
+        os.replace(temporary, video)
     duration = 10 * round(100 * every / fps)  # milliseconds; the format counts in hundredths of a second
-    with atomic_file(directory / "orbit.gif") as stream:
+    with atomic_file(run.claim("images/orbit.gif")) as stream:
         small[0].save(stream, "GIF", save_all=True, append_images=small[1:], duration=duration, loop=0)
     return True
 

@@ -46,7 +46,7 @@ def train(run: Run) -> int:
         scored = score_views(run, field, scene, "test", lpips, run.directory / "test")
         if scored is None:
             return None
-        write_gallery(run.directory / "test", run.directory / "images", scored)
+        write_gallery(run, scored)
         return scored if film(run, field, scene) else None
 
     return loop.finish(test, {"parameters": parameters, "restarts": module.restarts})

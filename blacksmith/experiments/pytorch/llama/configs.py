@@ -28,10 +28,11 @@ class Data:
         "sample: the bundled sentences; a directory or file of tsv, csv, json or parquet; or a Hugging Face "
         "dataset id",
         min_length=1,
-        evaluation_may_change=True,
+        resume_may_change=True,
+        location=True,
     )
-    sentence_column: str = setting("sentence", "column of the text", evaluation_may_change=True, min_length=1)
-    label_column: str = setting("label", "column of the 0 or 1", evaluation_may_change=True, min_length=1)
+    sentence_column: str = setting("sentence", "column of the text", resume_may_change=True, min_length=1)
+    label_column: str = setting("label", "column of the 0 or 1", resume_may_change=True, min_length=1)
     validation: int | float | None = setting(
         None,
         "sentences held out of the training set to choose the best checkpoint: a number or a fraction; None: "
@@ -67,6 +68,7 @@ class Model:
         "an asset (smollm2-135m), a directory, a .gguf file or a Hugging Face id; None: from scratch",
         min_length=1,
         resume_may_change=True,
+        location=True,
     )
     hidden_size: int = setting(64, "width", gt=0, only_with=_FROM_SCRATCH)
     intermediate_size: int = setting(176, "width inside the MLP", gt=0, only_with=_FROM_SCRATCH)

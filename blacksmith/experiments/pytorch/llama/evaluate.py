@@ -1,7 +1,6 @@
 """Testing, evaluating and exporting a fine-tuned Llama."""
 
 import itertools
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from blacksmith.experiments.pytorch.llama import evaluation
 from blacksmith.experiments.pytorch.llama.checkpoints import load_model
 from blacksmith.experiments.pytorch.llama.data import encode_examples, read_data
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, collate
-from blacksmith.files import atomic_directory, write_json
+from blacksmith.files import write_json
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.adapters import merge
 from blacksmith.models.pytorch.llama.finite import check_weights
@@ -51,7 +50,7 @@ def evaluate(run: Run) -> int:
     result["test"] = test(run, model, tokenizer, testing, directory)
     if result["test"] is None:
         return run.stopped()
-    write_json(run.directory / "eval.json", result)
+    write_json(run.claim("eval.json"), result)
     for split in ("val", "test"):
         if split in result:
             print(f"{split}: accuracy {result[split]['accuracy']:.2%}, loss {result[split]['loss']:.4f}")
@@ -100,7 +99,6 @@ def test(
     labels = examples.labels.tolist()
     answers = [evaluation.parse_answer(text, words) for text in texts]
     correct = sum(answer == label for answer, label in zip(answers, labels))
-    directory.mkdir(exist_ok=True)
     lines = [
         {
             "sentence": sentence,
@@ -113,7 +111,7 @@ def test(
             examples.sentences, labels, scores.predictions.tolist(), scores.probabilities.tolist(), texts
         )
     ]
-    write_json(directory / "eval_results.json", lines)
+    write_json(run.claim(directory / "eval_results.json"), lines)
     confusion = scores.confusion
     return {
         "loss": scores.loss,
@@ -169,12 +167,11 @@ def export(run: Run) -> int:
     if adapted:
         model = merge(model)
     directory = run.directory / "export"
-    with atomic_directory(directory) as temporary, loading.quiet():
+    with run.new_directory("export") as temporary, loading.quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         del model
         _compare(run, temporary, sentences, before, expected)
-        shutil.rmtree(directory, ignore_errors=True)  # an older export
     print(directory)
     return 0
 

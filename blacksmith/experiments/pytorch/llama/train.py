@@ -100,7 +100,7 @@ def train(run: Run) -> int:
     model.train()
     with profiled(run) as profile_step:
         run.begin()
-        (run.directory / "eval_results.json").unlink(missing_ok=True)  # of an earlier test
+        run.clear("eval_results.json")  # of an earlier test
         for step in loop:
             set_learning_rate(optimizer, rate_of(step))
             optimizer.zero_grad(set_to_none=True)
@@ -159,8 +159,7 @@ def profiled(run: Run) -> Iterator[Callable[[], None]]:
     if not steps:
         yield lambda: None
         return
-    path = run.directory / "profile" / "trace.json"
-    path.parent.mkdir(exist_ok=True)
+    path = run.claim("profile/trace.json")
     schedule = torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(
         schedule=schedule, on_trace_ready=lambda profile: profile.export_chrome_trace(str(path))

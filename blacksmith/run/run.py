@@ -19,9 +19,7 @@ from blacksmith.files import write_json
 from blacksmith.run import metrics as metric_writers
 from blacksmith.run import provenance
 from blacksmith.run.checkpoint import Checkpoints, Saved
-from blacksmith.run.signals import StopFlag
-
-STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
+from blacksmith.run.signals import STOPPED, StopFlag
 
 
 @dataclasses.dataclass(eq=False)

@@ -55,7 +55,6 @@ def make_setup(
         )
     order = Order(samples, batch, config.run.seed)
     end = config.train.total_steps(order.steps_per_epoch)
-    keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(config.train.precision)
     model = build()
     for samples in splits:

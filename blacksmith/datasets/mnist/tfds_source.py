@@ -32,7 +32,8 @@ PREPARABLE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNI
 
 def default_data_dir() -> Path:
     """TFDS's own default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+    given = os.environ.get("TFDS_DATA_DIR")
+    return files.absolute(given) if given else files.in_home("tensorflow_datasets")
 
 
 def find_prepared(name: str, data_dir: Path) -> Path | None:

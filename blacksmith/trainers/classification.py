@@ -28,6 +28,7 @@ from blacksmith.trainers.optimizers import make_optimizer
 from blacksmith.trainers.task import Backend, Task
 
 WORST = 48
+COMPARED = 8  # samples on which exported files are compared with the evaluated model
 
 
 def make_setup(
@@ -152,11 +153,11 @@ def export_checkpoint(run: Run, setup: Setup, preparation: Mapping[str, Any]) ->
     """Writes the model and `export.json`, which describes it, into ``export/``; returns the exit status."""
     backend = backend_of(run, setup)
     load_checkpoint(backend, run.resumed)
-    backend.sync()
     model = setup.task.model
+    _, outputs = evaluate(backend, setup.test)
     directory = run.directory / "export"
     directory.mkdir(exist_ok=True)
-    files = export_model(model, directory)
+    files = export_model(model, directory, setup.test.inputs[:COMPARED], outputs[:COMPARED])
     content = {
         "checkpoint": str(run.resumed.path),
         "files": files,

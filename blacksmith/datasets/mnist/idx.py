@@ -91,7 +91,7 @@ def _read(path: Path, item: tuple[int, ...]) -> np.ndarray:
         after = f"more than {size:,}" if len(content) > size else f"only {len(content):,}"
         after = f" and {after} bytes after it" if valid and size <= room else ""
         raise DataError(
-            f"{path}: not a complete idx file: it has {path.stat().st_size:,} bytes, the header {header}{after}"
-            f"; expected {[magic, 'samples', *item]} and then one byte per element"
+            f"{path}: not a complete idx file: it has {path.stat().st_size:,} bytes, the header {header}"
+            f"{after}; expected {[magic, 'samples', *item]} and then one byte per element"
         )
     return np.frombuffer(content, np.uint8).reshape(-1, *item)

@@ -3,6 +3,7 @@
 Only the main thread can handle signals: a run that is started from another one is not stopped by them.
 """
 
+import functools
 import os
 import signal
 import threading
@@ -106,6 +107,7 @@ class _Watch:
     """Calls a function with each of `NUMBERS` that comes, from a thread, whatever the main thread does."""
 
     def __init__(self, act: Callable[[int], None]) -> None:
+        _register_at_fork()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -123,6 +125,21 @@ class _Watch:
             if number[0] in NUMBERS:
                 act(number[0])
         os.close(self._read)
+
+
+@functools.cache
+def _register_at_fork() -> None:
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    """Gives a forked child, such as a worker that loads data, the defaults: its signals are not the run's."""
+    signal.set_wakeup_fd(-1)
+    for number in NUMBERS:
+        handler = signal.getsignal(number)
+        if getattr(handler, "__func__", handler) in (StopFlag._set, _leave_to_watch):
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
 
 
 def _heard() -> list[int]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,19 @@ def test_the_grace_time_ends_with_the_run(monkeypatch):
     with signals.StopFlag():
         signal.raise_signal(signal.SIGTERM)
     assert not ended.wait(0.5)
+
+
+def test_a_forked_worker_is_terminated_without_the_run():
+    with signals.StopFlag() as stop:
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(write, b"ready")
+            time.sleep(60)
+            os._exit(1)
+        os.read(read, 1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    # The thread that watches has ended: it saw nothing.
+    assert not stop
+    assert stop._deadline is None

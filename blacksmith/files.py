@@ -19,11 +19,22 @@ TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.blacksmith-(?P<kind>tm
 def cache_dir() -> Path:
     """`$BLACKSMITH_CACHE`, else `$XDG_CACHE_HOME/blacksmith`, else `~/.cache/blacksmith`; may not exist."""
     if own := os.environ.get("BLACKSMITH_CACHE"):
-        return Path(own).expanduser().absolute()
+        return absolute(own)
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says to ignore a relative path here.
-    base = Path(xdg) if os.path.isabs(xdg) else Path("~/.cache").expanduser()
-    return base / "blacksmith"
+    return (Path(xdg) if os.path.isabs(xdg) else in_home(".cache")) / "blacksmith"
+
+
+def in_home(name: str) -> Path:
+    """A path in the user's home; one that cannot be made for a user without a home, as in some containers."""
+    home = os.path.expanduser("~")
+    return Path(home if os.path.isabs(home) else "/nonexistent") / name
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """An absolute path, with ``~`` and ``~user`` replaced where there is such a home."""
+    # os.path, since Path.expanduser raises where there is none.
+    return Path(os.path.expanduser(path)).absolute()
 
 
 @contextmanager

@@ -5,6 +5,12 @@ configuration, 3 bad data or checkpoint, 75 stopped by a signal and resumable. N
 the configuration has been validated.
 """
 
+if __name__ == "__main__":
+    # Before the other imports, which take a second.
+    from blacksmith.run.signals import stop_at_once
+
+    stop_at_once()
+
 import dataclasses
 import difflib
 import sys

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 
 import pytest
 
@@ -30,6 +31,21 @@ def test_cache_dir_prefers_its_own_variable_then_xdg(monkeypatch, environment, e
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     assert str(files.cache_dir()) == expected
+
+
+def test_a_user_without_a_home_has_no_cache_but_no_error_either(monkeypatch):
+    def no_such_user(_):
+        raise KeyError("getpwuid(): uid not found")
+
+    for variable in ("BLACKSMITH_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_such_user)
+    assert str(files.cache_dir()) == "/nonexistent/.cache/blacksmith"
+
+
+def test_the_home_of_an_unknown_user_stays_as_it_is_written(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert files.absolute("~no-such-user/x") == tmp_path / "~no-such-user" / "x"
 
 
 def test_atomic_file_replaces_the_old_content(tmp_path):

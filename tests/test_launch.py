@@ -336,6 +336,60 @@ def test_a_bad_command_line_is_a_one_line_error(tmp_path, fails, nothing_runs, a
     fails(*argv, says=says)
 
 
+BOUNDS = {
+    "deep": "Run.seed = " + "(" * 90 + "1," + ")" * 90,
+    "deeper than the parser": "Run.seed = " + "[" * 9000 + "]" * 9000,
+    "signs": "Run.seed = " + "-" * 20_000 + "1",
+    "digits": "Run.seed = " + "9" * 5000,
+    "bits": "Run.seed = 0x" + "f" * 6000,
+    "characters": f"Run.seed = '{'x' * 20_000}'",
+    "words": f"Run.seed = '{'w ' * 4000}'",
+    "zero byte": r"Run.seed = 'a\0b'",
+    "half a character": r"Run.seed = '\ud800'",
+    "control characters": "Run.seed = 1\x1b[31m\x07",
+    "long name": "a" * 5000 + ".b = 3",
+    "long text": "Run.seed = " + "'a' " * 100_000,
+    "macros of macros": "m0 = (1, 1)\n"
+    + "\n".join(f"m{i} = (%m{i - 1}, %m{i - 1}, %m{i - 1})" for i in range(1, 40))
+    + "\nRun.seed = %m39",
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_values_without_bounds_are_one_short_line(capsys, nothing_runs, case):
+    argv = ["launch", JAX, f"--gin_param={BOUNDS[case]}"]
+    assert launch.main(argv) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: --gin_param ")
+    assert line.count("\n") == 1
+    assert len(line) < 1100
+    assert line[:-1].isprintable()
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 GiB"), RecursionError("too deep")])
+def test_running_out_of_memory_or_stack_is_one_line(monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(launch, "run_experiment", fail)
+    assert launch.main(["launch", JAX]) == 1
+    line = capsys.readouterr().err
+    assert line == f"error: not enough memory or stack for this ({type(error).__name__}: {error})\n"
+
+
+def test_an_error_shows_what_a_file_says_without_control_characters_and_not_all_of_it(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise errors.DataError(f"a.csv: \x1b[2J\x9b\u202e{'x' * 5000} {'y ' * 5000}\nz; write it anew")
+
+    monkeypatch.setattr(launch, "run_experiment", fail)
+    assert launch.main(["launch", JAX]) == 3
+    line = capsys.readouterr().err
+    assert line.startswith("error: a.csv: \\x1b[2J\\x9b\\x202exxx")
+    assert line.endswith(" z; write it anew\n")
+    assert line[:-1].isprintable()
+    assert len(line) < 1100
+
+
 def test_an_import_that_fails_is_one_line(tmp_path, fails, nothing_runs):
     (tmp_path / "bad.gin").write_text("import no_such_module\n")
     fails("--gin_file=bad.gin", "--allow_imports", says=["bad.gin:1: cannot import 'no_such_module'"])

@@ -2,15 +2,22 @@
 
 import dataclasses
 import importlib
+import itertools
 import os
 import re
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blacksmith.errors import ConfigError, closest
+from blacksmith.errors import ConfigError, closest, shown
 from gin import config_parser
+
+# Far more than a configuration needs, and far less than makes a parser, or a reader of errors, give up.
+LONGEST_TEXT = 1 << 15  # bytes of a file or a parameter; the time to parse them grows with the square
+LONGEST_STRING = 10_000  # characters
+MOST_VALUES = 10_000  # in one value, macros included
+DEEPEST = 10  # tuples within tuples, and files that include files
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -72,7 +79,9 @@ def parse(files: Sequence[str], params: Sequence[str] = (), *, allow_imports: bo
         path = find_file(name)
         bindings += _parse_file(path, name, where="--gin_file", allow_imports=allow_imports, parents=())
     for text in params:
-        bindings += _parse_text(text, f"--gin_param {text!r}", None, allow_imports=allow_imports, parents=())
+        bindings += _parse_text(
+            text, f"--gin_param {shown(text)}", None, allow_imports=allow_imports, parents=()
+        )
     return bindings
 
 
@@ -82,8 +91,12 @@ def _parse_file(
     real = path.resolve()
     if real in parents:
         raise ConfigError(f"{where}: {display} includes itself")
+    if len(parents) > DEEPEST:
+        raise ConfigError(f"{where}: {display} is included by more than {DEEPEST} files, one by the other")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:
+            # One byte more, and a byte order mark, so that a longer file is seen to be longer.
+            text = stream.read(LONGEST_TEXT + 4).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{display}: cannot be read: {error}") from error
     yield from _parse_text(text, display, path, allow_imports=allow_imports, parents=(*parents, real))
@@ -92,6 +105,8 @@ def _parse_file(
 def _parse_text(
     text: str, display: str, path: Path | None, *, allow_imports: bool, parents: tuple[Path, ...]
 ) -> Iterator[Binding]:
+    if len(text.encode(errors="replace")) > LONGEST_TEXT:
+        raise ConfigError(f"{display}: more than {LONGEST_TEXT:,} bytes; a Gin file is a few lines of text")
     seen: dict[str, str] = {}
     for statement in _statements(text, display, is_file=path is not None):
         where = f"{display}:{statement.location.line_num}" if path else display
@@ -110,11 +125,11 @@ def _parse_text(
             case config_parser.IncludeStatement():
                 beside = path.parent if path else None
                 included = find_file(statement.filename, beside=beside, where=where)
-                shown = statement.filename
-                if beside and included == beside / shown:
-                    shown = os.path.normpath(os.path.join(os.path.dirname(display), shown))
+                short = statement.filename
+                if beside and included == beside / short:
+                    short = os.path.normpath(os.path.join(os.path.dirname(display), short))
                 yield from _parse_file(
-                    included, shown, where=where, allow_imports=allow_imports, parents=parents
+                    included, short, where=where, allow_imports=allow_imports, parents=parents
                 )
             case config_parser.BindingStatement():
                 key = f"{statement.selector}.{statement.arg_name or ''}".rstrip(".")
@@ -126,6 +141,7 @@ def _parse_text(
                 if key in seen:
                     raise ConfigError(f"{where}: {key} was already set at {seen[key]}; keep one of the two")
                 seen[key] = where
+                _check_bounds(statement.value, f"{where}: {key}")
                 yield Binding(statement.selector, statement.arg_name or "", statement.value, where)
 
 
@@ -135,7 +151,14 @@ def _statements(text: str, display: str, *, is_file: bool) -> Iterator[Any]:
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
         yield from parser
-    except (SyntaxError, ValueError, TypeError, RecursionError, tokenize.TokenError) as error:
+    except (
+        SyntaxError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        MemoryError,
+        tokenize.TokenError,
+    ) as error:
         line = getattr(error, "lineno", None) or (parser.current_token.start[0] if parser else 1)
         where = f"{display}:{line}" if is_file else display
         reason = re.split(r"\.?\s+Got | on line |\n", str(error.args[0] if error.args else error))[0]
@@ -170,8 +193,38 @@ def resolve_macros(
         used.add(name)
         return resolve_macros(macros[name].value, macros, macros[name], used, (*within, name))
     if isinstance(value, (list, tuple)):
-        return type(value)(resolve_macros(v, macros, binding, used, within) for v in value)
+        whole = type(value)(resolve_macros(v, macros, binding, used, within) for v in value)
+        # Here, since macros of macros grow without bounds.
+        _check_bounds(whole, f"{binding.where}: {binding.selector}.{binding.field}".rstrip("."))
+        return whole
     return value
+
+
+def _check_bounds(value: Any, what: str) -> None:
+    """Raises `ConfigError` for a value that is too large, or has characters that no path or text may have."""
+    level, count = [value], 0
+    for depth in itertools.count():
+        count += len(level)
+        if depth > DEEPEST or count > MOST_VALUES:
+            raise ConfigError(
+                f"{what} has more than {DEEPEST} levels or {MOST_VALUES:,} values; a setting needs fewer"
+            )
+        for item in level:
+            if isinstance(item, int) and item.bit_length() > 64:
+                raise ConfigError(f"{what} has a whole number of more than 64 bits")
+            if isinstance(item, (str, bytes)) and len(item) > LONGEST_STRING:
+                raise ConfigError(f"{what} has more than {LONGEST_STRING:,} characters")
+            if isinstance(item, str) and re.search("[\0\ud800-\udfff]", item):
+                raise ConfigError(f"{what} = {shown(item)} has a character that no text may have")
+        level = [part for item in level for part in _parts(item)]
+        if not level:
+            return
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return itertools.chain(value, value.values())
+    return value if isinstance(value, (list, tuple, set)) else ()
 
 
 def bindings_as_gin(bindings: Sequence[Binding]) -> str:

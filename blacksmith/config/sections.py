@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from blacksmith.config import conditions
 from blacksmith.config.conditions import Conditions
 from blacksmith.config.gin_files import Binding, resolve_macros
-from blacksmith.errors import ConfigError, closest
+from blacksmith.errors import ConfigError, closest, shown
 
 T = TypeVar("T")
 
@@ -171,7 +171,9 @@ def _has_effect(binding: Binding, by_name: Mapping[str, type], value: Any, exper
         near = f" (did you mean {elsewhere[0]}?)" if len(elsewhere) == 1 else closest(field, fields(cls))
         raise ConfigError(f"{where}: {name} has no field {field!r}{near}; allowed: {', '.join(fields(cls))}")
     if value is not None and value != cls.__pydantic_fields__[field].get_default():
-        raise ConfigError(f"{where}: {name}.{field} = {value!r} has no effect here: {cls.gin_unused[field]}")
+        raise ConfigError(
+            f"{where}: {name}.{field} = {shown(value)} has no effect here: {cls.gin_unused[field]}"
+        )
     return False
 
 
@@ -185,7 +187,7 @@ def _check_effects(config: Any) -> None:
             needs = info.json_schema_extra["only_with"] or part.gin_only_with
             if needs and values[key] != info.get_default() and not conditions.hold(needs, values):
                 words = conditions.in_words(needs)
-                raise ConfigError(f"{key} = {values[key]!r} has no effect unless {words}")
+                raise ConfigError(f"{key} = {shown(values[key])} has no effect unless {words}")
 
 
 def _explain(
@@ -207,7 +209,7 @@ def _explain(
     elif error["type"] == "tuple_type" and isinstance(value, (list, int)):
         hint = f"; write {tuple(value) if isinstance(value, list) else (value,)}"
     where = sources[cls.gin_name, field].where
-    return f"{where}: {name}{indices[0]} = {value!r}{near}: {message}{hint} ({description})"
+    return f"{where}: {name}{indices[0]} = {shown(value)}{near}: {message}{hint} ({description})"
 
 
 def _located(message: str, sources: Mapping[tuple[str, str], Binding]) -> str:

@@ -361,10 +361,11 @@ class Loop:
         at = int(np.argmin(finite))
         shown = " and ".join(f"{name} {array[at]}" for name, array in values.items())
         examples = f" ({self.examples_of(first + at)})" if self.examples_of else ""
-        raise RunError(
-            f"{shown} at step {first + at + 1}{examples}; {self.run.checkpoints.describe_newest()}; "
-            "a lower learning rate or gradient clipping may help"
-        )
+        cure = "a lower learning rate or gradient clipping may help"
+        if first + at == self._first:  # no step of this process has changed the weights yet
+            cure = "the weights that it started with, or these examples, are the reason"
+        newest = self.run.checkpoints.describe_newest()
+        raise RunError(f"{shown} at step {first + at + 1}{examples}; {newest}; {cure}")
 
 
 def _on_host(values: Mapping[str, Any]) -> dict[str, np.ndarray]:

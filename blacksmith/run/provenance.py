@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Environment variables that change what is computed, or how fast.
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")
+# Environment variables that change what is computed, or how fast, begin like this.
+_VARIABLES = re.compile(
+    "(JAX|XLA|KERAS|TORCH|TORCHINDUCTOR|PYTORCH|OMP|KMP|GOMP|MKL|OPENBLAS|CUBLAS|CUBLASLT|CUDA|CUDNN|"
+    "NCCL|NVIDIA|TF|LIBTPU)_"
+)
+_SECRETS = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
 def describe(directory: Path, **facts: Any) -> dict[str, Any]:
@@ -29,11 +34,44 @@ def describe(directory: Path, **facts: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "cores": usable_cores(),
+        "variables": variables(),
+        "numerics": numerics(),
         "versions": versions(),
         "git": git_state(),
         "previous": previous,
     }
+
+
+def usable_cores() -> list[int] | None:
+    """The numbers of the cores that this process may use; None where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def variables() -> dict[str, str]:
+    """The environment variables that change what is computed, without passwords."""
+    kept = {k: v for k, v in sorted(os.environ.items()) if _VARIABLES.match(k) and not _SECRETS.search(k)}
+    return {name: re.sub("://[^/@]*@", "://***@", value) for name, value in kept.items()}
+
+
+def numerics() -> dict[str, Any]:
+    """How the frameworks that are loaded compute, as ``{framework: {setting: value}}``."""
+    found = {}
+    if keras := sys.modules.get("keras"):
+        names = ("floatx", "epsilon", "image_data_format")
+        found["keras"] = {name: getattr(keras.config, name)() for name in names}
+        found["keras"]["dtype_policy"] = keras.config.dtype_policy().name
+    if jax := sys.modules.get("jax"):
+        names = ("enable_x64", "default_prng_impl", "threefry_partitionable", "default_matmul_precision")
+        found["jax"] = {name: getattr(jax.config, f"jax_{name}", None) for name in names}
+    if torch := sys.modules.get("torch"):
+        found["torch"] = {
+            "num_threads": torch.get_num_threads(),
+            "default_dtype": str(torch.get_default_dtype()),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        }
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -19,9 +19,7 @@ from blacksmith.run import provenance
 from blacksmith.run.checkpoint import Checkpoints, Saved
 from blacksmith.run.lock import locked
 from blacksmith.run.manifest import Manifest, check_apart, check_ours, set_aside
-from blacksmith.run.signals import StopFlag
-
-STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, resumable
+from blacksmith.run.signals import STOPPED, StopFlag
 
 
 @dataclasses.dataclass(eq=False)

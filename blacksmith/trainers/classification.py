@@ -28,6 +28,7 @@ from blacksmith.trainers.optimizers import make_optimizer
 from blacksmith.trainers.task import Backend, Task
 
 WORST = 48
+COMPARED = 8  # samples on which exported files are compared with the evaluated model
 
 
 def make_setup(
@@ -55,7 +56,6 @@ def make_setup(
         )
     order = Order(samples, batch, config.run.seed)
     end = config.train.total_steps(order.steps_per_epoch)
-    keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(config.train.precision)
     model = build()
     for samples in splits:
@@ -154,11 +154,11 @@ def export_checkpoint(run: Run, setup: Setup, preparation: Mapping[str, Any]) ->
     """Writes the model and `export.json`, which describes it, into ``export/``; returns the exit status."""
     backend = backend_of(run, setup)
     load_checkpoint(backend, run.resumed)
-    backend.sync()
     model = setup.task.model
+    _, outputs = evaluate(backend, setup.test)
     directory = run.directory / "export"
     with run.new_directory("export") as temporary:
-        files = export_model(model, temporary)
+        files = export_model(model, temporary, setup.test.inputs[:COMPARED], outputs[:COMPARED])
         content = {
             "checkpoint": str(run.resumed.path),
             "files": files,

@@ -1,23 +1,75 @@
 """A Keras model as files that other programs load, for any batch size."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
+import numpy as np
+from keras import ops
+
+from blacksmith.errors import RunError, first_line
+
+# The largest difference of an exported file's outputs, as a fraction of the largest output.
+TOLERANCE = 1e-3
+LOW_PRECISION_TOLERANCE = 5e-2  # where layers compute in bfloat16
 
 
-def export_model(model: keras.Model, directory: Path) -> list[str]:
+def export_model(model: keras.Model, directory: Path, inputs: np.ndarray, outputs: np.ndarray) -> list[str]:
     """Writes a model of one input as ``model.keras`` and in its backend's own format.
+
+    Each file is loaded back: of `inputs` [samples, ...] it has to make the model's `outputs` [samples, ...].
 
     Returns:
       The names of the files. The second is ``model.stablehlo`` for `jax.export.deserialize`, or ``model.pt2``
       for `torch.export.load`.
+
+    Raises:
+      RunError: a file cannot be loaded, or computes something else than the model.
     """
+    own = "model.stablehlo" if keras.config.backend() == "jax" else "model.pt2"
     model.save(directory / "model.keras")
-    if keras.config.backend() == "jax":
-        (directory / "model.stablehlo").write_bytes(_stablehlo(model))
-        return ["model.keras", "model.stablehlo"]
-    _export_torch(model, directory / "model.pt2")
-    return ["model.keras", "model.pt2"]
+    if own == "model.stablehlo":
+        (directory / own).write_bytes(_stablehlo(model))
+    else:
+        _export_torch(model, directory / own)
+    precise = all(layer.compute_dtype == "float32" for layer in model._flatten_layers())
+    tolerance = TOLERANCE if precise else LOW_PRECISION_TOLERANCE
+    x = ops.convert_to_tensor(inputs, model.inputs[0].dtype)
+    own_layers = {type(layer).__name__: type(layer) for layer in model._flatten_layers()}
+    loaders = {
+        # In Keras's safe mode, which runs no code from the file.
+        "model.keras": lambda path: keras.saving.load_model(path, custom_objects=own_layers),
+        "model.stablehlo": _load_stablehlo,
+        "model.pt2": _load_torch,
+    }
+    for name in ("model.keras", own):
+        try:
+            found = ops.convert_to_numpy(ops.cast(loaders[name](directory / name)(x), "float32"))
+        except Exception as error:  # of three libraries
+            raise RunError(
+                f"{name} cannot be loaded back ({type(error).__name__}: {first_line(error)}); a layer of "
+                "one's own needs a get_config that returns all its arguments; nothing is exported"
+            ) from error
+        difference = np.abs(found - outputs).max() / max(np.abs(outputs).max(), np.finfo(np.float32).tiny)
+        if not difference <= tolerance:
+            raise RunError(
+                f"{name} computes something else than the evaluated model: its outputs differ by "
+                f"{difference:.2g} of the largest, allowed {tolerance:g}; a layer of one's own needs a "
+                "get_config that returns all its arguments; nothing is exported"
+            )
+    return ["model.keras", own]
+
+
+def _load_stablehlo(path: Path) -> Callable:
+    from jax import export
+
+    return export.deserialize(path.read_bytes()).call
+
+
+def _load_torch(path: Path) -> Callable:
+    import torch
+
+    return torch.export.load(path).module()
 
 
 def _stablehlo(model: keras.Model) -> bytes:

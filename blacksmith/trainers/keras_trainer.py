@@ -18,6 +18,7 @@ from blacksmith.run.checkpoint import Saved
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import EMPTY_DIGEST, Block, Order, chain_digest
 from blacksmith.run.run import Run
+from blacksmith.trainers.finite import check_finite
 from blacksmith.trainers.initial_weights import weights_sha256
 from blacksmith.trainers.task import Backend, Task
 
@@ -78,7 +79,7 @@ class KerasTrainer:
             run,
             setup.order,
             end=setup.end,
-            validate=(lambda: evaluate(self.backend, setup.validation)[0]) if len(setup.validation) else None,
+            validate=self._validate if len(setup.validation) else None,
             save=self._save,
             learning_rate=self._learning_rate,
             histograms=self._histograms,
@@ -106,6 +107,11 @@ class KerasTrainer:
         self.loop.between()  # so that the hash of the batches below covers the last step
         parameters = self.setup.task.model.count_params()
         return self.loop.finish(test_checkpoint, {"parameters": parameters, **self._hashes})
+
+    def _validate(self) -> dict[str, float]:
+        # Without the check of `evaluate`: a loss that is not finite ends training in its own way.
+        values, _ = self.backend.evaluate(self.setup.validation.inputs, self.setup.validation.labels)
+        return _means(values)
 
     def _save(self, directory: Path) -> dict[str, str]:
         save_file(self.backend.state(), directory / ARRAYS)
@@ -138,9 +144,18 @@ def backend_of(run: Run, setup: Setup) -> Backend:
 
 
 def evaluate(backend: Backend, samples: Samples) -> tuple[dict[str, float], np.ndarray]:
-    """Mean loss and metrics over `samples`, and the outputs [samples, ...]."""
+    """Mean loss and metrics over `samples`, and the outputs [samples, ...].
+
+    Raises `CheckpointError` if an output is not finite: an accuracy of it would look like one.
+    """
     values, outputs = backend.evaluate(samples.inputs, samples.labels)
-    return {name: float(np.mean(v, dtype=np.float64)) for name, v in values.items()}, outputs
+    backend.sync()
+    check_finite(backend.task.model, samples.inputs, outputs, values)
+    return _means(values), outputs
+
+
+def _means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(np.mean(v, dtype=np.float64)) for name, v in values.items()}
 
 
 def load_checkpoint(backend: Backend, saved: Saved) -> None:

@@ -27,4 +27,7 @@ def make_trainer(device: str, directory: Path, **options: Any) -> L.Trainer:
         "enable_model_summary": False,
         "enable_progress_bar": False,
     }
-    return L.Trainer(**(defaults | options))
+    trainer = L.Trainer(**(defaults | options))
+    # The run handles signals. Lightning's handler would end it between two hooks, and requeue a Slurm job.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer

@@ -51,6 +51,8 @@ class Task:
 class Backend(Protocol):
     """One framework's way of running a `Task` on training inputs [samples, ...] and labels [samples]."""
 
+    task: Task
+
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
         """Runs the steps of `block`, the first of which has the number `step`.
 

@@ -419,7 +419,7 @@ def test_configurations_are_independent():
 
 
 AWKWARD = (
-    r"toy.Data.path = 'it\'s \"quoted\", a \\ and a \n, a % and an @, ünïcode \x00'",
+    r"toy.Data.path = 'it\'s \"quoted\", a \\ and a \n, a % and an @, ünïcode \x01'",
     "toy.Data.validation = 'test'",
     "toy.Train.rate = 1e-7",
     "toy.Train.hidden = (9223372036854775808,)",

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -143,12 +144,12 @@ def _counts(content, *counts):
 BROKEN = {
     "magic of labels": (TRAIN_IMAGES, lambda c: _at(c, 0, b"\0\0\x08\x01"), "2049, 40, 28, 28"),
     "labels of floats": (TEST_LABELS, lambda c: _at(c, 0, b"\0\0\x0d\x01"), "3329, 12"),
-    "truncated images": (TEST_IMAGES, lambda c: c[:-1], "9423 bytes"),
-    "truncated labels": (TRAIN_LABELS, lambda c: c[:-5], "43 bytes"),
+    "truncated images": (TEST_IMAGES, lambda c: c[:-1], "only 9,407 bytes after it"),
+    "truncated labels": (TRAIN_LABELS, lambda c: c[:-5], "only 35 bytes after it"),
     "truncated header": (TRAIN_IMAGES, lambda c: c[:10], "not a complete idx file"),
     "empty file": (TEST_LABELS, lambda c: b"", "not a complete idx file"),
-    "bytes after images": (TRAIN_IMAGES, lambda c: c + b"\0", "31377 bytes"),
-    "bytes after labels": (TEST_LABELS, lambda c: c + b"\0", "21 bytes"),
+    "bytes after images": (TRAIN_IMAGES, lambda c: c + b"\0", "more than 31,360 bytes after it"),
+    "bytes after labels": (TEST_LABELS, lambda c: c + b"\0", "more than 12 bytes after it"),
     "count beyond the file": (TRAIN_IMAGES, lambda c: _counts(c, 2**32 - 1), "4294967295, 28, 28"),
     "fewer labels": (TRAIN_LABELS, lambda c: _counts(c, 39)[:-1], "40 images, but .* has 39 labels"),
     "fewer images": (TEST_IMAGES, lambda c: _counts(c, 11)[:-784], "11 images, but .* has 12 labels"),
@@ -185,6 +186,22 @@ def test_a_broken_gzip_file_is_refused_by_name(directory, case):
     path = directory / f"{TRAIN_IMAGES}.gz"
     path.write_bytes(BROKEN_GZIP[case](path.read_bytes()))
     assert str(path) in _refused("cannot be read|complete idx file", "idx", directory, validation=8)
+
+
+@pytest.mark.parametrize("samples", [40, 2**31])
+def test_a_gzip_bomb_is_read_no_further_than_its_header_says(directory, samples):
+    """256 MiB of zeros in 256 KiB, after a header of 40 images, or of more than such a file can hold."""
+    path = directory / f"{TRAIN_IMAGES}.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(struct.pack(">4I", 0x803, samples, 28, 28))
+        for _ in range(256):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        _refused(f"{TRAIN_IMAGES}.gz: not a complete idx file", "idx", directory, validation=8)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", idx.NAMES)

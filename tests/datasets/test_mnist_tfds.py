@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import shutil
 import struct
 import sys
@@ -161,6 +162,16 @@ def test_a_set_that_does_not_fit_is_refused(prepared, case):
     _refused(message, prepared, validation=8)
 
 
+def test_a_set_that_names_code_of_its_own_is_refused(prepared, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_the_set.py").write_text("raise SystemExit('was imported')")
+    path = next(prepared.rglob("features.json"))
+    content = path.read_text()
+    name = re.search(r"tensorflow_datasets\.[\w.]*Image\b", content)[0]
+    path.write_text(content.replace(name, "of_the_set.Image"))
+    _refused("names the class 'of_the_set.Image', which is not one of TFDS", prepared)
+
+
 def test_the_newest_prepared_version_is_chosen_by_number(tmp_path):
     for version in ("3.0.1", "3.0.10", "3.0.9", "incomplete.x_4.0.0", "latest"):
         directory = tmp_path / "emnist" / "balanced" / version
@@ -223,5 +234,5 @@ def test_a_broken_download_is_refused(small_mnist, served, tmp_path, monkeypatch
     directory = small_mnist.write(served[0] / "broken")
     (directory / f"{idx.NAMES[3]}.gz").write_bytes(gzip.compress(b"junk"))
     monkeypatch.setattr(stock.MNIST, "URL", served[1] + "broken/")
-    _refused("not a complete idx file: 4 bytes", tmp_path / "tfds")
+    _refused("not a complete idx file: it has 24 bytes", tmp_path / "tfds")
     assert tfds_source.find_prepared("mnist", tmp_path / "tfds") is None

@@ -15,6 +15,7 @@ from numpy_toy import Info, result_of, take_steps
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
 from blacksmith.run import metrics
 from blacksmith.run import run as runs
+from blacksmith.run import signals
 from blacksmith.run.checkpoint import Checkpoints
 
 
@@ -138,7 +139,8 @@ def test_a_directory_that_cannot_be_made_is_one_line(make, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_first_signal_sets_the_flag_and_a_second_interrupts(make, capfd, number):
+def test_a_first_signal_sets_the_flag_and_a_second_interrupts(make, capfd, monkeypatch, number):
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0)
     before = signal.getsignal(number)
     with make().opened() as run:
         assert not run.stop
@@ -160,7 +162,8 @@ def test_one_of_each_signal_does_not_interrupt(make):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_aborted_run_records_which_signal_it_was(make, number):
+def test_an_aborted_run_records_which_signal_it_was(make, monkeypatch, number):
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0)
     run = make()
 
     def signalled_twice():

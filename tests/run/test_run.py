@@ -72,12 +72,21 @@ def test_the_saved_gin_files_give_the_same_configuration(make):
 def test_the_environment_describes_machine_command_and_data(make, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
+    monkeypatch.setenv("TORCH_HOME", "https://me:word@host/x")
+    monkeypatch.setenv("KERAS_API_KEY", "word")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "word")
     with make(command=["launch", "--gin_file=a.gin"]).opened() as run:
         run.use_data(Info(), rows=20)
         environment = _json(run.directory, "environment.json")
     assert environment["command"] == ["launch", "--gin_file=a.gin"]
     assert environment["variables"]["OMP_NUM_THREADS"] == "3"
     assert "MKL_NUM_THREADS" not in environment["variables"]
+    assert environment["variables"]["XLA_FLAGS"] == "--xla_x=1"
+    assert environment["variables"]["TORCH_HOME"] == "https://***@host/x"
+    assert "word" not in str(environment["variables"])
+    assert "AWS_SECRET_ACCESS_KEY" not in environment["variables"]
+    assert environment["cores"] == sorted(os.sched_getaffinity(0))
     assert environment["experiment"] == "toy"
     assert (environment["backend"], environment["device"]) == ("jax", "cpu")
     assert environment["data"] == run.data == DATA | {"rows": 20}

@@ -442,9 +442,21 @@ def export(directory, steps, batches, **setup):
     model = made.task.model
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    export_model(model, directory)
+    inputs, labels = make_data(model, 3)
+    export_model(model, directory, inputs, made.backend.evaluate(inputs, labels)[1])
     for batch in batches:
         inputs, labels = make_data(model, batch, seed=batch)
         _, outputs = made.backend.evaluate(inputs, labels)
         np.savez(directory / f"batch_{batch}.npz", inputs=inputs, outputs=outputs)
     return {"files": sorted(os.listdir(directory))}
+
+
+def evaluate_damaged(name, value, **setup):
+    """Evaluates samples after the first number of the inputs, or of an array of the state, was replaced."""
+    from blacksmith.trainers.keras_trainer import Samples, evaluate
+
+    made = Setup(**setup)
+    state, inputs = {key: array.copy() for key, array in made.backend.state().items()}, made.inputs.copy()
+    (inputs[3] if name == "inputs" else state[name]).flat[0] = value
+    made.backend.load_state(state)
+    return evaluate(made.backend, Samples(inputs, made.labels))[0]

@@ -65,7 +65,36 @@ def _vector(dropout):
     return keras.Model(inputs, layers.Dense(CLASSES, name="logits")(x), name="vector")
 
 
-MODELS = {"mlp": _mlp, "small": _small, "cnn": _cnn, "text": _text, "vector": _vector}
+class Scale(layers.Layer):
+    """Multiplies by a factor that `get_config` forgets."""
+
+    def __init__(self, factor=1.0, **options):
+        super().__init__(**options)
+        self.factor = factor
+
+    def call(self, inputs):
+        """The product."""
+        return inputs * self.factor
+
+    def get_config(self):
+        """Without the factor."""
+        return super().get_config()
+
+
+def _forgetful(dropout):
+    """Is loaded with another factor than it was saved with."""
+    inputs = keras.Input((3,), name="features")
+    return keras.Model(inputs, Scale(2.0)(layers.Dense(CLASSES, name="logits")(inputs)), name="forgetful")
+
+
+MODELS = {
+    "mlp": _mlp,
+    "small": _small,
+    "cnn": _cnn,
+    "text": _text,
+    "vector": _vector,
+    "forgetful": _forgetful,
+}
 
 
 def make_data(model, samples, seed=0):

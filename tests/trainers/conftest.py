@@ -121,6 +121,8 @@ class Backends:
 class Backend:
     """One of the two, for tests that run on each."""
 
+    Error = CaseError
+
     def __init__(self, name, backends):
         self.name = name
         self._backends = backends

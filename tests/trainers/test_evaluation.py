@@ -57,3 +57,25 @@ def test_gradients_are_the_slopes_of_the_loss(backend):
     # Central differences over 1e-2 err by 1e-4 from the third derivative and by 1e-5 from rounding.
     np.testing.assert_allclose(found["slopes"], found["differences"], rtol=0.01, atol=3e-4)
     assert np.abs(found["slopes"]).max() > 0.02
+
+
+KERNEL = "model/hidden_1/kernel"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("inputs", "nan", "1 of 52 samples are not finite, first those of sample 3: its input is not finite"),
+        (KERNEL, "nan", "52 of 52 .* sample 0: the weights hidden_1/kernel are not finite"),
+        (KERNEL, "inf", "sample 0: the weights hidden_1/kernel are not finite"),
+        # Finite itself, but its product with another number is not.
+        (
+            KERNEL,
+            3e38,
+            "the weights and its input are finite, but not the activations after the layer hidden_1",
+        ),
+    ],
+)
+def test_outputs_that_are_not_finite_are_refused(backend, name, value, says):
+    with pytest.raises(backend.Error, match=rf"CheckpointError: the outputs of .*{says}"):
+        backend.run("evaluate_damaged", name=name, value=float(value))

@@ -89,3 +89,11 @@ def test_exported_models_work_without_blacksmith(exports, name, model, batch):
         # The same float32 operations, compiled for another batch size: rounding.
         np.testing.assert_allclose(read["exported"], expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(read["keras"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_an_export_that_computes_something_else_is_refused(backends, tmp_path, name):
+    """Keras loads a layer of one's own with its defaults if `get_config` does not return its arguments."""
+    arguments = {"directory": str(tmp_path), "steps": 1, "batches": [], "model": "forgetful"}
+    with pytest.raises(backends.Error, match=r"RunError: model\.keras computes something else .* by 0\.5 of"):
+        backends.on(name, "export", **arguments)

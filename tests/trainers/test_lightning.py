@@ -1,7 +1,11 @@
 """Lightning's Trainer as the experiments build it: on the given device, and silent."""
 
+import signal
 import subprocess
 import sys
+
+import lightning as L
+import torch
 
 from blacksmith.trainers.lightning import make_trainer
 
@@ -38,3 +42,27 @@ def test_options_take_precedence(tmp_path):
     assert trainer.progress_bar_callback is not None
     assert trainer.max_steps == 7
     assert make_trainer("cpu", tmp_path).progress_bar_callback is None
+
+
+def test_signals_stay_with_the_run(tmp_path, monkeypatch):
+    """From the first hook to the last: Lightning's own handler raises between two of them."""
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    numbers, seen = (signal.SIGTERM, signal.SIGUSR1), []
+
+    class Watching(L.LightningModule):
+        def setup(self, stage):
+            seen.append([signal.getsignal(number) for number in numbers])
+
+        def configure_optimizers(self):
+            return None
+
+        def training_step(self, batch):
+            seen.append([signal.getsignal(number) for number in numbers])
+
+    before = [signal.getsignal(number) for number in numbers]
+    make_trainer("cpu", tmp_path, max_steps=1, max_epochs=1).fit(
+        Watching(), torch.utils.data.DataLoader(torch.ones(1))
+    )
+    assert seen == [before, before]

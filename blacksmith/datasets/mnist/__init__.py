@@ -96,7 +96,7 @@ def load(
     Raises:
       DataError: the source is missing or broken, or `validation` leaves nothing to train on.
     """
-    directory = None if path is None else Path(path).expanduser().absolute()
+    directory = None if path is None else files.absolute(path)
     if name != "mnist" and source != "tfds":
         raise DataError(f"the set {name!r} needs source 'tfds', not {source!r}")
     if source == "auto":

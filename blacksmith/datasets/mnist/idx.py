@@ -14,6 +14,7 @@ from blacksmith.datasets.mnist.arrays import SIDE, Arrays
 from blacksmith.errors import DataError
 
 CLASSES = 10
+DEFLATE_RATIO = 1032  # a gzip file cannot unpack to more than this many times its size
 
 NAMES = (
     "train-images-idx3-ubyte",
@@ -67,21 +68,30 @@ def read_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndar
 def _read(path: Path, item: tuple[int, ...]) -> np.ndarray:
     """Reads an idx file of bytes: uint8 [samples, *item].
 
-    The file is big-endian: a magic number, the size of each dimension in 32 bits, then the bytes.
+    The file is big-endian: a magic number, the size of each dimension in 32 bits, then the bytes. No more is
+    read than the header says, and nothing if the file cannot hold as much.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
     magic = 0x801 + len(item)  # 8 for unsigned bytes, then the number of dimensions
     start = 4 * (2 + len(item))
-    header = [int.from_bytes(content[i : i + 4], "big") for i in range(0, start, 4)]
-    size = len(content) - start
-    if [header[0], *header[2:]] != [magic, *item] or size < 1 or size != math.prod(header[1:]):
+    try:
+        packed = path.suffix == ".gz"
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            head = stream.read(start)
+            header = [int.from_bytes(head[i : i + 4], "big") for i in range(0, start, 4)]
+            size = math.prod(header[1:])
+            valid = [header[0], *header[2:]] == [magic, *item]
+            room = path.stat().st_size * (DEFLATE_RATIO if packed else 1)
+            # One byte more, which must not be there; at the end gzip compares its checksum.
+            content = stream.read(size + 1) if valid and size <= room else b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: cannot be read: not enough memory for {size:,} bytes") from error
+    if not valid or not 0 < len(content) == size:
+        after = f"more than {size:,}" if len(content) > size else f"only {len(content):,}"
+        after = f" and {after} bytes after it" if valid and size <= room else ""
         raise DataError(
-            f"{path}: not a complete idx file: {len(content)} bytes with the header {header}, expected "
-            f"{[magic, 'samples', *item]} and then one byte per element"
+            f"{path}: not a complete idx file: it has {path.stat().st_size:,} bytes, the header {header}"
+            f"{after}; expected {[magic, 'samples', *item]} and then one byte per element"
         )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(-1, *item)
+    return np.frombuffer(content, np.uint8).reshape(-1, *item)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import re
 import sys
@@ -23,16 +24,20 @@ from PIL import Image
 from blacksmith import files
 from blacksmith.datasets.mnist import idx
 from blacksmith.datasets.mnist.arrays import SIDE, Arrays
-from blacksmith.errors import DataError, first_line
+from blacksmith.errors import DataError, first_line, shown
 from blacksmith.network import why_unreachable
 
 # Class names in tensorflow_datasets.image_classification.mnist; all download idx files.
 PREPARABLE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 
+FORMATS = ("PNG", "JPEG")  # what TFDS encodes images as
+
+
 def default_data_dir() -> Path:
     """TFDS's own default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+    given = os.environ.get("TFDS_DATA_DIR")
+    return files.absolute(given) if given else files.in_home("tensorflow_datasets")
 
 
 def find_prepared(name: str, data_dir: Path) -> Path | None:
@@ -64,6 +69,7 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
             return Arrays(*parts, int(classes)), prepared
     tfds = _import_tfds()
     try:
+        _check_features(prepared)
         builder = tfds.builder_from_directory(prepared)
         classes = builder.info.features["label"].num_classes
         parts = [_read_split(tfds, builder, split, classes) for split in ("train", "test")]
@@ -75,6 +81,18 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
         with files.atomic_file(cached) as stream:
             np.savez(stream, **arrays._asdict())
     return arrays, prepared
+
+
+def _check_features(prepared: Path) -> None:
+    """Raises ValueError if ``features.json`` names a class outside of TFDS: its module would be imported."""
+
+    def check(content: dict[str, Any]) -> None:
+        for key in ("pythonClassName", "python_class_name"):  # protobuf reads both
+            name = content.get(key, "tensorflow_datasets.")
+            if not (isinstance(name, str) and name.startswith("tensorflow_datasets.")):
+                raise ValueError(f"features.json names the class {shown(name)}, which is not one of TFDS")
+
+    json.loads((prepared / "features.json").read_text(), object_hook=check)
 
 
 def readable(prepared: Path) -> bool:
@@ -97,7 +115,11 @@ def _read_split(tfds: ModuleType, builder: Any, split: str, classes: int) -> tup
     skip = {"image": tfds.decode.SkipDecoding()}
     for record in _records(tfds, builder, split):
         example = builder.info.features.deserialize_example_np(record, decoders=skip)
-        image, label = np.asarray(Image.open(io.BytesIO(example["image"]))), example["label"]
+        with Image.open(io.BytesIO(example["image"]), formats=FORMATS) as picture:
+            # Before it is unpacked: a few bytes may claim to be gigabytes of pixels.
+            if picture.size != (SIDE, SIDE):
+                raise ValueError(f"split {split} has an image of {picture.size} pixels; expected 28 x 28")
+            image, label = np.asarray(picture), example["label"]
         if image.shape != (SIDE, SIDE) or image.dtype != np.uint8 or not 0 <= label < min(classes, 256):
             raise ValueError(
                 f"split {split} has an image {image.dtype} {list(image.shape)} with label {label}; expected "

@@ -4,6 +4,7 @@ LPIPS needs ImageNet weights, which are never downloaded; without them it is lef
 """
 
 import math
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def find_lpips_weights(path: str | None = None) -> Path | None:
         folders = (cache_dir() / "lpips", Path(torch.hub.get_dir()) / "checkpoints")
         files = (folder / ALEXNET_FILE for folder in folders)
         return next((f for f in files if f.is_file() and file_sha256(f).startswith(ALEXNET_SHA256)), None)
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     try:
         digest = file_sha256(given)
     except OSError as error:

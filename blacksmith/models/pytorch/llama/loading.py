@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def quiet() -> Iterator[None]:
 def _locate(name: str) -> Path:
     """Returns the directory or ``.gguf`` file of a model."""
     models = [asset for asset in assets.ASSETS if assets.path_of(asset).suffix == ".gguf"]
-    path = assets.path_of(name) if name in models else Path(name).expanduser()
+    path = assets.path_of(name) if name in models else Path(os.path.expanduser(name))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if name in models:

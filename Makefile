@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INPUTS := setup.cfg constraints.txt pyproject.toml
-# One process per core, at most four, since each may take 2 GB; tests of a file share what its fixtures made.
-PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses=4 --dist=loadfile
+# One process per core, at most four, since each may take 2 GB; tests of a file share what its fixtures made. Files
+# run in the order that tests/conftest.py gives.
+PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: mnist test test-all lint format bench bench-nerf bench-llama bench-llama-quality torture clean
 

@@ -16,6 +16,12 @@ from blacksmith import registry
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no process is left with one of them at the end."""
+    long = ("test_resume", "test_docs", "test_parity", "test_export", "test_mnist", "test_llama", "test_nerf")
+    items.sort(key=lambda item: next((i for i, name in enumerate(long) if item.path.stem == name), len(long)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory):
     """Gives all tests, and the processes that they start, an empty cache."""

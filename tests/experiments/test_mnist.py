@@ -98,7 +98,14 @@ def begun(launch, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("first", "second"), [("jax", "torch"), ("torch", "jax"), ("jax", "lightning")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param("jax", "torch", marks=pytest.mark.slow),  # the README's commands do the same
+        ("torch", "jax"),
+        ("jax", "lightning"),
+    ],
+)
 def test_a_checkpoint_is_resumed_on_another_backend(experiment, stream, tmp_path, begun, first, second):
     alone, half, rest = begun(first, 100), begun(first, 50), tmp_path / "rest"
     done = experiment(FILES[second], rest, *PORTABLE, "mnist.Train.steps = 100", flags=[f"--resume={half}"])

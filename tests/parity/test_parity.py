@@ -33,7 +33,7 @@ def epsilon(run):
     FusedAdam.plan = lambda self, count: [
         (rate, self._keras.epsilon * 100, decay) for rate, _, decay in plan(self, count)
     ]
-    return train.main(run)
+    return train.train(run)
 
 def batches(run):
     """Batches one step late."""
@@ -41,7 +41,7 @@ def batches(run):
     from blacksmith.run.order import Order
     block = Order.block
     Order.block = lambda self, step, steps: block(self, step + 1, steps)
-    return train.main(run)
+    return train.train(run)
 
 for name in ("epsilon", "batches"):
     registry.add(

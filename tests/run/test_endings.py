@@ -13,9 +13,8 @@ import pytest
 from numpy_toy import Info, result_of, take_steps
 
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
-from blacksmith.run import metrics
+from blacksmith.run import metrics, signals
 from blacksmith.run import run as runs
-from blacksmith.run import signals
 from blacksmith.run.checkpoint import Checkpoints
 
 

@@ -69,7 +69,7 @@ def _assert_stopped(case, directory, status, error, number):
     ("case", "stops"),
     [
         ("mnist_jax", [signal.SIGINT]),
-        ("mnist_torch", []),
+        pytest.param("mnist_torch", [], marks=pytest.mark.slow),  # Lightning runs the same backend
         ("mnist_lightning", [signal.SIGTERM]),
         ("nerf_blender", []),
         ("llama_sst2_tiny", []),

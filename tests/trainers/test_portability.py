@@ -78,7 +78,7 @@ def test_a_state_that_does_not_fit_is_refused(backends, backend, kind, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps .* see Task.accumulate"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps .* set Task.accumulate"),
         ({"use_ema": True}, "use_ema .* not supported"),
         ({"loss_scale_factor": 2.0}, "loss_scale_factor .* not supported"),
     ],

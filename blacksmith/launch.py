@@ -100,7 +100,10 @@ class Resolved:
 def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_imports: bool = False) -> Resolved:
     """Reads and validates a configuration without side effects; the first mistake raises `ConfigError`."""
     if not gin_files and not gin_params:
-        raise ConfigError("give a configuration: --gin_file=gin/mnist_jax.gin (--list shows the experiments)")
+        raise ConfigError(
+            "give a configuration: --gin_file=FILE, such as gin/mnist_jax.gin or the config.gin of a run "
+            "(--list shows the experiments)"
+        )
     bindings = configuration.parse(gin_files, gin_params, allow_imports=allow_imports)
     binding = configuration.bound(bindings, "Run", "experiment")
     if binding is None:
@@ -113,6 +116,8 @@ def resolve(gin_files: Sequence[str], gin_params: Sequence[str], *, allow_import
         )
     experiment = registry.get(binding.value, where=f"{binding.where}: Run.experiment")
     module = registry.import_module(experiment.configs, what=f"experiment {experiment.name}")
+    if not hasattr(module, "Config"):
+        raise ConfigError(f"experiment {experiment.name}: {experiment.configs} has no class Config")
     config = configuration.build(module.Config, bindings, experiment=experiment.name)
     backends = list(experiment.backends)
     allowed = " or ".join(backends)
@@ -200,7 +205,9 @@ def run_experiment(
         runs.check_resume(saved, config, experiment.name, experiment.checkpoint_format, mode=mode)
     name = devices.activate(experiment, resolved.backend, device)
     module, _, function = experiment.modes[mode].partition(":")
-    entry = getattr(registry.import_module(module, what=f"experiment {experiment.name}"), function)
+    entry = getattr(registry.import_module(module, what=f"experiment {experiment.name}"), function, None)
+    if entry is None:
+        raise ConfigError(f"experiment {experiment.name}: {module} has no function {function!r}")
     run = runs.Run(
         workdir,
         config,
@@ -219,7 +226,12 @@ def run_experiment(
     origin = f", from {source}" if source else ""
     print(f"{experiment.name} on {resolved.backend} ({name}): {workdir}{origin}", file=sys.stderr)
     with run.opened(checkpoints=present):
-        return entry(run) or 0
+        status = entry(run) or 0
+        if mode == "train" and not run.ended:
+            raise RuntimeError(
+                f"{experiment.name} returned without a result: end with `return loop.finish(...)`"
+            )
+        return status
 
 
 def starting_point(

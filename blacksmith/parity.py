@@ -58,7 +58,7 @@ class Outcome:
     batches: str  # sha256 of the stream of indices
     losses: np.ndarray  # float64 [steps]
     weights: Mapping[str, np.ndarray]  # after the last step
-    test_accuracy: float  # from 0 to 1
+    test_accuracy: float | None  # from 0 to 1; None: the experiment is no classifier
     seconds: float
 
 
@@ -177,7 +177,6 @@ def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
     """Reads a finished run directory; `weights` is the file that holds the weights in a checkpoint."""
     result = json.loads((directory / "result.json").read_text())
     missing = {"initial_weights_sha256", "order_sha256"} - result.keys()
-    missing |= {"test.accuracy"} if result["test"].get("accuracy") is None else set()
     if missing:
         raise ConfigError(f"{result['experiment']} cannot be compared: its result.json has no {min(missing)}")
     lines = metrics.read(directory / "metrics.jsonl")
@@ -189,7 +188,7 @@ def read_outcome(name: str, directory: Path, weights: str) -> Outcome:
         batches=result["order_sha256"],
         losses=np.array([line["loss"] for line in lines if line["split"] == "train"], np.float64),
         weights={k: v for k, v in arrays.items() if not k.startswith("optimizer/")},
-        test_accuracy=result["test"]["accuracy"],
+        test_accuracy=result["test"].get("accuracy"),
         seconds=result["seconds"],
     )
 
@@ -204,7 +203,10 @@ def compare_outcomes(
         at = int(differences.argmax()) + 1
         difference = float(differences.max())
     weights, largest = _weight_differences(outcome.weights, reference.weights)
-    accuracy = abs(outcome.test_accuracy - reference.test_accuracy) * 100
+    accuracies = [outcome.test_accuracy, reference.test_accuracy]
+    accuracy = 0.0 if accuracies == [None, None] else math.inf
+    if None not in accuracies:
+        accuracy = abs(accuracies[0] - accuracies[1]) * 100
     same_weights = outcome.initial_weights == reference.initial_weights
     same_batches = outcome.batches == reference.batches
     within = (
@@ -224,7 +226,7 @@ def compare_outcomes(
         "at step": at,
         "max |weight difference|": f"{largest:.2e}",
         "weights, relative": f"{weights:.2e}",
-        "test accuracy": f"{outcome.test_accuracy:.2%}",
+        "test accuracy": "none" if outcome.test_accuracy is None else f"{outcome.test_accuracy:.2%}",
         "seconds": round(outcome.seconds, 1),
     }
 

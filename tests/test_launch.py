@@ -37,7 +37,7 @@ class Train:
     """How it runs and ends."""
 
     steps: int = setting(3, "steps", gt=0)
-    ending: Literal["done", "data", "disk", "bug", "stopped"] = setting("done", "how it ends")
+    ending: Literal["done", "data", "disk", "bug", "stopped", "forgotten"] = setting("done", "how it ends")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,8 @@ def main(run):
         raise RunError("the loss is not finite")
     if train.ending == "bug":
         raise ZeroDivisionError("a bug")
+    if train.ending == "forgotten":
+        return 0
     run.finish("done", {"step": train.steps, "test": {"loss": 1 / train.steps}})
     return 75 if train.ending == "stopped" else 0
 
@@ -298,7 +300,7 @@ def test_a_bad_file_is_a_one_line_error(tmp_path, fails, nothing_runs, content, 
 
 # Command lines; the working directory contains only an empty folder.
 BAD_FLAGS = {
-    "nothing at all": ([], ["give a configuration: --gin_file=gin/mnist_jax.gin", "--list"]),
+    "nothing at all": ([], ["give a configuration: --gin_file=FILE, such as gin/mnist_jax.gin", "--list"]),
     "a misspelled file": (["--gin_file=gin/mnist_jxa.gin"], ["did you mean 'mnist_jax.gin'?"]),
     "a directory as file": (["--gin_file=folder"], ["--gin_file: no Gin file 'folder'"]),
     "a fragment alone": (
@@ -715,6 +717,12 @@ def test_how_an_experiment_ends_decides_the_exit_status(toy, monkeypatch, capsys
     assert lines[1:] == ([words] if words else [])
     # Missing data is found before the run has produced anything worth keeping.
     assert Path("run").exists() == (ending != "data")
+
+
+def test_training_that_returns_without_a_result_is_a_bug(toy, monkeypatch):
+    monkeypatch.setattr(devices, "activate", lambda *_: "cpu")
+    with pytest.raises(RuntimeError, match="toy returned without a result"):
+        launch.main(["launch", *toy, "--workdir=run", "--gin_param=toy.Train.ending = 'forgotten'"])
 
 
 def test_a_bug_gives_a_traceback_and_a_failed_result(tmp_path, toy, monkeypatch):

@@ -79,6 +79,8 @@ def parse(files: Sequence[str], params: Sequence[str] = (), *, allow_imports: bo
         path = find_file(name)
         bindings += _parse_file(path, name, where="--gin_file", allow_imports=allow_imports, parents=())
     for text in params:
+        if not text.strip():
+            raise ConfigError("--gin_param is empty; write --gin_param='Section.field = value'")
         bindings += _parse_text(
             text, f"--gin_param {shown(text)}", None, allow_imports=allow_imports, parents=()
         )

@@ -38,6 +38,12 @@ def section(
     """
 
     def decorate(cls: type[T]) -> type[T]:
+        for field in {**vars(cls).get("__annotations__", {}), **(defaults or {})}:
+            own = getattr(cls, field, None)
+            if field in (defaults or {}) and field not in cls.__pydantic_fields__:
+                raise TypeError(f"{name}: defaults names {field!r}, which is no inherited setting")
+            if field not in (defaults or {}) and not isinstance(own, pydantic.fields.FieldInfo):
+                raise TypeError(f"{name}.{field}: declare it with setting(default, description)")
         for field, default in (defaults or {}).items():
             inherited = cls.__pydantic_fields__[field]
             cls.__annotations__[field] = inherited.annotation

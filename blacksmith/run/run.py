@@ -48,6 +48,7 @@ class Run:
         self._metrics: metric_writers.Metrics | None = None
         self._manifest: Manifest | None = None  # while the directory is locked
         self._in_place: Callable[[], bool] = lambda: True  # whether the directory is the one that was locked
+        self.ended = False  # whether this process has written a result
         self._changed = False  # whether the directory is no longer as it was found
         self._opened_at = 0.0
 
@@ -346,6 +347,7 @@ class Run:
             self._write_result("failed", {"error": message, "step": step, "data": self.data})
 
     def _write_result(self, status: str, result: Mapping[str, Any]) -> None:
+        self.ended = True
         write_json(self.claim("result.json"), {"status": status, **self._identity(), **result})
         if self.write_report is not None:
             self.claim("report.html")

@@ -45,7 +45,7 @@ def stop_at_once() -> None:
 class StopFlag:
     """True once one of `NUMBERS` has come; SIGTERM or SIGINT again interrupts at once.
 
-    `promise` says on the console what the run does about the first signal, whose name is in `signal`.
+    `promise` is printed at the first signal, such as "finishing this step"; `signal` is that signal's name.
     """
 
     def __init__(self, promise: str = "finishing this step and saving a checkpoint") -> None:

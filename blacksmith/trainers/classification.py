@@ -36,6 +36,8 @@ def make_setup(
     build: Callable[[], keras.Model],
     splits: Sequence[Samples],
     augmentation: ShiftAndRotate | None = None,
+    *,
+    drop_last: bool = False,
 ) -> Setup:
     """Batches, model, optimizer and loss of a classifier.
 
@@ -44,6 +46,7 @@ def make_setup(
       build: makes the model, from inputs [batch, ...] to logits [batch, classes].
       splits: training, validation (may be empty) and test samples.
       augmentation: of the training inputs.
+      drop_last: whether an epoch leaves out its last batch if that is smaller than the others.
 
     Raises:
       ConfigError: a batch is larger than the training set.
@@ -54,7 +57,7 @@ def make_setup(
         raise ConfigError(
             f"{config.train.gin_name}.batch_size = {batch} is more than {samples} training samples"
         )
-    order = Order(samples, batch, config.run.seed)
+    order = Order(samples, batch, config.run.seed, drop_last=drop_last)
     end = config.train.total_steps(order.steps_per_epoch)
     keras.config.set_dtype_policy(config.train.precision)
     model = build()

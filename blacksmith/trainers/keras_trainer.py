@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from blacksmith.errors import CheckpointError, DataError
+from blacksmith.errors import CheckpointError, ConfigError, DataError
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import EMPTY_DIGEST, Block, Order, chain_digest
@@ -174,7 +174,8 @@ def _check_batches(task: Task, order: Order) -> None:
         return
     for layer in task.model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization) or layer.activity_regularizer is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"the layer {layer.name!r} would see the padding of the last batch: {order.size} samples are "
-                f"not a multiple of the batch size {order.batch}; use Order(..., drop_last=True)"
+                f"not a multiple of the batch size {order.batch}; choose one that divides them, or leave the "
+                "last batch out with drop_last=True"
             )

@@ -551,3 +551,26 @@ def test_what_may_change_on_resume():
         "Log.histograms_every",
         "Log.progress",
     }
+
+
+def test_a_field_is_declared_with_setting():
+    with pytest.raises(TypeError, match=r"toy\.Bad\.width: declare it with setting"):
+
+        @section("toy.Bad")
+        class Bad:
+            """A plain default has no description."""
+
+            width: int = 32
+
+
+def test_defaults_name_inherited_fields():
+    with pytest.raises(TypeError, match="defaults names 'colour', which is no inherited setting"):
+
+        @section("toy.Bad", defaults={"colour": "red"})
+        class Bad(Paint):
+            """A misspelt field."""
+
+
+def test_an_empty_binding_is_refused():
+    with pytest.raises(ConfigError, match="--gin_param is empty"):
+        configuration.parse([], [" "])

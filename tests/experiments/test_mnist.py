@@ -124,7 +124,7 @@ def test_a_checkpoint_is_resumed_on_another_backend(experiment, stream, tmp_path
         assert np.linalg.norm(ours[key].astype(np.float64) - theirs[key]) <= 1e-4 * norm + 1e-9, key
 
 
-@pytest.mark.parametrize("name", ["jax", "torch"])
+@pytest.mark.parametrize("name", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def test_eval_and_export_use_the_best_checkpoint(experiment, tmp_path, name):
     run = tmp_path / "run"
     settings = [*SMALL, "mnist.Train.epochs = 2"]
@@ -214,7 +214,7 @@ def test_a_mode_that_the_experiment_lacks_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["torch", "lightning"])
+@pytest.mark.parametrize("name", [pytest.param("torch", marks=pytest.mark.slow), "lightning"])
 def test_a_loss_that_is_not_finite_is_one_line(experiment, tmp_path, name):
     run = tmp_path / "run"
     settings = ['Optimizer.name = "sgd"', "Optimizer.learning_rate = 1e30", 'mnist.Train.loss = "mse"']

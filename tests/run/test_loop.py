@@ -171,6 +171,16 @@ def test_a_step_logs_one_number_by_name(tmp_path, values):
             toy.loop.log(values)
 
 
+def test_scores_may_be_numbers_of_numpy(tmp_path):
+    class Scores(Toy):
+        def test(self, saved):
+            return {"loss": np.float32(0.5), "rows": np.int64(3)}
+
+    train(tmp_path, STEPS, toy=Scores)
+    assert result_of(tmp_path)["test"] == {"loss": 0.5, "rows": 3}
+    assert lines(tmp_path, "test")[0]["loss"] == 0.5
+
+
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="batch_size = 11 is more than the 10 training examples"):
         train(tmp_path / "run", STEPS, "toy.Train.batch_size = 11")

@@ -70,7 +70,7 @@ def _assert_stopped(case, directory, status, error, number):
     [
         ("mnist_jax", [signal.SIGINT]),
         pytest.param("mnist_torch", [], marks=pytest.mark.slow),  # Lightning runs the same backend
-        ("mnist_lightning", [signal.SIGTERM]),
+        ("mnist_lightning", []),
         ("nerf_blender", []),
         ("llama_sst2_tiny", []),
     ],

@@ -181,8 +181,8 @@ class Pool:
                 self._out.add(i)
         if not held:
             raise DataError(
-                f"{self._place}: cannot hold out {size:,} of {available:,} whole sentences (equal ones stay "
-                f"together); allowed: a number from 1 to {available - 1:,}, or a fraction between 0 and 1"
+                f"{self._place}: cannot hold out {size:,} of {available:,} whole sentences: some must be "
+                "left, and equal ones stay together; give more data, or change llama.Data.validation"
             )
         return self._examples.take(sorted(held))
 

@@ -72,7 +72,10 @@ class Grid:
         0.7, "when samples start to interpolate features, as a fraction of the training", ge=0, le=1
     )
     refresh_threshold: float = setting(
-        5e-3, "cells stay occupied above this opacity over 1/96 of the box", gt=0, lt=1
+        5e-3,
+        "a cell stays occupied if its density, over 1/96 of the box, is more opaque than this",
+        gt=0,
+        lt=1,
     )
     features: int = setting(12, "numbers per vertex; the first three are a color", ge=3)
     rows: int | None = setting(

@@ -113,7 +113,8 @@ def film(run: Run, field: RadianceField, scene: Scene) -> bool:
     if not frames:
         return True
     cameras = _orbit(settings, field, scene)
-    every = math.ceil(frames / GIF_FRAMES)
+    # Browsers slow a GIF down if its frames follow each other faster than about 20 a second.
+    every = max(math.ceil(frames / GIF_FRAMES), math.ceil(settings.video_fps / 20))
     behind = torch.tensor(run.config.background, dtype=torch.float32)
     progress, small = _progress(run, f"{frames} video frames"), []
     video = run.claim("images/orbit.mp4")

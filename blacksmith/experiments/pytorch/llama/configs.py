@@ -206,6 +206,11 @@ class Config:
                 'llama.Model.attention = "flash_attention_2" computes in bfloat16; set llama.Train.precision '
                 "to it"
             )
+        if model.name_or_path is None and self.data.max_length > model.max_positions:
+            raise ConfigError(
+                f"llama.Data.max_length = {self.data.max_length} is more than llama.Model.max_positions = "
+                f"{model.max_positions}"
+            )
         if model.dtype == "bfloat16" and (lora.rank is None or lora.bias != "none"):
             raise ConfigError(
                 'llama.Model.dtype = "bfloat16" would round away small updates of weights and biases; '

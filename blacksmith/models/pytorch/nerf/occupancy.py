@@ -50,7 +50,7 @@ class Occupancy(nn.Module):
     def samples(
         self, origins: Tensor, directions: Tensor, step: float, generator: torch.Generator | None = None
     ) -> tuple[Samples, Tensor]:
-        """Samples of rays every `step` in marked cells between near and far, and their places, [3, samples].
+        """The samples, `step` apart, in marked cells between near and far, and their places, [3, samples].
 
         Rays are origins and unit directions, [rays, 3]; places are in the unit box. The generator shifts each
         ray's samples by a random part of a step; without one they are at half steps.

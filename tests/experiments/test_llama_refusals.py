@@ -56,7 +56,7 @@ BAD_SETTINGS = {
         ["llama.Data.max_length = 12"],
         r"without a sentence, more than llama\.Data\.max_length = 12",
     ),
-    "context": (["llama.Data.max_length = 600"], "more than the model's context, 512"),
+    "context": (["llama.Data.max_length = 600"], "more than llama.Model.max_positions = 512"),
     "heads": (["llama.Model.heads = 5"], "must be an even number"),
     "groups": (["llama.Model.key_value_heads = 3"], "does not divide"),
     "no end": (["llama.Train.steps = None"], "are both None; set one"),

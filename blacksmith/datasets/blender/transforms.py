@@ -63,7 +63,7 @@ def _rigid(rows: list[list[float]]) -> list[list[float]]:
 
 
 # A larger number would be infinite in float32.
-_Row = Annotated[list[Annotated[float, Field(ge=-1e30, le=1e30)]], Field(min_length=4, max_length=4)]
+_Row = Annotated[list[Annotated[float, Field(ge=-3e38, le=3e38)]], Field(min_length=4, max_length=4)]
 _Matrix = Annotated[list[_Row], Field(min_length=4, max_length=4), AfterValidator(_rigid)]
 _Length = Annotated[float, Field(gt=0, description="focal length in pixels")]
 _Angle = Annotated[float, Field(gt=0, lt=math.pi, description="angle of view in radians")]

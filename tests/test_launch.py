@@ -379,15 +379,15 @@ def test_running_out_of_memory_or_stack_is_one_line(monkeypatch, capsys, error):
     assert line == f"error: not enough memory or stack for this ({type(error).__name__}: {error})\n"
 
 
-def test_an_error_shows_what_a_file_says_without_control_characters_and_not_all_of_it(monkeypatch, capsys):
+def test_an_error_shows_a_bounded_clean_part_of_a_file(monkeypatch, capsys):
     def fail(*_, **__):
-        raise errors.DataError(f"a.csv: \x1b[2J\x9b\u202e{'x' * 5000} {'y ' * 5000}\nz; write it anew")
+        raise errors.DataError(f"a.csv: \x1b[2J\x9b\u202e{'x' * 5000} {'y ' * 5000}\nz; write it again")
 
     monkeypatch.setattr(launch, "run_experiment", fail)
     assert launch.main(["launch", JAX]) == 3
     line = capsys.readouterr().err
     assert line.startswith("error: a.csv: \\x1b[2J\\x9b\\x202exxx")
-    assert line.endswith(" z; write it anew\n")
+    assert line.endswith(" z; write it again\n")
     assert line[:-1].isprintable()
     assert len(line) < 1100
 

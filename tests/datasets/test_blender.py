@@ -552,7 +552,7 @@ def test_exif_that_makes_no_sense_is_ignored(scene):
     np.testing.assert_array_equal(opened.views("train").pixels, [_pixels("train", i) for i in range(4)])
 
 
-def test_pictures_beyond_the_memory_are_refused_when_the_scene_is_opened(scene, monkeypatch):
+def test_pictures_beyond_the_memory_are_refused_on_opening(scene, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 50)
     line = _refused(scene, "4 pictures of 96 pixels need .* GiB of memory.*nerf.Data.downscale")
     assert str(scene) in line

@@ -132,7 +132,7 @@ def test_rules_that_do_not_end_are_refused(directory, monkeypatch):
     checks._probe.cache_clear()
 
 
-def test_a_panic_of_a_library_is_one_line_but_an_interruption_is_none():
+def test_a_panic_of_a_library_is_one_line():
     class Panic(BaseException):
         pass
 
@@ -181,7 +181,7 @@ def test_generation_settings_of_llama_2_are_accepted(directory):
     assert loading.load_model(str(directory))[0].generation_config.temperature == 0.9
 
 
-def test_an_implementation_of_attention_that_is_not_installed_is_one_line(directory, monkeypatch):
+def test_attention_that_is_not_installed_is_one_line(directory, monkeypatch):
     monkeypatch.setattr(loading.transformers.utils, "is_flash_attn_2_available", lambda: False)
     for make in (small, lambda **options: loading.load_model(str(directory), **options)):
         with pytest.raises(ConfigError, match='"flash_attention_2" needs the package flash-attn'):

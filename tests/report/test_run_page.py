@@ -244,7 +244,7 @@ def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
     assert not list(run.glob(".*"))
 
 
-def test_only_a_page_of_this_program_is_overwritten_unless_it_is_named(run, capsys):
+def test_only_our_own_page_is_overwritten_unless_named(run, capsys):
     page = run / "report.html"
     page.write_text("<!doctype html>mine")
     comparison = run.parent / "comparison.html"

@@ -111,7 +111,7 @@ def test_what_is_in_the_way_is_kept_with_a_warning(make, tmp_path, capsys):
     assert f"{run.directory / 'eval.json'} was not written by a run: kept as eval.json.2" in warnings[0]
 
 
-def test_a_new_directory_appears_at_once_beside_what_the_user_put_there(make):
+def test_a_new_directory_appears_beside_what_the_user_put_there(make):
     def export(run, names):
         with run.new_directory("export") as temporary:
             for name in names:
@@ -197,7 +197,7 @@ def test_temporaries_of_a_killed_run_are_removed_at_the_next_start(make):
         assert list(run.directory.rglob(".*tmp")) == [mine]
 
 
-def test_checkpoints_that_a_killed_run_had_yet_to_remove_are_removed_at_the_next_start(make):
+def test_checkpoints_a_kill_left_are_removed_at_the_next_start(make):
     with make("Checkpoint.keep_last = 4").opened() as run:
         take_steps(run, 4)
     with make(resumed=run.checkpoints.newest()).opened() as again:
@@ -220,7 +220,7 @@ def test_a_linked_checkpoint_is_unlinked_and_nothing_outside_touched(make, tmp_p
     assert checkpoint.load(tmp_path / "big").step == 1
 
 
-def test_a_checkpoint_saved_again_in_place_of_a_link_leaves_its_target(make, tmp_path):
+def test_a_checkpoint_saved_in_place_of_a_link_leaves_its_target(make, tmp_path):
     with make().opened() as run:
         take_steps(run, 1)
         (saved,) = run.checkpoints.steps()

@@ -181,7 +181,7 @@ runpy.run_module("blacksmith.launch", run_name="__main__")
     ]
 
 
-def test_a_run_in_c_code_that_never_returns_ends_after_the_grace_time():
+def test_c_code_that_never_returns_ends_after_the_grace_time():
     script = """
 import ctypes, sys
 from blacksmith.run import signals

@@ -62,7 +62,7 @@ def load(name: str, data_dir: Path) -> tuple[Arrays, Path]:
     prepared = find_prepared(name, data_dir) or prepare(name, data_dir)
     cached = _cache_path(prepared)
     if cached.is_file():
-        # A broken cache is read again from the source, and written anew.
+        # A broken cache is read from the source and written again.
         with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
             with np.load(cached, allow_pickle=False) as archive:
                 *parts, classes = (archive[field] for field in Arrays._fields)

@@ -210,7 +210,7 @@ def merge(model: PeftModel) -> LlamaForCausalLM:
         base.config.tie_word_embeddings = False  # else peft warns
     merged = model.merge_and_unload()
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
-    # Only now: a layer that wraps another one may make its weight anew each time it is asked for.
+    # Only now: a layer that wraps another one may make its weight again each time it is asked for.
     merged.config.tie_word_embeddings = head.weight.data_ptr() == embedding.weight.data_ptr()
     return merged
 

@@ -338,7 +338,7 @@ class Loop:
                 step = first + i + 1
                 if step % every == 0 or step == self.end:
                     means = self._means()
-                    line = self.summarize(means)
+                    line = dict(self.summarize(means))  # a copy: the console shows the means alone
                     if self.learning_rate is not None:
                         line["learning_rate"] = float(self.learning_rate(step - 1))
                     if seconds is not None:

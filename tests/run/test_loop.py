@@ -11,6 +11,7 @@ from blacksmith.errors import ConfigError, RunError
 from blacksmith.run.checkpoint import direction, load
 from blacksmith.run.loop import show
 from blacksmith.run.order import Order
+from blacksmith.run.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -179,6 +180,13 @@ def test_scores_may_be_numbers_of_numpy(tmp_path):
     train(tmp_path, STEPS, toy=Scores)
     assert result_of(tmp_path)["test"] == {"loss": 0.5, "rows": 3}
     assert lines(tmp_path, "test")[0]["loss"] == 0.5
+
+
+def test_the_console_shows_means_and_no_rates(tmp_path, monkeypatch):
+    shown = set()
+    monkeypatch.setattr(Progress, "update", lambda self, done, step, epoch, values: shown.update(values))
+    train(tmp_path, STEPS)
+    assert shown == {"loss", "val_loss"}
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):

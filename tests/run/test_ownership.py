@@ -7,8 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from numpy_toy import Info, result_of, save, take_steps
+from safetensors.numpy import save_file
 
 from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
 from blacksmith.files import temporary_name
@@ -290,6 +292,15 @@ def test_an_intact_checkpoint_is_found_behind_a_hostile_one(make, change, capsys
     assert all(line.startswith("warning: ") for line in warnings)
     assert 1 <= len(warnings) <= 2
     run.checkpoints.retain()
+
+
+def test_an_intact_checkpoint_is_found_behind_one_of_unreadable_weights(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, {}, lambda d: save_file({"w": np.ones(2)}, d / "w.safetensors"))
+    checkpoints.save(2, {}, lambda d: (d / "w.safetensors").write_bytes(b"no header") and None)
+    with pytest.raises(CheckpointError, match=r"w\.safetensors cannot be read"):
+        checkpoint.load(tmp_path / "step_00000002")
+    assert checkpoints.newest().step == 1
 
 
 @pytest.mark.parametrize("name", ["a", "state.json"])

@@ -101,9 +101,8 @@ class Run:
                     refused = isinstance(error, (ConfigError, DataError, CheckpointError))
                     if refused and made and not self.checkpoints.steps():
                         self._close()
-                        with contextlib.suppress(
-                            OSError
-                        ):  # another run, or a user's file, may be in one by now
+                        # Another run, or a user's file, may be in one of them by now.
+                        with contextlib.suppress(OSError):
                             (self._manifest.dispose if self._manifest else self.directory.rmdir)()
                             for parent in made[1:]:
                                 parent.rmdir()

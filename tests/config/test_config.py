@@ -564,11 +564,11 @@ def test_a_field_is_declared_with_setting():
 
 
 def test_defaults_name_inherited_fields():
-    with pytest.raises(TypeError, match="defaults names 'colour', which is no inherited setting"):
+    with pytest.raises(TypeError, match="defaults names 'hue', which is no inherited setting"):
 
-        @section("toy.Bad", defaults={"colour": "red"})
+        @section("toy.Bad", defaults={"hue": "red"})
         class Bad(Paint):
-            """A misspelt field."""
+            """No such field."""
 
 
 def test_an_empty_binding_is_refused():

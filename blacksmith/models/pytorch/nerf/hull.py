@@ -112,7 +112,7 @@ def _votes(
         slope = torch.maximum(
             (x - camera.center[0]).abs() / camera.focal[0], (y - camera.center[1]).abs() / camera.focal[1]
         )
-        # As in `pixels_across`, for each ball by itself.
+        # The bound of `pixels_across`, for each ball instead of the nearest.
         pixels = (max(camera.focal) * radius * (1 + slope) / depth.clamp(min=NEAR * radius)).ceil() + 1
         inside = (depth > NEAR * radius) & (pixels <= _FARTHEST)
         inside &= (x >= pixels) & (x < camera.width - pixels) & (y >= pixels) & (y < camera.height - pixels)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blacksmith import files
-from blacksmith.errors import ConfigError, first_line
+from blacksmith.errors import ConfigError, first_line, note
 from blacksmith.registry import Experiment, Needs
 
 # What would change results, or break the trainer, if it came from a user's environment.
@@ -166,11 +166,9 @@ def _no_device(device: str, framework: str, present: list[str]) -> ConfigError:
 def _note_unused_gpu(backend: str) -> None:
     if Path("/proc/driver/nvidia/gpus").is_dir() or shutil.which("nvidia-smi") is not None:
         cure = "the extra jax-cuda" if backend == "jax" else "a CUDA build of PyTorch, see pytorch.org"
-        print(
-            f"note: this machine has an NVIDIA GPU that {backend} cannot use; install {cure}", file=sys.stderr
-        )
+        note(f"note: this machine has an NVIDIA GPU that {backend} cannot use; install {cure}")
     if backend == "torch":
         import torch
 
         if torch.backends.mps.is_available():
-            print("note: this machine has an Apple GPU; use it with --device=mps", file=sys.stderr)
+            note("note: this machine has an Apple GPU; use it with --device=mps")

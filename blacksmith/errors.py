@@ -74,6 +74,11 @@ def one_line(message: object) -> str:
     return cut(" ".join(cut(word, LONGEST_VALUE) for word in text.split(" ")), LONGEST_LINE)
 
 
+def note(message: object) -> None:
+    """Prints one line on standard error, without control characters: it may name things from files."""
+    print(one_line(message), file=sys.stderr)
+
+
 def shown(value: object) -> str:
     """The `repr` of a user's value for an error message, a long middle left out."""
     return cut(repr(value), LONGEST_VALUE)

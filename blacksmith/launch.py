@@ -23,7 +23,7 @@ from absl import flags
 
 from blacksmith import config as configuration
 from blacksmith import registry
-from blacksmith.errors import CheckpointError, ConfigError, one_line_errors
+from blacksmith.errors import CheckpointError, ConfigError, note, one_line_errors
 
 MODES = ("train", "eval", "export", "view")
 
@@ -224,7 +224,7 @@ def run_experiment(
     )
     source = external or (saved.path if saved else None)
     origin = f", from {source}" if source else ""
-    print(f"{experiment.name} on {resolved.backend} ({name}): {workdir}{origin}", file=sys.stderr)
+    note(f"{experiment.name} on {resolved.backend} ({name}): {workdir}{origin}")
     with run.opened(checkpoints=present):
         status = entry(run) or 0
         if mode == "train" and not run.ended:

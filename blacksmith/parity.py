@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from blacksmith import config as configuration
 from blacksmith import launch, report
-from blacksmith.errors import ConfigError, one_line_errors
+from blacksmith.errors import ConfigError, note, one_line_errors
 from blacksmith.files import write_json
 from blacksmith.run import metrics
 from blacksmith.run.checkpoint import Checkpoints
@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"--workdir: {workdir} is not empty; choose a new directory")
     workdir.mkdir(parents=True, exist_ok=True)
+    for line in notes:
+        note(f"note: {line}")
     outcomes: list[Outcome] = []
     for number, gin_file in enumerate(values.gin_file):
         name = Path(gin_file).stem
@@ -106,13 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [compare_outcomes(o, outcomes[0], values.steps, tolerances) for o in outcomes]
     passed = all(row["within tolerance"] == "yes" for row in rows)
     verdict = "within tolerance" if passed else "NOT within tolerance"
+    print(table(rows))
     notes.append(
         f"tolerances: loss {tolerances.loss:g}, weights {tolerances.weights:g} (relative norm), "
         f"accuracy {tolerances.accuracy:g} points"
     )
-    print(table(rows))
-    for note in notes:
-        print(f"- {note}")
+    print(notes[-1])
     print(f"parity over {values.steps} steps: {verdict}")
     write_json(workdir / "parity.json", {"passed": passed, "notes": notes, "rows": rows})
     page = report.write_parity(

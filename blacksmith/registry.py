@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blacksmith.errors import ConfigError, closest, first_line
+from blacksmith.errors import ConfigError, closest, first_line, note
 
 BUNDLED = "blacksmith.experiments"  # the package of the bundled experiments, and the group of entry points
 
@@ -78,7 +78,7 @@ def _experiments() -> dict[str, Experiment]:
             _put(found, entry.load())
         except Exception as error:
             # One broken package must not disable everyone else's experiments.
-            print(f"warning: entry point {entry.name} = {entry.value}: {first_line(error)}", file=sys.stderr)
+            note(f"warning: entry point {entry.name} = {entry.value}: {first_line(error)}")
     return found
 
 

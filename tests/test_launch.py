@@ -379,6 +379,11 @@ def test_running_out_of_memory_or_stack_is_one_line(monkeypatch, capsys, error):
     assert line == f"error: not enough memory or stack for this ({type(error).__name__}: {error})\n"
 
 
+def test_a_note_shows_no_control_characters(capsys):
+    errors.note("warning: \x1b[2Ja\nb")
+    assert capsys.readouterr().err == "warning: \\x1b[2Ja b\n"
+
+
 def test_an_error_shows_a_bounded_clean_part_of_a_file(monkeypatch, capsys):
     def fail(*_, **__):
         raise errors.DataError(f"a.csv: \x1b[2J\x9b\u202e{'x' * 5000} {'y ' * 5000}\nz; write it again")

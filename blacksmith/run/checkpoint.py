@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pydantic
 from safetensors import SafetensorError, safe_open
 
-from blacksmith.errors import CheckpointError, ConfigError, first_line
+from blacksmith.errors import CheckpointError, ConfigError, first_line, note
 from blacksmith.files import TEMPORARY, file_sha256, read_json, remove, temporary_directory, temporary_name
 from blacksmith.run.manifest import Manifest, set_aside
 
@@ -217,7 +216,7 @@ class Checkpoints:
                 return load(path)
             except CheckpointError as error:
                 problems.append(error)
-                print(f"warning: {error}; trying another", file=sys.stderr)
+                note(f"warning: {error}; trying another")
         if problems:
             raise CheckpointError(f"no intact checkpoint in {self.directory}: {problems[0]}")
         return None

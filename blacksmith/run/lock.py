@@ -9,13 +9,12 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from blacksmith.errors import ConfigError
+from blacksmith.errors import ConfigError, note
 from blacksmith.files import parse_json
 from blacksmith.run.manifest import LOCK
 
@@ -100,10 +99,9 @@ def _lock(file: TextIO, directory: Path, owner: Owner | None) -> bool:
                 f"{_in_use(directory, owner)}. This file system has no locks ({error.strerror}): if that "
                 f"process has ended, remove {directory / LOCK}"
             ) from error
-        print(
+        note(
             f"warning: the file system of {directory} has no locks ({error.strerror}): do not start two runs "
             "there at the same moment",
-            file=sys.stderr,
         )
         return False
 

@@ -8,11 +8,10 @@ import fnmatch
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from blacksmith.errors import ConfigError
+from blacksmith.errors import ConfigError, note
 from blacksmith.files import TEMPORARY, atomic_file, parse_json, remove
 
 NAME = "manifest.jsonl"
@@ -111,7 +110,7 @@ class Manifest:
                 kept = directory.with_name(f"{directory.name}.kept") / path.relative_to(directory)
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(_free(kept))
-                print(f"warning: {path} was not written by a run: moved to {kept}", file=sys.stderr)
+                note(f"warning: {path} was not written by a run: moved to {kept}")
 
     def clean(self) -> None:
         """Removes the temporary files and directories of a killed run."""
@@ -190,7 +189,7 @@ def set_aside(path: Path) -> None:
     """Renames what is in the way to `NAME.1`, or the first free number, with a warning."""
     kept = _free(path, first=1)
     path.rename(kept)
-    print(f"warning: {path} was not written by a run: kept as {kept.name}", file=sys.stderr)
+    note(f"warning: {path} was not written by a run: kept as {kept.name}")
 
 
 def _free(path: Path, first: int = 0) -> Path:

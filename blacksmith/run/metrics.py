@@ -7,10 +7,12 @@ import json
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -104,16 +106,18 @@ class WandbWriter:
         import wandb
 
         self._wandb = wandb
-        self._run = wandb.init(
-            project=project,
-            mode=mode,
-            dir=str(directory),
-            name=f"{directory.parent.name}/{directory.name}",
-            id=hashlib.sha256(str(directory).encode()).hexdigest()[:16],
-            resume="allow" if mode == "online" else None,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        # Without a key it would ask for one, if standard input were a terminal.
+        with open(os.devnull) as nothing, mock.patch.object(sys, "stdin", nothing):
+            self._run = wandb.init(
+                project=project,
+                mode=mode,
+                dir=str(directory),
+                name=f"{directory.parent.name}/{directory.name}",
+                id=hashlib.sha256(str(directory).encode()).hexdigest()[:16],
+                resume="allow" if mode == "online" else None,
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
         self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)

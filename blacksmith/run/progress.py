@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Mapping
 
+from blacksmith.errors import one_line
+
 
 @dataclasses.dataclass
 class Progress:
@@ -71,6 +73,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints one line without tearing the bar."""
+        line = one_line(line)
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:

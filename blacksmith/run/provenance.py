@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -12,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from blacksmith.files import read_json
 
 # Environment variables that change what is computed, or how fast, begin like this.
 _VARIABLES = re.compile(
@@ -24,10 +25,10 @@ _SECRETS = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.I
 def describe(directory: Path, **facts: Any) -> dict[str, Any]:
     """The content of a new `environment.json`: `facts`, the machine, and earlier starts in this directory."""
     previous = []
-    with contextlib.suppress(OSError, ValueError):
-        old = json.loads((directory / "environment.json").read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # a damaged file is no history
+        old = read_json(directory / "environment.json", 2**24)
         kept = ("started", "command", "backend", "device", "resumed_from")
-        previous = [*old.pop("previous", []), {key: old.get(key) for key in kept}]
+        previous = [*old.get("previous", []), {key: old.get(key) for key in kept}]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **facts,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blacksmith import config as configuration
-from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, UserError, first_line
+from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError, UserError, first_line, note
 from blacksmith.files import settle, temporary_directory, write_json
 from blacksmith.run import metrics as metric_writers
 from blacksmith.run import provenance
@@ -243,7 +243,7 @@ class Run:
 
         `info` is a dataclass that has at least `source`, `sha256` and `describe()`, one line for the console.
         """
-        print(info.describe(), file=sys.stderr)
+        note(info.describe())
         self.data = {**dataclasses.asdict(info), **more}
         if self.mode != "view" and isinstance(place := self.data.get("path"), (str, Path)):
             check_apart(self.directory, place, "the data")
@@ -263,10 +263,9 @@ class Run:
         trained_on = self.resumed.state["data"] if self.resumed else {}
         if trained_on.get("sha256") == self.data.get("sha256"):
             return True
-        print(
+        note(
             f"note: the model was trained on other data ({_short(trained_on)}), which may overlap with the "
-            "test data",
-            file=sys.stderr,
+            "test data"
         )
         return False
 
@@ -353,7 +352,7 @@ class Run:
             try:
                 self.write_report(self.directory)
             except Exception as error:
-                print(f"warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
+                note(f"warning: no report: {type(error).__name__}: {error}")
 
     def _close(self) -> None:
         if self._metrics is not None:

@@ -70,7 +70,7 @@ def run_parity(directory: Path, files: list[str], *more: str) -> tuple[int, list
 def test_three_backends_agree(tmp_path, capsys):
     tolerances = ("--loss_tolerance=1e-5", "--weight_tolerance=1e-5")
     status, rows, passed = run_parity(tmp_path / "p", FILES, "--steps=60", *tolerances)
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err  # before the runs
     assert status == 0, printed
     assert passed
     assert len({row["initial weights"] for row in rows}) == 1

@@ -319,3 +319,20 @@ def test_wandb_offline_writes_only_into_the_run_directory(tmp_path, proxy):
             assert name in content
         assert b"weights/none" not in content
         assert b"views/a" in content
+
+
+def test_wandb_asks_for_no_key_on_a_terminal(tmp_path):
+    pytest.importorskip("wandb")
+    code = "import pathlib; from blacksmith.run.metrics import WandbWriter\n"
+    code += "WandbWriter(pathlib.Path(), 'online', 'a-project', {})"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    master, terminal = os.openpty()
+    command = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment | {"HOME": str(tmp_path), "TERM": "xterm"},
+        cwd=tmp_path,
+        stdin=terminal,
+        stderr=terminal,
+    )
+    assert command.wait(60) == 1
+    assert b"No API key configured" in os.read(master, 10_000)

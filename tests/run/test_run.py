@@ -119,7 +119,7 @@ def test_the_environment_of_a_resumed_run_keeps_earlier_ones(make):
     (previous,) = environment["previous"]
     assert (previous["command"], previous["backend"]) == (["first"], "jax")
     assert (environment["command"], environment["backend"]) == (["second"], "torch")
-    for broken in ("{}", "{"):
+    for broken in ("{}", "{", "[]", '{"previous": 1}', "[" * 200_000):
         (run.directory / "environment.json").write_text(broken)
         with make(resumed=run.checkpoints.newest()).opened() as run:
             run.begin()

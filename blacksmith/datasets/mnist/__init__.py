@@ -5,7 +5,6 @@
 """
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from blacksmith import files
 from blacksmith.datasets.mnist import idx, mnist5k, tfds_source
-from blacksmith.errors import DataError
+from blacksmith.errors import DataError, note
 from blacksmith.run import order
 
 DEFAULT_VALIDATION = 5000
@@ -151,7 +150,7 @@ def _first_available(directory: Path | None) -> str:
     if directory:
         raise DataError(f"{directory}: neither MNIST's idx files nor a prepared TFDS set 'mnist'")
     if prepared:
-        print(f"note: {prepared} is skipped: reading it needs pip install '.[tfds]'", file=sys.stderr)
+        note(f"note: {prepared} is skipped: reading it needs pip install '.[tfds]'")
     return "mnist5k"
 
 

@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +94,8 @@ def _refused_environment(framework: str, prefix: str) -> Iterator[None]:
 def _activate_jax(device: str) -> str:
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
+    if os.environ.get("XLA_FLAGS"):
+        _check_xla_flags()
     with _refused_environment("JAX", "JAX_"):
         import jax
     for option, value in _JAX_OPTIONS.items():
@@ -113,6 +117,16 @@ def _activate_jax(device: str) -> str:
         raise _no_device(device, "JAX", sorted({_jax_name(d) for d in present} | {"cpu"})) from error
     jax.config.update("jax_default_device", chosen)
     return _jax_name(chosen)
+
+
+def _check_xla_flags() -> None:
+    """Raises a `ConfigError` if XLA does not accept `XLA_FLAGS`, for which it would end this process."""
+    parse = "import jaxlib.xla_client as xla; xla.CompileOptions().executable_build_options.debug_options"
+    child = subprocess.run([sys.executable, "-c", parse], capture_output=True, text=True, errors="replace")
+    # The first line of severity E or F: ``F1127 16:08:48.276031  6915 parse_flags.cc:234] Unknown flag ...``.
+    reason = re.search(r"^[EF]\d{4} .*?\] (.*)", child.stderr, re.MULTILINE)
+    if child.returncode and reason:
+        raise ConfigError(f"the environment variable XLA_FLAGS is not accepted: {reason[1]}")
 
 
 def _jax_name(device: Any) -> str:

@@ -114,3 +114,19 @@ def test_a_setting_that_a_framework_refuses_is_one_line():
         devices._refused_environment("JAX", "JAX_"),
     ):
         raise ValueError("invalid truth value 'x'\nmore")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--xla_foo=1", "Unknown flag in XLA_FLAGS: --xla_foo=1"),
+        ("--xla_cpu_enable_fast_math=perhaps", "Couldn't interpret value perhaps"),
+        ("/none/flags", 'Could not open file "/none/flags"'),
+    ],
+)
+def test_flags_for_which_xla_would_end_the_process_are_one_line(monkeypatch, flags, says):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with pytest.raises(ConfigError, match=f"XLA_FLAGS is not accepted: {says}"):
+        devices._check_xla_flags()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    devices._check_xla_flags()

@@ -7,15 +7,16 @@ import numpy as np
 from keras import ops
 
 from blacksmith.errors import CheckpointError
+from blacksmith.trainers.task import Backend
 
 
 def check_finite(
-    model: keras.Model, inputs: np.ndarray, outputs: np.ndarray, values: Mapping[str, np.ndarray]
+    backend: Backend, inputs: np.ndarray, outputs: np.ndarray, values: Mapping[str, np.ndarray]
 ) -> None:
     """Raises `CheckpointError` that names the first sample without a finite output, and the reason.
 
     Args:
-      model: which computed the outputs, with its present weights.
+      backend: which computed the outputs, with its present weights.
       inputs: [samples, ...].
       outputs: [samples, ...].
       values: loss and metrics by name, [samples] each.
@@ -24,9 +25,11 @@ def check_finite(
     finite = np.all([np.isfinite(column).all(axis=1) for column in columns], axis=0)
     if not finite.all():
         sample = int(np.argmin(finite))
+        backend.sync()
+        reason = _reason(backend.task.model, inputs[sample : sample + 1])
         raise CheckpointError(
             f"the outputs of {np.sum(~finite):,} of {len(inputs):,} samples are not finite, first those of "
-            f"sample {sample}: {_reason(model, inputs[sample : sample + 1])}; nothing is scored or exported"
+            f"sample {sample}: {reason}; nothing is scored or exported"
         )
 
 
@@ -40,7 +43,7 @@ def _reason(model: keras.Model, inputs: np.ndarray) -> str:
     where = "the activations"
     for layer in model.layers:
         try:
-            activations = keras.Model(model.inputs, layer.output)(inputs, training=False)
+            activations = keras.Model(model.inputs, layer.output)([inputs], training=False)
         except Exception:  # only a model of the functional kind can be cut after a layer
             break
         if not all(_is_finite(a) for a in keras.tree.flatten(activations)):

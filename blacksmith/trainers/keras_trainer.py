@@ -7,13 +7,14 @@ Lightning, which owns its loop, calls the same `log` and `loop.between`.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
+import pydantic
 from safetensors.numpy import load_file, save_file
 
-from blacksmith.errors import CheckpointError, ConfigError, DataError
+from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import EMPTY_DIGEST, Block, Order, chain_digest
@@ -23,6 +24,7 @@ from blacksmith.trainers.initial_weights import weights_sha256
 from blacksmith.trainers.task import Backend, Task
 
 ARRAYS = "arrays.safetensors"
+Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class KerasTrainer:
             self._hashes = {"initial_weights_sha256": weights_sha256(model), "order_sha256": EMPTY_DIGEST}
         else:
             load_checkpoint(self.backend, run.resumed)
-            self._hashes = dict(run.resumed.own)
+            names = ("initial_weights_sha256", "order_sha256")
+            self._hashes = {name: run.resumed.value(name, Sha256) for name in names}
         self.loop = Loop(
             run,
             setup.order,
@@ -109,9 +112,13 @@ class KerasTrainer:
         return self.loop.finish(test_checkpoint, {"parameters": parameters, **self._hashes})
 
     def _validate(self) -> dict[str, float]:
-        # Without the check of `evaluate`: a loss that is not finite ends training in its own way.
-        values, _ = self.backend.evaluate(self.setup.validation.inputs, self.setup.validation.labels)
-        return _means(values)
+        try:
+            return evaluate(self.backend, self.setup.validation)[0]
+        except CheckpointError as error:
+            raise RunError(
+                f"validation at step {self.loop.step}: {error}; {self.run.checkpoints.describe_newest()}; "
+                "a lower learning rate or gradient clipping may help"
+            ) from error
 
     def _save(self, directory: Path) -> dict[str, str]:
         save_file(self.backend.state(), directory / ARRAYS)
@@ -149,13 +156,8 @@ def evaluate(backend: Backend, samples: Samples) -> tuple[dict[str, float], np.n
     Raises `CheckpointError` if an output is not finite: an accuracy of it would look like one.
     """
     values, outputs = backend.evaluate(samples.inputs, samples.labels)
-    backend.sync()
-    check_finite(backend.task.model, samples.inputs, outputs, values)
-    return _means(values), outputs
-
-
-def _means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    return {name: float(np.mean(v, dtype=np.float64)) for name, v in values.items()}
+    check_finite(backend, samples.inputs, outputs, values)
+    return {name: float(np.mean(v, dtype=np.float64)) for name, v in values.items()}, outputs
 
 
 def load_checkpoint(backend: Backend, saved: Saved) -> None:

@@ -4,6 +4,7 @@ An experiment that stores weights in its own files uses only `optimizer_state` a
 Hyperparameters of an optimizer are not saved, since they come from the configuration.
 """
 
+import dataclasses
 import json
 import textwrap
 from collections.abc import Mapping
@@ -15,10 +16,19 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from blacksmith.errors import CheckpointError
+from blacksmith.run.checkpoint import checked
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 NUMBERS = "optimizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """The content of `NUMBERS`."""
+
+    optimizer: str  # its class
+    numbers: dict[str, bool | int | float]
 
 
 def save_state(
@@ -45,14 +55,13 @@ def load_state(
         raise CheckpointError(f"{path} does not fit the model: {difference}") from error
     if optimizer is None:
         return
-    record = json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
+    content = json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
+    record = checked(content, _Numbers, directory / NUMBERS)
     kind = type(optimizer).__name__
-    if record["optimizer"] != kind:
-        raise CheckpointError(
-            f"{directory} has the state of the optimizer {record['optimizer']}, not of {kind}"
-        )
+    if record.optimizer != kind:
+        raise CheckpointError(f"{directory} has the state of the optimizer {record.optimizer}, not of {kind}")
     tensors = load_file(directory / OPTIMIZER)
-    load_optimizer_state(optimizer, dict(model.named_parameters()), tensors, record["numbers"])
+    load_optimizer_state(optimizer, dict(model.named_parameters()), tensors, record.numbers)
 
 
 def optimizer_state(

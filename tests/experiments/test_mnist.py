@@ -214,16 +214,27 @@ def test_a_mode_that_the_experiment_lacks_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", [pytest.param("torch", marks=pytest.mark.slow), "lightning"])
-def test_a_loss_that_is_not_finite_is_one_line(experiment, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "steps", "says"),
+    [
+        # The first step sees the initial weights, and the second those that the first one ruined.
+        ("lightning", 10, r"loss (nan|inf) .*at step 2 \(training samples [\d, ]+"),
+        (
+            "jax",
+            1,
+            "validation at step 1: the outputs of 500 .*after the layer.*; there is no checkpoint yet",
+        ),
+    ],
+)
+def test_values_that_are_not_finite_are_one_line(experiment, tmp_path, name, steps, says):
     run = tmp_path / "run"
     settings = ['Optimizer.name = "sgd"', "Optimizer.learning_rate = 1e30", 'mnist.Train.loss = "mse"']
-    done = experiment(FILES[name], run, *SMALL, *settings)
+    done = experiment(FILES[name], run, *SMALL, *settings, f"mnist.Train.steps = {steps}")
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
-    # The first step sees the initial weights, and the second those that the first one ruined.
-    assert re.search(r"loss (nan|inf) .*at step 2 \(training samples [\d, ]+", errors[0])
+    assert re.search(says, errors[0])
+    assert "Warning" not in done.stderr
     assert "Traceback" not in done.stderr
     assert result(run)["status"] == "failed"
 

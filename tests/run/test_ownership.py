@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pydantic
 import pytest
 from numpy_toy import Info, result_of, save, take_steps
 from safetensors.numpy import save_file
@@ -292,6 +293,17 @@ def test_an_intact_checkpoint_is_found_behind_a_hostile_one(make, change, capsys
     assert all(line.startswith("warning: ") for line in warnings)
     assert 1 <= len(warnings) <= 2
     run.checkpoints.retain()
+
+
+@pytest.mark.parametrize("value", [None, "5", 5.5, -1, [5], {"rows": 5}])
+def test_a_value_of_the_wrong_type_is_a_checkpoint_error(tmp_path, value):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, {}, lambda d: {"rows": value, "right": {"step": 5}})
+    saved = checkpoints.newest()
+    assert saved.value("right", dict[str, int]) == {"step": 5}
+    for name in ("rows", "missing"):
+        with pytest.raises(CheckpointError, match=rf"state\.json: own\.{name} is not valid: Input should"):
+            saved.value(name, pydantic.NonNegativeInt)
 
 
 def test_an_intact_checkpoint_is_found_behind_one_of_unreadable_weights(tmp_path):

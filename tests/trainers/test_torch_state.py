@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from blacksmith.errors import CheckpointError
 from blacksmith.trainers.torch_state import (
     MODEL,
+    NUMBERS,
     load_state,
     optimizer_state,
     save_state,
@@ -131,6 +133,16 @@ def test_slots_and_numbers_are_restored_exactly(tmp_path):
     optimizer.state[model.weight] = slots(0.7)
     load_state(tmp_path, model, optimizer)
     assert_equal(optimizer.state[model.weight], slots(1.7))
+
+
+@pytest.mark.parametrize("record", [[], {"optimizer": "SGD"}, {"optimizer": "SGD", "numbers": {"a/b": "c"}}])
+def test_numbers_of_the_wrong_type_are_a_checkpoint_error(tmp_path, record):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    save_state(tmp_path, model, optimizer)
+    (tmp_path / NUMBERS).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"optimizer\.json: .*is not valid"):
+        load_state(tmp_path, model, optimizer)
 
 
 def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):

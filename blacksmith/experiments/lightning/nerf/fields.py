@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt
 
 from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.bounds import estimate_bounds, near_far
@@ -125,8 +126,10 @@ def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {name.removeprefix("field."): value for name, value in content["state_dict"].items()}
-        field = build(config, saved.own["rows"])
+        field = build(config, saved.value("rows", NonNegativeInt))
         field.load_state_dict(state)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {first_line(error)}"

@@ -10,7 +10,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from pydantic import FiniteFloat, NonNegativeInt
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from blacksmith.datasets.blender import Views
 from blacksmith.errors import RunError
@@ -35,6 +37,14 @@ _AT_FACES = 0.05  # more of the matter at the faces of the box than this is wort
 _OCCUPANCY_RAYS = 1 << 18
 
 
+class Restart(TypedDict):
+    """That a collapsed field was replaced, as checkpoints and `result.json` say it."""
+
+    step: int
+    reason: str
+    attempt: int
+
+
 class NerfModule(L.LightningModule):
     """A field in training on the rays that `loader` draws; `validation` is rendered and scored on the way."""
 
@@ -57,12 +67,14 @@ class NerfModule(L.LightningModule):
             self._levels = {math.ceil(when * steps): resolution for when, resolution in levels}
             self._refreshes = {math.ceil(when * steps) for when in grid.refresh_at}
         # Step, reason and attempt of each restart after a collapse; at most one.
-        self.restarts: list[dict[str, Any]] = []
+        self.restarts: list[Restart] = []
         self._per_ray = 0.0
         self._warned = False  # of matter at the faces of the box
         if run.resumed is not None:
-            own = run.resumed.own
-            self.restarts, self._per_ray, loader.drawn = list(own["restarts"]), own["per_ray"], own["drawn"]
+            saved = run.resumed
+            self.restarts = saved.value("restarts", list[Restart])
+            self._per_ray = saved.value("per_ray", FiniteFloat)
+            loader.drawn = saved.value("drawn", NonNegativeInt)
 
     # --- called by Lightning ---
 

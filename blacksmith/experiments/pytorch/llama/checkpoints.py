@@ -84,8 +84,8 @@ def load_weights(model: torch.nn.Module, saved: Saved, base: Mapping[str, str]) 
       CheckpointError: the fingerprint of the base model that it was trained on is not `base`.
       DataError: the weights do not fit.
     """
-    for what, value in saved.own["base"].items():
-        if base[what] != value:
+    for what, value in saved.value("base", dict[str, str]).items():
+        if base.get(what) != value:
             raise CheckpointError(
                 f"{saved.path} was trained on a base model with different {what} than the one that "
                 "llama.Model names; set llama.Model.name_or_path to the model it was trained on"
@@ -139,4 +139,5 @@ class TrainState:
                 self.averages.values[name].copy_(weight)
                 weight.copy_(unaveraged[name])
         tensors = adapters.read_safetensors(saved.path / OPTIMIZER)
-        load_optimizer_state(self.optimizer, self.weights, tensors, saved.own["optimizer_numbers"])
+        numbers = saved.value("optimizer_numbers", dict[str, bool | int | float])
+        load_optimizer_state(self.optimizer, self.weights, tensors, numbers)

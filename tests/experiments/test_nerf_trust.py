@@ -13,6 +13,7 @@ from blacksmith import launch as launcher
 from blacksmith.datasets.blender import open_scene
 from blacksmith.errors import CheckpointError, ConfigError, DataError
 from blacksmith.experiments.lightning.nerf import fields, results
+from blacksmith.experiments.lightning.nerf.masks import without_bad_masks
 from blacksmith.experiments.lightning.nerf.module import NerfModule
 from blacksmith.models.pytorch.nerf.hull import visual_hull
 
@@ -28,8 +29,10 @@ def begin(views, *params):
     """The empty field of some views and the lines that were printed about it."""
     small = ["nerf.Grid.resolutions = (12, 18, 28)", "nerf.Grid.occupancy_resolution = 32"]
     config = launcher.resolve(["gin/nerf_blender.gin"], [*small, *params]).config
-    lines = []
-    return fields.for_scene(config, views, "cpu", lines.append), lines
+    lines, masks = [], None
+    if config.hull:
+        views, masks = without_bad_masks(views, "cpu", lines.append)
+    return fields.for_scene(config, views.cameras, masks, "cpu", lines.append), lines
 
 
 def with_alpha(views, change):
@@ -73,14 +76,19 @@ def opaque(alpha):
     ],
 )
 @pytest.mark.parametrize("bounds", ["None", "(-1.2, -1.2, -1.2, 1.2, 1.2, 1.2)"])
-def test_a_bad_mask_is_named_and_left_out_of_the_hull(views, change, named, bounds):
-    field, lines = begin(with_alpha(views, change), f"nerf.Data.bounds = {bounds}")
+def test_a_bad_mask_is_named_and_left_out(views, change, named, bounds):
+    changed = with_alpha(views, change)
+    field, lines = begin(changed, f"nerf.Data.bounds = {bounds}")
     others = [index for index in range(len(views.names)) if index != 5]
     masks = torch.from_numpy(views.pixels[others][..., 3] > 5)
     cameras = [views.cameras[index] for index in others]
     assert torch.equal(field.hull, visual_hull(masks, cameras, field.bounds, 32))
-    assert lines[0] == f"alpha {named}; left out of the visual hull"
+    assert lines[0] == f"alpha {named}; left out of the visual hull and of training"
     assert len(lines) == 2
+    kept, _ = without_bad_masks(changed, "cpu", lines.append)
+    assert kept.names == tuple(views.names[index] for index in others)
+    assert [*map(id, kept.cameras)] == [*map(id, cameras)]
+    assert np.array_equal(kept.pixels, views.pixels[others])
 
 
 def test_a_view_that_shows_too_much_is_named(nerf_scene, tmp_path):
@@ -111,7 +119,9 @@ def test_pixels_that_a_mask_leaves_out_rule_out_nothing(views):
     assert (field.hull | ~whole).all()
 
 
-def test_masked_pixels_count_neither_in_training_nor_in_scores(run_nerf, ball, tmp_path, monkeypatch):
+def test_masked_pixels_and_bad_masks_count_neither_in_training_nor_in_scores(
+    run_nerf, ball, tmp_path, monkeypatch
+):
     scene = tmp_path / "masked"
     shutil.copytree(ball, scene)
     mask = np.zeros((32, 32), np.uint8)
@@ -123,16 +133,20 @@ def test_masked_pixels_count_neither_in_training_nor_in_scores(run_nerf, ball, t
         for file in (scene / split).glob("*.png"):  # where the mask is black, nothing is right
             pixels = np.array(Image.open(file))
             pixels[:, 20:] = (255, 0, 255, 255)
+            if (split, file.stem) == ("train", "r_5"):
+                pixels[..., 3] = 0
             Image.fromarray(pixels).save(file)
     drawn, step = [], NerfModule.training_step
 
     def watched(module, batch, index):
-        drawn.append(batch % 32)
+        drawn.append(batch)
         return step(module, batch, index)
 
     monkeypatch.setattr(NerfModule, "training_step", watched)
     assert run_nerf(f'nerf.Data.scene = "{scene}"') == 0
-    assert torch.cat(drawn).max() == 19
+    drawn = torch.cat(drawn)
+    assert (drawn % 32).max() == 19
+    assert (drawn // 1024).max() == 22  # of 24 views, one has an empty alpha
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert found["test"]["psnr"] > 15
     assert found["final"]["val_psnr"] > 15

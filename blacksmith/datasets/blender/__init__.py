@@ -39,6 +39,16 @@ class Views:
     # Pixels that count, in training and in scores: bool [views, height, width]; None: all.
     used: np.ndarray | None = None
 
+    def at(self, kept: np.ndarray) -> "Views":
+        """The views at bool `kept`, [views]."""
+        if kept.all():
+            return self  # large scenes are not copied
+        cameras, names = (
+            [one for one, keep in zip(part, kept) if keep] for part in (self.cameras, self.names)
+        )
+        used = None if self.used is None else self.used[kept]
+        return Views(self.pixels[kept], tuple(cameras), tuple(names), used)
+
     def picture(self, index: int, background: np.ndarray | tuple[float, float, float]) -> np.ndarray:
         """One view over a background in [0, 1], float [3]: float32 [height, width, 3] in [0, 1]."""
         pixels = self.pixels[index].astype(np.float32) / np.float32(255)

@@ -1,17 +1,17 @@
 """Fields from a configuration: empty ones for a scene, and trained ones from a checkpoint."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.bounds import estimate_bounds, near_far
+from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.errors import CheckpointError, ConfigError, DataError, first_line
 from blacksmith.experiments.lightning.nerf.configs import Config
-from blacksmith.experiments.lightning.nerf.masks import masks_of
+from blacksmith.experiments.lightning.nerf.masks import Masks
 from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.hull import visual_hull
 from blacksmith.models.pytorch.nerf.mlp import MlpField
@@ -49,14 +49,18 @@ def build(config: Config, rows: int, attempt: int = 0) -> GridField | MlpField:
         )
 
 
-def for_scene(config: Config, views: Views, device: str, say: Callable[[str], None]) -> GridField | MlpField:
-    """An empty field for the scene that these views show, on a device; `say` prints a line about it.
+def for_scene(
+    config: Config, cameras: Sequence[Camera], masks: Masks | None, device: str, say: Callable[[str], None]
+) -> GridField | MlpField:
+    """An empty field for the scene that these cameras show, on a device; `say` prints a line about it.
+
+    It starts from the hull of the cameras' masks, if given.
 
     Raises:
-      DataError: the visual hull is empty, or no view has a mask.
+      DataError: the visual hull is empty.
       ConfigError: nothing lies between near and far, or no view shows the box.
     """
-    data, cameras = config.data, views.cameras
+    data = config.data
     given = None if data.bounds is None else np.reshape(data.bounds, (2, 3)).astype(np.float32)
     if config.model.field == "mlp":
         box = estimate_bounds(cameras) if given is None else given
@@ -73,13 +77,12 @@ def for_scene(config: Config, views: Views, device: str, say: Callable[[str], No
         _describe(say, box, f"from the {'cameras' if given is None else 'configuration'}")
         return field.to(device)
     resolution, finest, rows = config.grid.occupancy_resolution, config.grid.resolutions[-1], config.grid.rows
-    if data.hull:
-        masks = masks_of(views, device, say)
+    if masks is not None:
         box = torch.from_numpy(masks.bounds if given is None else given).to(device)
         if given is None:
             # The coarse hull only fits the box, so that no cell of the fine one is wasted on empty space.
-            box = box_of(visual_hull(masks.maybe, masks.cameras, box, _COARSE_HULL), box)
-        hull = visual_hull(masks.maybe, masks.cameras, box, resolution)
+            box = box_of(visual_hull(masks.maybe, cameras, box, _COARSE_HULL), box)
+        hull = visual_hull(masks.maybe, cameras, box, resolution)
         if not hull.any():
             raise DataError(
                 "the visual hull of the training images is empty: their alpha, their cameras or "
@@ -90,7 +93,7 @@ def for_scene(config: Config, views: Views, device: str, say: Callable[[str], No
         box = torch.from_numpy(estimate_bounds(cameras) if given is None else given).to(device)
         hull = torch.ones((resolution,) * 3, dtype=torch.bool, device=device)
         rows = rows or finest**3 // 4
-    source = "configuration" if given is not None else "alpha masks" if data.hull else "cameras"
+    source = "configuration" if given is not None else "cameras" if masks is None else "alpha masks"
     _describe(say, box.cpu().numpy(), f"from the {source}")
     distances = (data.near or 0.0, math.inf if data.far is None else data.far)
     nearest, farthest = near_far(cameras, box.cpu().numpy())

@@ -12,6 +12,7 @@ from blacksmith.datasets.blender import Scene
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.lightning.nerf import fields
 from blacksmith.experiments.lightning.nerf.data import open_scene_of
+from blacksmith.experiments.lightning.nerf.masks import without_bad_masks
 from blacksmith.experiments.lightning.nerf.module import NerfModule
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.experiments.lightning.nerf.results import film, score_views, write_gallery
@@ -68,7 +69,9 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
     config, settings = run.config, run.config.train
 
     # Rays of all training pixels stay on the device; a few validation views are rendered now and then.
-    images = scene.views("train")
+    images, masks = scene.views("train"), None
+    if config.hull:
+        images, masks = without_bad_masks(images, run.device, _say)
     rays = RayBank(images, run.device)
     first = settings.rays if config.samples is None else min(1024, settings.rays)
     loader = RayLoader(settings.steps, config.run.seed, first, rays=len(rays))
@@ -78,7 +81,7 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
 
     # A resumed field gets its box and its weights from the checkpoint, which Lightning loads.
     if run.resumed is None:
-        field = fields.for_scene(config, images, run.device, lambda line: print(line, file=sys.stderr))
+        field = fields.for_scene(config, images.cameras, masks, run.device, _say)
     else:
         field = fields.build(config, run.resumed.own["rows"])
 
@@ -95,6 +98,10 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
         unit="steps",
     )
     return module, loader, module.loop
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def fit(run: Run, module: NerfModule, loader: RayLoader, callbacks: Sequence[L.Callback] = ()) -> None:

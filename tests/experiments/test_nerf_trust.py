@@ -15,9 +15,12 @@ from blacksmith.errors import CheckpointError, ConfigError, DataError
 from blacksmith.experiments.lightning.nerf import fields, results
 from blacksmith.experiments.lightning.nerf.masks import without_bad_masks
 from blacksmith.experiments.lightning.nerf.module import NerfModule
+from blacksmith.files import file_sha256
 from blacksmith.models.pytorch.nerf.hull import visual_hull
+from blacksmith.run import checkpoint
 
 SHORT = "nerf.Train.steps = 10"
+HALF = ("nerf.Train.steps = 20", "nerf.Train.evaluate_every_steps = 10")
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +219,83 @@ def test_training_does_not_resume_from_weights_that_are_not_finite(run_nerf, dam
     damaged()
     with pytest.raises(CheckpointError, match="values of density_table are not finite"):
         run_nerf(SHORT, resume=str(tmp_path / "run"), directory=tmp_path / "next")
+
+
+# --- values of a wrong kind, under a valid hash ---
+
+
+@pytest.fixture(scope="module")
+def short(launch_nerf, tmp_path_factory):
+    """The directory of a run of 20 steps that has ended after 10."""
+    directory = tmp_path_factory.mktemp("short") / "run"
+    assert launch_nerf(directory, *HALF, "nerf.Train.stop_at = 1.0") == 0
+    return directory
+
+
+def rewritten(run, directory, change=None, weights=None):
+    """A copy of a run with its checkpoint's state, or Lightning's file, changed in place."""
+    shutil.copytree(run, directory)
+    saved = directory / "checkpoints" / "step_00000010"
+    state = json.loads((saved / "state.json").read_text())
+    if weights:
+        content = torch.load(saved / fields.WEIGHTS, weights_only=True)
+        weights(content)
+        torch.save(content, saved / fields.WEIGHTS)
+        state["sha256"][fields.WEIGHTS] = file_sha256(saved / fields.WEIGHTS)
+    if change:
+        change(state)
+    del state["state_sha256"]
+    state["state_sha256"] = checkpoint._content_sha256(state)
+    (saved / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rows", "x"), ("rows", 1 << 50), ("restarts", [{"step": "x"}]), ("per_ray", -1.0), ("drawn", None)],
+)
+def test_a_checkpoint_with_a_wrong_value_of_its_own_is_one_line(short, run_nerf, tmp_path, name, value):
+    rewritten(short, tmp_path / "run", lambda state: state["own"].update({name: value}))
+    with pytest.raises(CheckpointError, match=f"own.{name}|lightning.ckpt cannot be read"):
+        run_nerf(*HALF)
+
+
+def no_loops(content):
+    del content["loops"]
+
+
+def other_shapes(content):
+    for state in content["optimizer_states"][0]["state"].values():
+        state["exp_avg"] = torch.zeros(3)
+
+
+def no_vertices(content):
+    content["state_dict"]["field.shape"].zero_()
+
+
+def a_negative_place(content):
+    content["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["cursor"] = -5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (no_loops, "does not fit this run: it was written at step 0, its state.json at 10"),
+        (other_shapes, "does not fit this run: the optimizer's moments have other shapes"),
+        (no_vertices, "cannot be read: ValueError: a grid of"),
+        (a_negative_place, "does not fit this run: cursor = -5"),
+    ],
+)
+def test_a_file_of_lightning_that_does_not_fit_is_one_line(short, run_nerf, tmp_path, change, message):
+    rewritten(short, tmp_path / "old", weights=change)
+    with pytest.raises(CheckpointError, match=message):
+        run_nerf(*HALF, resume=str(tmp_path / "old"))
+
+
+def test_a_finished_run_whose_last_step_was_not_validated_validates(short, run_nerf, tmp_path):
+    rewritten(short, tmp_path / "run", lambda state: state["position"].update(validated_at=3))
+    assert run_nerf(*HALF, "nerf.Train.stop_at = 1.0") == 0
+    found = [json.loads((path / "result.json").read_text()) for path in (short, tmp_path / "run")]
+    assert found[0]["final"] == found[1]["final"]
 
 
 @pytest.mark.parametrize("part", ["rgb", "depth"])

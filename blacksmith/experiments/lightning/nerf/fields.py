@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import pydantic
 import torch
 
 from blacksmith.datasets.blender.bounds import estimate_bounds, near_far
@@ -117,32 +118,51 @@ def _describe(say: Callable[[str], None], box: np.ndarray, source: str) -> None:
     say(f"box {source}: ({low}) to ({high}) in world units; nerf.Data.bounds sets it")
 
 
+class Restart(pydantic.BaseModel, strict=True):
+    """A new start of a collapsed field."""
+
+    step: pydantic.NonNegativeInt
+    reason: str
+    attempt: pydantic.NonNegativeInt  # 1 for the first one
+
+
+class Own(pydantic.BaseModel, strict=True):
+    """What a checkpoint holds beside Lightning's file: what must be known before Lightning reads that."""
+
+    rows: pydantic.NonNegativeInt  # of the feature table; 0 for the mlp field
+    restarts: list[Restart]  # after a collapse; at most one
+    per_ray: Annotated[pydantic.NonNegativeFloat, pydantic.Field(allow_inf_nan=False)]  # samples, smoothed
+    drawn: pydantic.NonNegativeInt  # rays so far
+
+
+def own_of(saved: Saved) -> Own:
+    """The experiment's values of a checkpoint, or a CheckpointError for the first that is wrong."""
+    try:
+        return Own.model_validate(saved.own)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+    name = ".".join(map(str, ("own", *first["loc"])))
+    raise CheckpointError(f"{saved.path / 'state.json'}: {name} is not valid: {first['msg']}")
+
+
 def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
-    """The field of a checkpoint, for rendering.
+    """The field of a checkpoint.
 
     Raises:
       CheckpointError: the file cannot be read, does not fit the configuration, or has values that are not
         finite.
     """
-    path = saved.path / WEIGHTS
+    path, rows = saved.path / WEIGHTS, own_of(saved).rows
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {name.removeprefix("field."): value for name, value in content["state_dict"].items()}
-        field = build(config, saved.own["rows"])
+        field = build(config, rows)
         field.load_state_dict(state)
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {first_line(error)}"
         ) from error
-    check_weights(field, path)
-    return field.to(device).eval()
-
-
-def check_weights(field: GridField | MlpField, path: Path) -> None:
-    """Raises a CheckpointError if the field, loaded from a file, has values that are not finite.
-
-    The grid field would show them as empty space, in pictures whose scores look right.
-    """
+    # The grid field would show them as empty space, in pictures whose scores look right.
     for name, value in field.state_dict().items():
         # That rays have no end is what infinity means in `near_far`.
         if value.is_floating_point() and not name.endswith("near_far") and not value.isfinite().all():
@@ -151,3 +171,4 @@ def check_weights(field: GridField | MlpField, path: Path) -> None:
                 f"{path}: {wrong:,} of the {value.numel():,} values of {name} are not finite; take an "
                 "earlier checkpoint with --resume"
             )
+    return field.to(device)

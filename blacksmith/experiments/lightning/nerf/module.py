@@ -56,13 +56,13 @@ class NerfModule(L.LightningModule):
             levels = zip(grid.upsample_at, grid.resolutions[1:])
             self._levels = {math.ceil(when * steps): resolution for when, resolution in levels}
             self._refreshes = {math.ceil(when * steps) for when in grid.refresh_at}
-        # Step, reason and attempt of each restart after a collapse; at most one.
-        self.restarts: list[dict[str, Any]] = []
+        self.restarts: list[fields.Restart] = []
+        self.started = False  # and so restored, if the run was resumed
         self._per_ray = 0.0
         self._warned = False  # of matter at the faces of the box
         if run.resumed is not None:
-            own = run.resumed.own
-            self.restarts, self._per_ray, loader.drawn = list(own["restarts"]), own["per_ray"], own["drawn"]
+            own = fields.own_of(run.resumed)
+            self.restarts, self._per_ray, loader.drawn = own.restarts, own.per_ray, own.drawn
 
     # --- called by Lightning ---
 
@@ -84,8 +84,12 @@ class NerfModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Prepares the first step, now that Lightning has restored the field."""
-        if self._run.resumed is not None:
-            fields.check_weights(self.field, self._run.resumed.path / fields.WEIGHTS)
+        if self.global_step != self.loop.step:
+            raise ValueError(f"it was written at step {self.global_step}, its state.json at {self.loop.step}")
+        for parameter, state in self.optimizers().optimizer.state.items():
+            if any(value.dim() and value.shape != parameter.shape for value in state.values()):
+                raise ValueError("the optimizer's moments have other shapes than the weights")
+        self.started = True
         # Lightning's own handler of SIGTERM would raise in the middle of a step.
         self._run.stop.listen()
         self._use_pool(reshuffle=False)
@@ -103,7 +107,7 @@ class NerfModule(L.LightningModule):
         """
         step = self.global_step
         # A restart at this very step has started at this level already.
-        if step in self._levels and all(restart["step"] != step for restart in self.restarts):
+        if step in self._levels and all(restart.step != step for restart in self.restarts):
             # Without hull and bounds the box is a guess from the cameras: fit it to what has been found.
             shrink = not self._config.data.hull and self._config.data.bounds is None
             if shrink:
@@ -174,12 +178,9 @@ class NerfModule(L.LightningModule):
     def save(self, directory: Path) -> dict[str, Any]:
         """Writes Lightning's checkpoint file; returns what must be known before Lightning restores it."""
         self.trainer.save_checkpoint(directory / fields.WEIGHTS)
-        return {
-            "rows": self._rows,
-            "restarts": self.restarts,
-            "per_ray": self._per_ray,
-            "drawn": self._loader.drawn,
-        }
+        return fields.Own(
+            rows=self._rows, restarts=self.restarts, per_ray=self._per_ray, drawn=self._loader.drawn
+        ).model_dump()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -230,7 +231,7 @@ class NerfModule(L.LightningModule):
 
     def _rate(self, step: int) -> float:
         """The learning rate as a fraction of its peak; a restart repeats the warm-up."""
-        config, restarted_at = self._config, self.restarts[-1]["step"] if self.restarts else 0
+        config, restarted_at = self._config, self.restarts[-1].step if self.restarts else 0
         return learning_rate(config.schedule, 1.0, step, config.train.steps, restarted_at=restarted_at)
 
     def _regularization(self, traced: Any) -> Tensor | float:
@@ -304,7 +305,7 @@ class NerfModule(L.LightningModule):
                 "images belong together"
             )
         self._loader.attempt += 1
-        self.restarts.append({"step": step, "reason": reason, "attempt": self._loader.attempt})
+        self.restarts.append(fields.Restart(step=step, reason=reason, attempt=self._loader.attempt))
         self.loop.say(
             f"step {step}: the field has collapsed ({reason}); restarting it with a different seed "
             f"(attempt {self._loader.attempt} of seed {self._config.run.seed})"

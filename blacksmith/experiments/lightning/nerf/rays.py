@@ -132,6 +132,13 @@ class RayLoader:
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Returns to a place in the order; the pool must be the same as then."""
+        """Returns to a place in the order; the pool must be the same as then.
+
+        Raises:
+          ValueError: a number is not one that `state_dict` returns.
+        """
+        for name in _STATE:
+            if not isinstance(state[name], int) or state[name] < (name == "size"):
+                raise ValueError(f"{name} = {state[name]!r} is no place in an order of rays")
         vars(self).update({name: state[name] for name in _STATE})
         self._order = None

@@ -26,6 +26,7 @@ SPLITS = ("train", "val", "test")
 
 BUNDLED = Path(__file__).with_name("anvil")  # its README says how it was made
 
+_EXACT = 1e-4  # of the distance to the origin: float32 is exact to 6e-8, so to 6e-4 of what is this long
 _DECODERS = 8  # threads; Pillow releases the interpreter's lock while decoding
 
 
@@ -171,6 +172,7 @@ def open_scene(
             for name, one, frame in zip(names, found[split], read[split][0])
         )
         listing += f"{file_sha256(file)}  {file.name}\n" + "".join(one.listing for one in found[split])
+    _check_places(directory, [shot.camera for split in SPLITS for shot in shots[split]])
     info = SceneInfo(
         source="anvil" if path is None else "blender",
         name=directory.name,
@@ -215,6 +217,7 @@ def _inspected(directory: Path, frames: list[transforms.Frame], needs_alpha: boo
         file, name = transforms.find(frame.where, frame.file_path, directory)
         if name in found:
             raise DataError(f"{frame.where}: {frame.file_path!r} is named twice; remove one of the frames")
+        transforms.refuse_unnamed(frame, file, directory)
         header = pictures.inspect(file, needs_alpha=needs_alpha)
         mask, listing = None, f"{header.sha256}  {name}\n"
         if frame.mask_path is not None:
@@ -253,6 +256,17 @@ def _oddness(camera: Camera) -> float:
     """How far a camera is from one with square pixels and the principal point in the middle."""
     (fx, fy), (cx, cy) = camera.focal, camera.center
     return abs(math.log(fx / fy)) + abs(cx / camera.width - 0.5) + abs(cy / camera.height - 0.5)
+
+
+def _check_places(directory: Path, cameras: list[Camera]) -> None:
+    """Raises a DataError if the cameras are so far from the origin that float32 would move them."""
+    positions = np.stack([camera.pose[:, 3] for camera in cameras])
+    away, apart = np.abs(positions).max(), np.ptp(positions, axis=0).max()
+    if 0 < apart < _EXACT * away:
+        raise DataError(
+            f"{directory}: the cameras are within {apart:.4g} of one another, but {away:.4g} away from the "
+            "origin, which is too far to be exact in float32; subtract the same offset from all positions"
+        )
 
 
 def _check_memory(directory: Path, views: int, full: int, reduced: int) -> None:

@@ -161,17 +161,17 @@ def open_scene(
         raise DataError(f"{directory}: no {', '.join(missing)}; a scene is a directory with a file per split")
     read = {split: transforms.read(file) for split, file in files.items()}
     found = {split: _inspected(directory, frames, needs_alpha) for split, (frames, _) in read.items()}
-    width, height = _common_size([one.header for split in SPLITS for one in found[split]], downscale)
+    width, height = _common_size([shot for shots, *_ in found.values() for shot in shots], downscale)
     size = (width // downscale, height // downscale)
-    _check_memory(directory, max(map(len, found.values())), width * height, size[0] * size[1])
+    _check_memory(directory, max(len(shots) for shots, *_ in found.values()), width * height, math.prod(size))
     shots, listing = {}, ""
     for split, file in files.items():
-        names = _unique_names([one.header.file.stem for one in found[split]])
+        full, lines, _ = found[split]
+        names = _unique_names([shot.name for shot in full])
         shots[split] = tuple(
-            Shot(name, one.header.file, one.mask, _camera(frame, one.header).resized(*size))
-            for name, one, frame in zip(names, found[split], read[split][0])
+            shot._replace(name=name, camera=shot.camera.resized(*size)) for name, shot in zip(names, full)
         )
-        listing += f"{file_sha256(file)}  {file.name}\n" + "".join(one.listing for one in found[split])
+        listing += f"{file_sha256(file)}  {file.name}\n{lines}"
     _check_places(directory, [shot.camera for split in SPLITS for shot in shots[split]])
     info = SceneInfo(
         source="anvil" if path is None else "blender",
@@ -186,7 +186,7 @@ def open_scene(
         downscale=downscale,
     )
     notes = []
-    turned = [one.name for split in SPLITS for one in found[split] if one.header.orientation > 1]
+    turned = [name for *_, names in found.values() for name in names]
     if turned:
         notes.append(f"turned as their EXIF orientation says: {listed(turned)}")
     if unused := sorted(set().union(*(keys for _, keys in read.values()))):
@@ -201,25 +201,20 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names) if rest <= 0 else f"{', '.join(names[:most])} and {rest} more"
 
 
-class _Picture(NamedTuple):
-    """A picture of a scene and its mask, checked."""
-
-    name: str  # relative to the directory
-    header: pictures.Header
-    mask: Path | None
-    listing: str  # their lines in what is hashed
-
-
-def _inspected(directory: Path, frames: list[transforms.Frame], needs_alpha: bool) -> list[_Picture]:
-    """The pictures of a split, in order."""
-    found: dict[str, _Picture] = {}
+def _inspected(
+    directory: Path, frames: list[transforms.Frame], needs_alpha: bool
+) -> tuple[list[Shot], str, list[str]]:
+    """The pictures of a split in their full size, their lines in what is hashed, and which were turned."""
+    shots: dict[str, Shot] = {}
+    listing, turned = "", []
     for frame in frames:
         file, name = transforms.find(frame.where, frame.file_path, directory)
-        if name in found:
+        if name in shots:
             raise DataError(f"{frame.where}: {frame.file_path!r} is named twice; remove one of the frames")
         transforms.refuse_unnamed(frame, file, directory)
         header = pictures.inspect(file, needs_alpha=needs_alpha)
-        mask, listing = None, f"{header.sha256}  {name}\n"
+        listing += f"{header.sha256}  {name}\n"
+        mask = None
         if frame.mask_path is not None:
             mask, mask_name = transforms.find(frame.where, frame.mask_path, directory, ("",))
             height, width = pictures.read_mask(mask).shape
@@ -229,8 +224,10 @@ def _inspected(directory: Path, frames: list[transforms.Frame], needs_alpha: boo
                     "must have the size of its picture"
                 )
             listing += f"{file_sha256(mask)}  {mask_name}\n"
-        found[name] = _Picture(name, header, mask, listing)
-    return list(found.values())
+        if header.orientation > 1:
+            turned.append(name)
+        shots[name] = Shot(file.stem, file, mask, _camera(frame, header))
+    return list(shots.values()), listing, turned
 
 
 def _camera(frame: transforms.Frame, header: pictures.Header) -> Camera:
@@ -290,14 +287,14 @@ def _decoders() -> int:
     return min(_DECODERS, os.cpu_count() or 1)
 
 
-def _common_size(found: list[pictures.Header], downscale: int) -> tuple[int, int]:
+def _common_size(shots: list[Shot], downscale: int) -> tuple[int, int]:
     """Width and height of all pictures, which `downscale` must divide."""
-    first, width, height, *_ = found[0]
-    for picture in found:
-        if (picture.width, picture.height) != (width, height):
+    first, (width, height) = shots[0].file, (shots[0].camera.width, shots[0].camera.height)
+    for _, file, _, camera in shots:
+        if (camera.width, camera.height) != (width, height):
             raise DataError(
-                f"{picture.file}: {picture.width}x{picture.height} pixels, but {first} has "
-                f"{width}x{height}; all pictures of a scene must have the same size"
+                f"{file}: {camera.width}x{camera.height} pixels, but {first} has {width}x{height}; all "
+                "pictures of a scene must have the same size"
             )
     common = math.gcd(width, height)
     if common % downscale:

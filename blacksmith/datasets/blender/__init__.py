@@ -37,8 +37,7 @@ class Views:
     pixels: np.ndarray  # RGBA with straight alpha, uint8 [views, height, width, 4]
     cameras: tuple[Camera, ...]
     names: tuple[str, ...]  # unique, and usable as file names
-    # Pixels that count, in training and in scores: bool [views, height, width]; None: all.
-    used: np.ndarray | None = None
+    used: np.ndarray  # pixels that count, in training and in scores: bool [views, height, width]
 
     def at(self, kept: np.ndarray) -> "Views":
         """The views at bool `kept`, [views]."""
@@ -47,8 +46,7 @@ class Views:
         cameras, names = (
             [one for one, keep in zip(part, kept) if keep] for part in (self.cameras, self.names)
         )
-        used = None if self.used is None else self.used[kept]
-        return Views(self.pixels[kept], tuple(cameras), tuple(names), used)
+        return Views(self.pixels[kept], tuple(cameras), tuple(names), self.used[kept])
 
     def picture(self, index: int, background: np.ndarray | tuple[float, float, float]) -> np.ndarray:
         """One view over a background in [0, 1], float [3]: float32 [height, width, 3] in [0, 1]."""
@@ -114,8 +112,7 @@ class Scene:
             shots = tuple(shots[index] for index in indices)
         width, height, factor = self.info.width, self.info.height, self.info.downscale
         pixels = np.empty((len(shots), height, width, 4), np.uint8)
-        masked = any(shot.mask for shot in shots)
-        used = np.ones((len(shots), height, width), bool) if masked else None
+        used = np.ones((len(shots), height, width), bool)
 
         def checked(array: np.ndarray, file: Path) -> np.ndarray:
             if array.shape[:2] != (height * factor, width * factor):
@@ -272,8 +269,8 @@ def _check_memory(directory: Path, views: int, full: int, reduced: int) -> None:
     `full` and `reduced` are the pixels of a picture before and after `downscale`. A small file can stand for
     a large picture, so the sizes of the files say nothing.
     """
-    # 4 bytes a pixel that is kept; decoding and scaling down take up to 24 at a time.
-    needed = 4 * views * reduced + 24 * full * _decoders()
+    # 5 bytes a pixel that is kept; decoding and scaling down take up to 24 at a time.
+    needed = 5 * views * reduced + 24 * full * _decoders()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise DataError(

@@ -32,8 +32,7 @@ def without_bad_masks(views: Views, device: str, say: Callable[[str], None]) -> 
       DataError: none is left.
     """
     alpha = views.pixels[..., 3] > _MASK_ALPHA
-    used = np.ones_like(alpha) if views.used is None else views.used
-    matter, maybe = alpha & used, alpha | ~used
+    matter, maybe = alpha & views.used, alpha | ~views.used
     empty, opaque = ~matter.any((1, 2)), maybe.all((1, 2))
     told = ~(empty | opaque)
     left_out = "; left out of the visual hull and of training"

@@ -195,11 +195,8 @@ class NerfModule(L.LightningModule):
                 )
             rgb = rendered.rgb.clamp(0, 1).cpu()
             truth = views.picture(index, self._config.background)
-            error, used = np.square(rgb.numpy() - truth), None
-            if views.used is not None:
-                used = views.used[index]
-                error = error[used]
-            errors.append(float(error.mean(dtype=np.float64)))
+            used = views.used[index]
+            errors.append(float(np.square(rgb.numpy() - truth)[used].mean(dtype=np.float64)))
             ratios.append(psnr(rgb, truth, used))
             labels = panel_labels(f"val view {name}", ratios[-1])
             shown = strip(panels(truth, rendered).values(), labels.values())

@@ -66,10 +66,10 @@ def score_views(
 
         picture = views.picture(index, background)
         truth = torch.as_tensor(picture, device=rgb.device)
-        used = None if views.used is None else views.used[index]
+        used = torch.as_tensor(views.used[index], device=rgb.device)
         scores = {"psnr": psnr(rgb, truth, used)}
-        if used is not None:  # the others cannot leave pixels out: they are given the true ones
-            rgb = torch.where(torch.as_tensor(used, device=rgb.device)[..., None], rgb, truth)
+        # The others cannot leave pixels out: they are given the true ones.
+        rgb = torch.where(used[..., None], rgb, truth)
         scores["ssim"] = ssim(rgb, truth)
         if lpips is not None:
             scores["lpips"] = lpips(rgb, truth)

@@ -35,7 +35,7 @@ CAMERAS = tuple(
 @pytest.fixture
 def views():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 7, 4), np.uint8)
-    return Views(pixels, CAMERAS, ("a", "b", "c"))
+    return Views(pixels, CAMERAS, ("a", "b", "c"), np.ones(pixels.shape[:3], bool))
 
 
 # --- origins and directions ---
@@ -107,7 +107,10 @@ def test_a_bank_has_the_rays_and_pixels_of_each_view(views):
 def test_large_ray_numbers_keep_their_pixels():
     # float32 holds ray numbers only up to 2^24: rows and columns have to be found in whole numbers.
     camera = Camera(STRAIGHT, 4100, 4100, (3000.0, 3000.0), (2050.0, 2050.0))
-    bank = RayBank(Views(np.zeros((1, 4100, 4100, 4), np.uint8), (camera,), ("a",)), "cpu")
+    bank = RayBank(
+        Views(np.zeros((1, 4100, 4100, 4), np.uint8), (camera,), ("a",), np.ones((1, 4100, 4100), bool)),
+        "cpu",
+    )
     last = torch.arange(len(bank) - 6, len(bank))
     assert last[0] > 2**24
     torch.testing.assert_close(bank(last)[1], camera_rays(camera, last)[1], rtol=0, atol=5e-7)

@@ -76,7 +76,8 @@ def _gray_views(*levels):
     """Opaque views of one gray each, of 0 to 255."""
     pixels = np.full((len(levels), 40, 48, 4), 255, np.uint8)
     pixels[..., :3] = np.reshape(levels, (-1, 1, 1, 1))
-    return Views(pixels, (_camera(),) * len(levels), tuple(f"r_{index}" for index in range(len(levels))))
+    names = tuple(f"r_{index}" for index in range(len(levels)))
+    return Views(pixels, (_camera(),) * len(levels), names, np.ones(pixels.shape[:3], bool))
 
 
 def _sphere_views(count=2, size=64):
@@ -85,7 +86,8 @@ def _sphere_views(count=2, size=64):
     for camera in cameras:
         seen = render_image(Sphere(), camera, torch.zeros(3))
         pixels.append(to_bytes(torch.cat([seen.rgb, seen.opacity[..., None]], -1).numpy()))
-    return Views(np.stack(pixels), tuple(cameras), tuple(f"r_{index}" for index in range(count)))
+    pixels, names = np.stack(pixels), tuple(f"r_{index}" for index in range(count))
+    return Views(pixels, tuple(cameras), names, np.ones(pixels.shape[:3], bool))
 
 
 class StopAfter:

@@ -97,6 +97,7 @@ def test_float16_needs_a_gpu(run_nerf):
         ("nerf_blender", "nerf.Grid.features = 2", "nerf.Grid.features"),
         ("nerf_blender", "nerf.Data.bounds = (1, 0, 0, 0, 1, 1)", "nerf.Data.bounds"),
         ("nerf_blender", "nerf.Data.bounds = (0, 0, 1)", "nerf.Data.bounds"),
+        ("nerf_blender", "nerf.Data.bounds = (0, 0, 0, 1e30, 1, 1)", "nerf.Data.bounds"),
         ("nerf_blender", "nerf.Data.near = 7.0\nnerf.Data.far = 6.0", "nerf.Data.near"),
         ("nerf_blender", "nerf.Data.downscale = 0", "nerf.Data.downscale"),
         ("nerf_blender", "nerf.Mlp.width = 128", "no effect"),

@@ -26,6 +26,7 @@ SPLITS = ("train", "val", "test")
 
 BUNDLED = Path(__file__).with_name("anvil")  # its README says how it was made
 
+_EXACT = 1e-4  # of the distance to the origin: float32 is exact to 6e-8, so to 6e-4 of what is this long
 _DECODERS = 8  # threads; Pillow releases the interpreter's lock while decoding
 
 
@@ -36,8 +37,16 @@ class Views:
     pixels: np.ndarray  # RGBA with straight alpha, uint8 [views, height, width, 4]
     cameras: tuple[Camera, ...]
     names: tuple[str, ...]  # unique, and usable as file names
-    # Pixels that count, in training and in scores: bool [views, height, width]; None: all.
-    used: np.ndarray | None = None
+    used: np.ndarray  # pixels that count, in training and in scores: bool [views, height, width]
+
+    def at(self, kept: np.ndarray) -> "Views":
+        """The views at bool `kept`, [views]."""
+        if kept.all():
+            return self  # large scenes are not copied
+        cameras, names = (
+            [one for one, keep in zip(part, kept) if keep] for part in (self.cameras, self.names)
+        )
+        return Views(self.pixels[kept], tuple(cameras), tuple(names), self.used[kept])
 
     def picture(self, index: int, background: np.ndarray | tuple[float, float, float]) -> np.ndarray:
         """One view over a background in [0, 1], float [3]: float32 [height, width, 3] in [0, 1]."""
@@ -103,8 +112,7 @@ class Scene:
             shots = tuple(shots[index] for index in indices)
         width, height, factor = self.info.width, self.info.height, self.info.downscale
         pixels = np.empty((len(shots), height, width, 4), np.uint8)
-        masked = any(shot.mask for shot in shots)
-        used = np.ones((len(shots), height, width), bool) if masked else None
+        used = np.ones((len(shots), height, width), bool)
 
         def checked(array: np.ndarray, file: Path) -> np.ndarray:
             if array.shape[:2] != (height * factor, width * factor):
@@ -150,17 +158,18 @@ def open_scene(
         raise DataError(f"{directory}: no {', '.join(missing)}; a scene is a directory with a file per split")
     read = {split: transforms.read(file) for split, file in files.items()}
     found = {split: _inspected(directory, frames, needs_alpha) for split, (frames, _) in read.items()}
-    width, height = _common_size([one.header for split in SPLITS for one in found[split]], downscale)
+    width, height = _common_size([shot for shots, *_ in found.values() for shot in shots], downscale)
     size = (width // downscale, height // downscale)
-    _check_memory(directory, max(map(len, found.values())), width * height, size[0] * size[1])
+    _check_memory(directory, max(len(shots) for shots, *_ in found.values()), width * height, math.prod(size))
     shots, listing = {}, ""
     for split, file in files.items():
-        names = _unique_names([one.header.file.stem for one in found[split]])
+        full, lines, _ = found[split]
+        names = _unique_names([shot.name for shot in full])
         shots[split] = tuple(
-            Shot(name, one.header.file, one.mask, _camera(frame, one.header).resized(*size))
-            for name, one, frame in zip(names, found[split], read[split][0])
+            shot._replace(name=name, camera=shot.camera.resized(*size)) for name, shot in zip(names, full)
         )
-        listing += f"{file_sha256(file)}  {file.name}\n" + "".join(one.listing for one in found[split])
+        listing += f"{file_sha256(file)}  {file.name}\n{lines}"
+    _check_places(directory, [shot.camera for split in SPLITS for shot in shots[split]])
     info = SceneInfo(
         source="anvil" if path is None else "blender",
         name=directory.name,
@@ -174,7 +183,7 @@ def open_scene(
         downscale=downscale,
     )
     notes = []
-    turned = [one.name for split in SPLITS for one in found[split] if one.header.orientation > 1]
+    turned = [name for *_, names in found.values() for name in names]
     if turned:
         notes.append(f"turned as their EXIF orientation says: {listed(turned)}")
     if unused := sorted(set().union(*(keys for _, keys in read.values()))):
@@ -189,24 +198,20 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names) if rest <= 0 else f"{', '.join(names[:most])} and {rest} more"
 
 
-class _Picture(NamedTuple):
-    """A picture of a scene and its mask, checked."""
-
-    name: str  # relative to the directory
-    header: pictures.Header
-    mask: Path | None
-    listing: str  # their lines in what is hashed
-
-
-def _inspected(directory: Path, frames: list[transforms.Frame], needs_alpha: bool) -> list[_Picture]:
-    """The pictures of a split, in order."""
-    found: dict[str, _Picture] = {}
+def _inspected(
+    directory: Path, frames: list[transforms.Frame], needs_alpha: bool
+) -> tuple[list[Shot], str, list[str]]:
+    """The pictures of a split in their full size, their lines in what is hashed, and which were turned."""
+    shots: dict[str, Shot] = {}
+    listing, turned = "", []
     for frame in frames:
         file, name = transforms.find(frame.where, frame.file_path, directory)
-        if name in found:
+        if name in shots:
             raise DataError(f"{frame.where}: {frame.file_path!r} is named twice; remove one of the frames")
+        transforms.refuse_unnamed(frame, file, directory)
         header = pictures.inspect(file, needs_alpha=needs_alpha)
-        mask, listing = None, f"{header.sha256}  {name}\n"
+        listing += f"{header.sha256}  {name}\n"
+        mask = None
         if frame.mask_path is not None:
             mask, mask_name = transforms.find(frame.where, frame.mask_path, directory, ("",))
             height, width = pictures.read_mask(mask).shape
@@ -216,8 +221,10 @@ def _inspected(directory: Path, frames: list[transforms.Frame], needs_alpha: boo
                     "must have the size of its picture"
                 )
             listing += f"{file_sha256(mask)}  {mask_name}\n"
-        found[name] = _Picture(name, header, mask, listing)
-    return list(found.values())
+        if header.orientation > 1:
+            turned.append(name)
+        shots[name] = Shot(file.stem, file, mask, _camera(frame, header))
+    return list(shots.values()), listing, turned
 
 
 def _camera(frame: transforms.Frame, header: pictures.Header) -> Camera:
@@ -245,14 +252,25 @@ def _oddness(camera: Camera) -> float:
     return abs(math.log(fx / fy)) + abs(cx / camera.width - 0.5) + abs(cy / camera.height - 0.5)
 
 
+def _check_places(directory: Path, cameras: list[Camera]) -> None:
+    """Raises a DataError if the cameras are so far from the origin that float32 would move them."""
+    positions = np.stack([camera.pose[:, 3] for camera in cameras])
+    away, apart = np.abs(positions).max(), np.ptp(positions, axis=0).max()
+    if 0 < apart < _EXACT * away:
+        raise DataError(
+            f"{directory}: the cameras are within {apart:.4g} of one another, but {away:.4g} away from the "
+            "origin, which is too far to be exact in float32; subtract the same offset from all positions"
+        )
+
+
 def _check_memory(directory: Path, views: int, full: int, reduced: int) -> None:
     """Raises a DataError if this machine cannot hold the pixels of the largest split.
 
     `full` and `reduced` are the pixels of a picture before and after `downscale`. A small file can stand for
     a large picture, so the sizes of the files say nothing.
     """
-    # 4 bytes a pixel that is kept; decoding and scaling down take up to 24 at a time.
-    needed = 4 * views * reduced + 24 * full * _decoders()
+    # 5 bytes a pixel that is kept; decoding and scaling down take up to 24 at a time.
+    needed = 5 * views * reduced + 24 * full * _decoders()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise DataError(
@@ -266,14 +284,14 @@ def _decoders() -> int:
     return min(_DECODERS, os.cpu_count() or 1)
 
 
-def _common_size(found: list[pictures.Header], downscale: int) -> tuple[int, int]:
+def _common_size(shots: list[Shot], downscale: int) -> tuple[int, int]:
     """Width and height of all pictures, which `downscale` must divide."""
-    first, width, height, *_ = found[0]
-    for picture in found:
-        if (picture.width, picture.height) != (width, height):
+    first, (width, height) = shots[0].file, (shots[0].camera.width, shots[0].camera.height)
+    for _, file, _, camera in shots:
+        if (camera.width, camera.height) != (width, height):
             raise DataError(
-                f"{picture.file}: {picture.width}x{picture.height} pixels, but {first} has "
-                f"{width}x{height}; all pictures of a scene must have the same size"
+                f"{file}: {camera.width}x{camera.height} pixels, but {first} has {width}x{height}; all "
+                "pictures of a scene must have the same size"
             )
     common = math.gcd(width, height)
     if common % downscale:

@@ -7,6 +7,7 @@ import numpy as np
 from blacksmith.datasets.blender.cameras import Camera
 
 PARALLEL = 1e-3  # axes count as parallel below this mean of sin^2 of the angle to their common direction
+STRAY = 10  # a camera that is this many times as far from the middle of all as the median one does not count
 CLOSE_UP = 0.75  # a camera that sees less than this fraction of what the median camera sees does not count
 NEAREST = 0.05  # rays start at least this fraction of the distance to the box's middle away from a camera
 
@@ -18,11 +19,12 @@ def estimate_bounds(cameras: Sequence[Camera], masks: np.ndarray | None = None) 
     behind most of the cameras, the center is the point of the mean axis nearest to the world's origin, but
     at least as far in front of the cameras as they are apart. Half its side is the smallest of the cameras'
     distance * tan(angle / 2), for the wider angle of view. Cameras that look away do not count, nor do
-    close-ups.
+    close-ups and strays.
 
     The cube is enlarged to hold what `masks`, bool [cameras, height, width], show: as far from its center as
     in nine tenths of the views, among those that show it whole.
     """
+    everyone, cameras = cameras, without_strays(cameras)
     positions, axes = _positions_and_axes(cameras)
     spread = float(np.linalg.norm(positions - positions.mean(0), axis=1).max())
     # The squared distance of a point x to an axis is (x - o)^T (I - d d^T) (x - o). Setting the gradient of
@@ -42,7 +44,7 @@ def estimate_bounds(cameras: Sequence[Camera], masks: np.ndarray | None = None) 
     sees = (distance * slope)[ahead if ahead.any() else slice(None)]
     half = sees[sees >= CLOSE_UP * np.median(sees)].min()
     if masks is not None:
-        shown = [_reach(camera, mask, center) for camera, mask in zip(cameras, masks)]
+        shown = [_reach(camera, mask, center) for camera, mask in zip(everyone, masks)]
         shown = [reach for reach in shown if reach is not None]
         if shown:
             half = max(half, np.quantile(shown, 0.9, method="higher"))
@@ -55,12 +57,20 @@ def near_far(cameras: Sequence[Camera], bounds: np.ndarray) -> tuple[float, floa
     Near is the smallest distance of a camera to the box, but at least `NEAREST` times that to its middle; far
     is the largest distance of a camera to a corner.
     """
-    positions, _ = _positions_and_axes(cameras)
+    positions, _ = _positions_and_axes(without_strays(cameras))
     low, high = np.asarray(bounds, np.float64)
     to_middle = np.linalg.norm(positions - (low + high) / 2, axis=1)
     to_box = np.linalg.norm(np.maximum(np.maximum(low - positions, positions - high), 0), axis=1)
     to_corner = np.linalg.norm(np.maximum(np.abs(positions - low), np.abs(positions - high)), axis=1)
     return float(np.maximum(to_box, NEAREST * to_middle).min()), float(to_corner.max())
+
+
+def without_strays(cameras: Sequence[Camera]) -> list[Camera]:
+    """The cameras without those that are far away from all others: one wrong position would move the rest."""
+    positions = np.stack([camera.pose[:, 3] for camera in cameras]).astype(np.float64)
+    distance = np.linalg.norm(positions - np.median(positions, axis=0), axis=1)
+    typical = np.median(distance)
+    return [c for c, away in zip(cameras, distance) if away <= STRAY * typical or not typical]
 
 
 def _positions_and_axes(cameras: Sequence[Camera]) -> tuple[np.ndarray, np.ndarray]:

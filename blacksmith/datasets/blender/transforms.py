@@ -62,12 +62,13 @@ def _rigid(rows: list[list[float]]) -> list[list[float]]:
     return rows
 
 
-# A larger number would be infinite in float32.
-_Row = Annotated[list[Annotated[float, Field(ge=-3e38, le=3e38)]], Field(min_length=4, max_length=4)]
+# Products of much larger or smaller numbers would be infinite or 0 in float32.
+_Number = Annotated[float, Field(ge=-1e9, le=1e9)]
+_Row = Annotated[list[_Number], Field(min_length=4, max_length=4)]
 _Matrix = Annotated[list[_Row], Field(min_length=4, max_length=4), AfterValidator(_rigid)]
-_Length = Annotated[float, Field(gt=0, description="focal length in pixels")]
-_Angle = Annotated[float, Field(gt=0, lt=math.pi, description="angle of view in radians")]
-_Pixels = Annotated[float, Field(gt=0, multiple_of=1, description="size of the picture in pixels")]
+_Length = Annotated[float, Field(ge=1e-3, le=1e9, description="focal length in pixels")]
+_Angle = Annotated[float, Field(ge=1e-6, le=3.1415, description="angle of view in radians")]
+_Pixels = Annotated[float, Field(gt=0, le=1e9, multiple_of=1, description="size of the picture in pixels")]
 _Zero = Annotated[Literal[0], Field(description="lens distortion is not supported: undistort the pictures")]
 
 
@@ -102,8 +103,8 @@ class Frame(BaseModel):
     fl_y: _Length = None
     camera_angle_x: _Angle = None
     camera_angle_y: _Angle = None
-    cx: float = Field(None, description="principal point in pixels")
-    cy: float = Field(None, description="principal point in pixels")
+    cx: _Number = Field(None, description="principal point in pixels")
+    cy: _Number = Field(None, description="principal point in pixels")
     w: _Pixels = None
     h: _Pixels = None
 
@@ -211,6 +212,21 @@ def find(
             raise DataError(f"{where}: {candidate!r} cannot be read ({error})") from error
     tried = ", with or without .png" if len(extensions) > 1 else ""
     raise DataError(f"{where}: no picture {name!r} in {directory}{tried}")
+
+
+def refuse_unnamed(frame: Frame, file: Path, directory: Path) -> None:
+    """Raises a DataError for a file that instant-ngp would find by the name of the frame's picture."""
+    invert = "name it as mask_path, with the pixels that are not to be used in black"
+    for beside, advice in (
+        (directory / f"{frame.file_path}.alpha{file.suffix}", "put it into the picture's alpha channel"),
+        (file.with_name(f"dynamic_mask_{file.stem}.png"), None if frame.mask_path else invert),
+        (file.with_name(f"rays_{file.stem}.dat"), "only pinhole cameras are supported"),
+    ):
+        if advice and os.path.exists(beside):
+            raise DataError(
+                f"{beside}: instant-ngp would use this file with {frame.file_path!r}, which is not "
+                f"supported: {advice}, or remove it"
+            )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -42,8 +42,10 @@ class Data:
     bounds: tuple[float, ...] | None = setting(
         None, "box around the scene, (x0, y0, z0, x1, y1, z1) in world units; None: from cameras and masks"
     )
-    near: float | None = setting(None, "where rays start, in world units; None: in front of the box", ge=0)
-    far: float | None = setting(None, "where rays end, in world units; None: behind the box", gt=0)
+    near: float | None = setting(
+        None, "where rays start, in world units; None: in front of the box", ge=0, le=1e9
+    )
+    far: float | None = setting(None, "where rays end, in world units; None: behind the box", gt=0, le=1e9)
 
 
 @section("nerf.Model")
@@ -225,10 +227,10 @@ class Config:
         data, grid = self.data, self.grid
         if data.bounds is not None:
             low, high = data.bounds[:3], data.bounds[3:]
-            if len(data.bounds) != 6 or any(not a < b for a, b in zip(low, high)):
+            if len(data.bounds) != 6 or any(not -1e9 <= a < b <= 1e9 for a, b in zip(low, high)):
                 raise ConfigError(
                     f"nerf.Data.bounds = {data.bounds}: must be (x0, y0, z0, x1, y1, z1) with x0 < x1, "
-                    "y0 < y1 and z0 < z1"
+                    "y0 < y1 and z0 < z1, within 1e9"
                 )
         if data.near is not None and data.far is not None and data.near >= data.far:
             raise ConfigError(f"nerf.Data.near = {data.near} is not below nerf.Data.far = {data.far}")

@@ -1,9 +1,7 @@
 """The scene of a run, opened and checked."""
 
-import sys
-
 from blacksmith.datasets.blender import Scene, open_scene
-from blacksmith.errors import DataError
+from blacksmith.errors import DataError, note
 from blacksmith.experiments.lightning.nerf.scores import LPIPS_SMALLEST_PIXELS, SSIM_WINDOW_PIXELS, Lpips
 from blacksmith.run.run import Run
 
@@ -25,6 +23,6 @@ def open_scene_of(run: Run, lpips: Lpips | None = None) -> Scene:
             f"which needs {smallest}; lower nerf.Data.downscale"
         )
     run.use_data(info, alpha_hull=hull)
-    for note in scene.notes:
-        print(note, file=sys.stderr)
+    for line in scene.notes:
+        note(line)
     return scene

@@ -9,7 +9,6 @@ from blacksmith.experiments.lightning.nerf.data import open_scene_of
 from blacksmith.experiments.lightning.nerf.results import score_views
 from blacksmith.experiments.lightning.nerf.scores import find_lpips
 from blacksmith.files import atomic_file, write_json
-from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.run.loop import show
 from blacksmith.run.run import Run
 
@@ -38,10 +37,7 @@ def export(run: Run) -> int:
 
     settings = run.config.results
     field = fields.trained(run.config, run.resumed, run.device)
-    unit = (
-        field.unit if isinstance(field, GridField) else float((field.bounds[1] - field.bounds[0]).mean()) / 96
-    )
-    threshold = float(-np.log1p(-settings.mesh_opacity)) / unit  # 1 - exp(-density * unit) = opacity
+    threshold = float(-np.log1p(-settings.mesh_opacity)) / field.unit  # 1 - exp(-density * unit) = opacity
     mesh = extract_mesh(field, resolution=settings.mesh_resolution, threshold=threshold)
     path = run.claim("export/mesh.ply")
     with atomic_file(path) as stream:

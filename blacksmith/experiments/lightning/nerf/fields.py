@@ -1,24 +1,24 @@
 """Fields from a configuration: empty ones for a scene, and trained ones from a checkpoint."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import numpy as np
+import pydantic
 import torch
-from pydantic import NonNegativeInt
 
-from blacksmith.datasets.blender import Views
 from blacksmith.datasets.blender.bounds import estimate_bounds, near_far
+from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.errors import CheckpointError, ConfigError, DataError, first_line
 from blacksmith.experiments.lightning.nerf.configs import Config
-from blacksmith.experiments.lightning.nerf.masks import masks_of
+from blacksmith.experiments.lightning.nerf.masks import Masks
 from blacksmith.models.pytorch.nerf.grid import GridField
 from blacksmith.models.pytorch.nerf.hull import visual_hull
 from blacksmith.models.pytorch.nerf.mlp import MlpField
 from blacksmith.models.pytorch.nerf.occupancy import box_of
 from blacksmith.models.pytorch.nerf.vertices import level_shape, reachable_vertices
-from blacksmith.run.checkpoint import Saved
+from blacksmith.run.checkpoint import Saved, checked
 from blacksmith.run.order import seed_int
 
 WEIGHTS = "lightning.ckpt"  # the file of a checkpoint that Lightning writes and reads
@@ -50,14 +50,18 @@ def build(config: Config, rows: int, attempt: int = 0) -> GridField | MlpField:
         )
 
 
-def for_scene(config: Config, views: Views, device: str, say: Callable[[str], None]) -> GridField | MlpField:
-    """An empty field for the scene that these views show, on a device; `say` prints a line about it.
+def for_scene(
+    config: Config, cameras: Sequence[Camera], masks: Masks | None, device: str, say: Callable[[str], None]
+) -> GridField | MlpField:
+    """An empty field for the scene that these cameras show, on a device; `say` prints a line about it.
+
+    It starts from the hull of the cameras' masks, if given.
 
     Raises:
-      DataError: the visual hull is empty, or no view has a mask.
+      DataError: the visual hull is empty.
       ConfigError: nothing lies between near and far, or no view shows the box.
     """
-    data, cameras = config.data, views.cameras
+    data = config.data
     given = None if data.bounds is None else np.reshape(data.bounds, (2, 3)).astype(np.float32)
     if config.model.field == "mlp":
         box = estimate_bounds(cameras) if given is None else given
@@ -74,13 +78,12 @@ def for_scene(config: Config, views: Views, device: str, say: Callable[[str], No
         _describe(say, box, f"from the {'cameras' if given is None else 'configuration'}")
         return field.to(device)
     resolution, finest, rows = config.grid.occupancy_resolution, config.grid.resolutions[-1], config.grid.rows
-    if data.hull:
-        masks = masks_of(views, device, say)
+    if masks is not None:
         box = torch.from_numpy(masks.bounds if given is None else given).to(device)
         if given is None:
             # The coarse hull only fits the box, so that no cell of the fine one is wasted on empty space.
-            box = box_of(visual_hull(masks.maybe, masks.cameras, box, _COARSE_HULL), box)
-        hull = visual_hull(masks.maybe, masks.cameras, box, resolution)
+            box = box_of(visual_hull(masks.maybe, cameras, box, _COARSE_HULL), box)
+        hull = visual_hull(masks.maybe, cameras, box, resolution)
         if not hull.any():
             raise DataError(
                 "the visual hull of the training images is empty: their alpha, their cameras or "
@@ -91,7 +94,7 @@ def for_scene(config: Config, views: Views, device: str, say: Callable[[str], No
         box = torch.from_numpy(estimate_bounds(cameras) if given is None else given).to(device)
         hull = torch.ones((resolution,) * 3, dtype=torch.bool, device=device)
         rows = rows or finest**3 // 4
-    source = "configuration" if given is not None else "alpha masks" if data.hull else "cameras"
+    source = "configuration" if given is not None else "cameras" if masks is None else "alpha masks"
     _describe(say, box.cpu().numpy(), f"from the {source}")
     distances = (data.near or 0.0, math.inf if data.far is None else data.far)
     nearest, farthest = near_far(cameras, box.cpu().numpy())
@@ -115,34 +118,46 @@ def _describe(say: Callable[[str], None], box: np.ndarray, source: str) -> None:
     say(f"box {source}: ({low}) to ({high}) in world units; nerf.Data.bounds sets it")
 
 
+class Restart(pydantic.BaseModel, strict=True):
+    """A new start of a collapsed field."""
+
+    step: pydantic.NonNegativeInt
+    reason: str
+    attempt: pydantic.NonNegativeInt  # 1 for the first one
+
+
+class Own(pydantic.BaseModel, strict=True):
+    """What a checkpoint holds beside Lightning's file: what must be known before Lightning reads that."""
+
+    rows: pydantic.NonNegativeInt  # of the feature table; 0 for the mlp field
+    restarts: list[Restart]  # after a collapse; at most one
+    per_ray: Annotated[pydantic.NonNegativeFloat, pydantic.Field(allow_inf_nan=False)]  # samples, smoothed
+    drawn: pydantic.NonNegativeInt  # rays so far
+
+
+def own_of(saved: Saved) -> Own:
+    """The experiment's values of a checkpoint, or a CheckpointError for the first that is wrong."""
+    return checked(saved.own, Own, saved.path / "state.json", "own")
+
+
 def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
-    """The field of a checkpoint, for rendering.
+    """The field of a checkpoint.
 
     Raises:
       CheckpointError: the file cannot be read, does not fit the configuration, or has values that are not
         finite.
     """
-    path = saved.path / WEIGHTS
+    path, rows = saved.path / WEIGHTS, own_of(saved).rows
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {name.removeprefix("field."): value for name, value in content["state_dict"].items()}
-        field = build(config, saved.value("rows", NonNegativeInt))
+        field = build(config, rows)
         field.load_state_dict(state)
-    except CheckpointError:
-        raise
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read: {type(error).__name__}: {first_line(error)}"
         ) from error
-    check_weights(field, path)
-    return field.to(device).eval()
-
-
-def check_weights(field: GridField | MlpField, path: Path) -> None:
-    """Raises a CheckpointError if the field, loaded from a file, has values that are not finite.
-
-    The grid field would show them as empty space, in pictures whose scores look right.
-    """
+    # The grid field would show them as empty space, in pictures whose scores look right.
     for name, value in field.state_dict().items():
         # That rays have no end is what infinity means in `near_far`.
         if value.is_floating_point() and not name.endswith("near_far") and not value.isfinite().all():
@@ -151,3 +166,4 @@ def check_weights(field: GridField | MlpField, path: Path) -> None:
                 f"{path}: {wrong:,} of the {value.numel():,} values of {name} are not finite; take an "
                 "earlier checkpoint with --resume"
             )
+    return field.to(device)

@@ -1,6 +1,6 @@
 """The masks of the training views, without those that are wrong: each of these is named."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from blacksmith.datasets.blender import Views, listed
 from blacksmith.datasets.blender.bounds import estimate_bounds
-from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.errors import DataError
 from blacksmith.models.pytorch.nerf.hull import contradicting_views
 
@@ -21,22 +20,22 @@ class Masks(NamedTuple):
     """The masks for the visual hull."""
 
     maybe: Tensor  # pixels that may show matter, bool [views, height, width]
-    cameras: Sequence[Camera]
     bounds: np.ndarray  # a cube around what they show, float32 [2, 3]
 
 
-def masks_of(views: Views, device: str, say: Callable[[str], None]) -> Masks:
-    """The masks from the alpha of views; `say` prints a line for each kind of masks that are left out.
+def without_bad_masks(views: Views, device: str, say: Callable[[str], None]) -> tuple[Views, Masks]:
+    """The views whose alpha fits together, and their masks; `say` prints a line for each kind of the others.
+
+    A wrong alpha would cut into the hull, and in training show the background where there is matter.
 
     Raises:
       DataError: none is left.
     """
     alpha = views.pixels[..., 3] > _MASK_ALPHA
-    used = np.ones_like(alpha) if views.used is None else views.used
-    matter, maybe = alpha & used, alpha | ~used
+    matter, maybe = alpha & views.used, alpha | ~views.used
     empty, opaque = ~matter.any((1, 2)), maybe.all((1, 2))
     told = ~(empty | opaque)
-    left_out = "; left out of the visual hull"
+    left_out = "; left out of the visual hull and of training"
     if empty.any():
         say(f"alpha empty, as if nothing were there: {_named(views, empty)}{left_out}")
     if opaque.any():
@@ -46,21 +45,18 @@ def masks_of(views: Views, device: str, say: Callable[[str], None]) -> Masks:
             f"all {len(told)} training views are opaque or empty, so that there is no visual hull; set "
             'nerf.Data.hull = False and nerf.Data.background = "white" or "black" as they were rendered'
         )
-    cameras = [camera for camera, tells in zip(views.cameras, told) if tells]
     bounds = estimate_bounds(views.cameras, np.where(told[:, None, None], matter, False))
-    masks = torch.from_numpy(maybe[told])
+    views, matter, maybe = views.at(told), torch.from_numpy(matter[told]), torch.from_numpy(maybe[told])
     box = torch.from_numpy(bounds).to(device)
-    wrong, unexplained = contradicting_views(torch.from_numpy(matter[told]), masks, cameras, box)
-    names = [name for name, tells in zip(views.names, told) if tells]
+    wrong, unexplained = (one.numpy() for one in contradicting_views(matter, maybe, views.cameras, box))
     if wrong.any():
-        lacking = [name for name, one in zip(names, wrong) if one]
-        say(f"alpha lacking a part of what the other training views show: {listed(lacking)}{left_out}")
-    excess = unexplained > _TOO_MUCH + unexplained.median()
-    if excess.any():
-        named = listed(f"{names[i]} ({unexplained[i]:.0%})" for i in excess.nonzero()[:, 0])
+        say(f"alpha lacking a part of what the other training views show: {_named(views, wrong)}{left_out}")
+    # No ray outside of the hull trains, so these do no harm there.
+    excess = (unexplained > _TOO_MUCH + np.median(unexplained)).nonzero()[0]
+    if len(excess):
+        named = listed(f"{views.names[index]} ({unexplained[index]:.0%})" for index in excess)
         say(f"alpha showing matter where the other training views show none, or outside of the box: {named}")
-    kept = ~wrong
-    return Masks(masks[kept], [camera for camera, keep in zip(cameras, kept) if keep], bounds)
+    return views.at(~wrong), Masks(maybe[~wrong], bounds)
 
 
 def _named(views: Views, which: np.ndarray) -> str:

@@ -10,9 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from pydantic import FiniteFloat, NonNegativeInt
 from torch import Tensor
-from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from blacksmith.datasets.blender import Views
 from blacksmith.errors import RunError
@@ -37,14 +35,6 @@ _AT_FACES = 0.05  # more of the matter at the faces of the box than this is wort
 _OCCUPANCY_RAYS = 1 << 18
 
 
-class Restart(TypedDict):
-    """That a collapsed field was replaced, as checkpoints and `result.json` say it."""
-
-    step: int
-    reason: str
-    attempt: int
-
-
 class NerfModule(L.LightningModule):
     """A field in training on the rays that `loader` draws; `validation` is rendered and scored on the way."""
 
@@ -66,15 +56,13 @@ class NerfModule(L.LightningModule):
             levels = zip(grid.upsample_at, grid.resolutions[1:])
             self._levels = {math.ceil(when * steps): resolution for when, resolution in levels}
             self._refreshes = {math.ceil(when * steps) for when in grid.refresh_at}
-        # Step, reason and attempt of each restart after a collapse; at most one.
-        self.restarts: list[Restart] = []
+        self.restarts: list[fields.Restart] = []
+        self.started = False  # and so restored, if the run was resumed
         self._per_ray = 0.0
         self._warned = False  # of matter at the faces of the box
         if run.resumed is not None:
-            saved = run.resumed
-            self.restarts = saved.value("restarts", list[Restart])
-            self._per_ray = saved.value("per_ray", FiniteFloat)
-            loader.drawn = saved.value("drawn", NonNegativeInt)
+            own = fields.own_of(run.resumed)
+            self.restarts, self._per_ray, loader.drawn = own.restarts, own.per_ray, own.drawn
 
     # --- called by Lightning ---
 
@@ -96,8 +84,12 @@ class NerfModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Prepares the first step, now that Lightning has restored the field."""
-        if self._run.resumed is not None:
-            fields.check_weights(self.field, self._run.resumed.path / fields.WEIGHTS)
+        if self.global_step != self.loop.step:
+            raise ValueError(f"it was written at step {self.global_step}, its state.json at {self.loop.step}")
+        for parameter, state in self.optimizers().optimizer.state.items():
+            if any(value.dim() and value.shape != parameter.shape for value in state.values()):
+                raise ValueError("the optimizer's moments have other shapes than the weights")
+        self.started = True
         # Lightning's own handler of SIGTERM would raise in the middle of a step.
         self._run.stop.listen()
         self._use_pool(reshuffle=False)
@@ -115,7 +107,7 @@ class NerfModule(L.LightningModule):
         """
         step = self.global_step
         # A restart at this very step has started at this level already.
-        if step in self._levels and all(restart["step"] != step for restart in self.restarts):
+        if step in self._levels and all(restart.step != step for restart in self.restarts):
             # Without hull and bounds the box is a guess from the cameras: fit it to what has been found.
             shrink = not self._config.data.hull and self._config.data.bounds is None
             if shrink:
@@ -186,12 +178,9 @@ class NerfModule(L.LightningModule):
     def save(self, directory: Path) -> dict[str, Any]:
         """Writes Lightning's checkpoint file; returns what must be known before Lightning restores it."""
         self.trainer.save_checkpoint(directory / fields.WEIGHTS)
-        return {
-            "rows": self._rows,
-            "restarts": self.restarts,
-            "per_ray": self._per_ray,
-            "drawn": self._loader.drawn,
-        }
+        return fields.Own(
+            rows=self._rows, restarts=self.restarts, per_ray=self._per_ray, drawn=self._loader.drawn
+        ).model_dump()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -206,11 +195,8 @@ class NerfModule(L.LightningModule):
                 )
             rgb = rendered.rgb.clamp(0, 1).cpu()
             truth = views.picture(index, self._config.background)
-            error, used = np.square(rgb.numpy() - truth), None
-            if views.used is not None:
-                used = views.used[index]
-                error = error[used]
-            errors.append(float(error.mean(dtype=np.float64)))
+            used = views.used[index]
+            errors.append(float(np.square(rgb.numpy() - truth)[used].mean(dtype=np.float64)))
             ratios.append(psnr(rgb, truth, used))
             labels = panel_labels(f"val view {name}", ratios[-1])
             shown = strip(panels(truth, rendered).values(), labels.values())
@@ -242,7 +228,7 @@ class NerfModule(L.LightningModule):
 
     def _rate(self, step: int) -> float:
         """The learning rate as a fraction of its peak; a restart repeats the warm-up."""
-        config, restarted_at = self._config, self.restarts[-1]["step"] if self.restarts else 0
+        config, restarted_at = self._config, self.restarts[-1].step if self.restarts else 0
         return learning_rate(config.schedule, 1.0, step, config.train.steps, restarted_at=restarted_at)
 
     def _regularization(self, traced: Any) -> Tensor | float:
@@ -316,7 +302,7 @@ class NerfModule(L.LightningModule):
                 "images belong together"
             )
         self._loader.attempt += 1
-        self.restarts.append({"step": step, "reason": reason, "attempt": self._loader.attempt})
+        self.restarts.append(fields.Restart(step=step, reason=reason, attempt=self._loader.attempt))
         self.loop.say(
             f"step {step}: the field has collapsed ({reason}); restarting it with a different seed "
             f"(attempt {self._loader.attempt} of seed {self._config.run.seed})"

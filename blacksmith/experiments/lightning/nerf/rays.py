@@ -15,18 +15,15 @@ from blacksmith.run.order import generator
 
 
 class RayBank:
-    """All rays of some views of one size: 4 bytes per pixel, and the camera of each view.
+    """All rays of some views of one size: 5 bytes per pixel, and the camera of each view.
 
-    A ray is a number, (view * height + row) * width + column. 100 views of 800x800 take 256 MB.
+    A ray is a number, (view * height + row) * width + column. 100 views of 800x800 take 320 MB.
     """
 
     def __init__(self, views: Views, device: torch.device | str) -> None:
         self.height, self.width = views.pixels.shape[1:3]
         self.pixels = torch.from_numpy(views.pixels).to(device).view(-1, 4)
-        # Rays of pixels that count, bool [views, height * width]; None: all.
-        self._used = None
-        if views.used is not None:
-            self._used = torch.from_numpy(views.used).to(device).flatten(1)
+        self._used = torch.from_numpy(views.used).to(device)
         self.cameras = cameras = views.cameras
         self._poses = torch.from_numpy(np.stack([c.pose for c in cameras])).to(device)
         intrinsics = np.array([(*c.focal, *c.center) for c in cameras], np.float32)
@@ -37,18 +34,10 @@ class RayBank:
 
     def pool(self, occupancy: Occupancy | None = None) -> Tensor:
         """The rays that training draws from, int32: of pixels that count and, given cells, can meet one."""
-        device, area = self.pixels.device, self.height * self.width
-        if occupancy is None and self._used is None:
-            return torch.arange(len(self), dtype=torch.int32, device=device)
-        if occupancy is None:
-            return self._used.flatten().nonzero()[:, 0].int()
-        pieces = []
-        for view, visible in enumerate(occupancy.visible_pixels(self.cameras)):
-            visible = visible.flatten()
-            if self._used is not None:
-                visible = visible & self._used[view]
-            pieces.append((visible.nonzero()[:, 0] + view * area).int())
-        return torch.cat(pieces)
+        used, area = self._used, self.height * self.width
+        if occupancy is not None:
+            used = (use & visible for use, visible in zip(used, occupancy.visible_pixels(self.cameras)))
+        return torch.cat([(use.view(-1).nonzero()[:, 0] + i * area).int() for i, use in enumerate(used)])
 
     def __call__(self, rays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Origins [rays, 3], unit directions [rays, 3] and straight RGBA [rays, 4] in [0, 1], all float32."""
@@ -132,6 +121,13 @@ class RayLoader:
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Returns to a place in the order; the pool must be the same as then."""
+        """Returns to a place in the order; the pool must be the same as then.
+
+        Raises:
+          ValueError: a number is not one that `state_dict` returns.
+        """
+        for name in _STATE:
+            if not isinstance(state[name], int) or state[name] < (name == "size"):
+                raise ValueError(f"{name} = {state[name]!r} is no place in an order of rays")
         vars(self).update({name: state[name] for name in _STATE})
         self._order = None

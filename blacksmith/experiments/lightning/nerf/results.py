@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from blacksmith.datasets.blender import Scene
+from blacksmith.datasets.blender.bounds import without_strays
 from blacksmith.datasets.blender.cameras import Camera, orbit
 from blacksmith.errors import CheckpointError, RunError
 from blacksmith.experiments.lightning.nerf.configs import Results
@@ -65,10 +66,10 @@ def score_views(
 
         picture = views.picture(index, background)
         truth = torch.as_tensor(picture, device=rgb.device)
-        used = None if views.used is None else views.used[index]
+        used = torch.as_tensor(views.used[index], device=rgb.device)
         scores = {"psnr": psnr(rgb, truth, used)}
-        if used is not None:  # the others cannot leave pixels out: they are given the true ones
-            rgb = torch.where(torch.as_tensor(used, device=rgb.device)[..., None], rgb, truth)
+        # The others cannot leave pixels out: they are given the true ones.
+        rgb = torch.where(used[..., None], rgb, truth)
         scores["ssim"] = ssim(rgb, truth)
         if lpips is not None:
             scores["lpips"] = lpips(rgb, truth)
@@ -165,7 +166,8 @@ def _rendered(field: RadianceField, camera: Camera, background: torch.Tensor, vi
 def _orbit(settings: Results, field: RadianceField, scene: Scene) -> list[Camera]:
     """The cameras of the video, at the mean distance of the training cameras."""
     center = field.bounds.cpu().numpy().mean(0)
-    radius = float(np.mean([np.linalg.norm(camera.pose[:, 3] - center) for camera in scene.cameras("train")]))
+    near = without_strays(scene.cameras("train"))
+    radius = float(np.mean([np.linalg.norm(camera.pose[:, 3] - center) for camera in near]))
     camera = scene.cameras("test")[0]
     width = settings.video_width or camera.width
     height = round(width * camera.height / camera.width)

@@ -26,7 +26,9 @@ ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 ALEXNET_SHA256 = "7be5be79"
 
 
-def psnr(render: Tensor | np.ndarray, truth: Tensor | np.ndarray, used: np.ndarray | None = None) -> float:
+def psnr(
+    render: Tensor | np.ndarray, truth: Tensor | np.ndarray, used: Tensor | np.ndarray | None = None
+) -> float:
     """Peak signal-to-noise ratio in dB: -10 log10 of the mean squared error, at most `PSNR_CAP`.
 
     `used`, bool [height, width], are the pixels that count; None: all.

@@ -1,18 +1,17 @@
 """NeRF in native Lightning: from the images of a Blender scene to a field, its scores and a video."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from pydantic import NonNegativeInt
 
 from blacksmith.datasets.blender import Scene
-from blacksmith.errors import ConfigError
+from blacksmith.errors import CheckpointError, ConfigError, first_line, note
 from blacksmith.experiments.lightning.nerf import fields
 from blacksmith.experiments.lightning.nerf.data import open_scene_of
+from blacksmith.experiments.lightning.nerf.masks import without_bad_masks
 from blacksmith.experiments.lightning.nerf.module import NerfModule
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
 from blacksmith.experiments.lightning.nerf.results import film, score_views, write_gallery
@@ -36,9 +35,8 @@ def train(run: Run) -> int:
     module, loader, loop = prepare(run, scene)
     parameters = sum(p.numel() for p in module.field.parameters())
     run.begin()
-    if not (loop.done and run.resumes_in_place):
-        fit(run, module, loader)
-        loop.between()  # a new directory gets a checkpoint even if no step was left to take
+    fit(run, module, loader)
+    loop.between()  # a new directory gets a checkpoint even if no step was left to take
     module.release()
 
     def test(saved: Saved) -> dict[str, Any] | None:
@@ -50,7 +48,9 @@ def train(run: Run) -> int:
         write_gallery(run, scored)
         return scored if film(run, field, scene) else None
 
-    return loop.finish(test, {"parameters": parameters, "restarts": module.restarts})
+    return loop.finish(
+        test, {"parameters": parameters, "restarts": [restart.model_dump() for restart in module.restarts]}
+    )
 
 
 def check_device(run: Run) -> None:
@@ -69,7 +69,9 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
     config, settings = run.config, run.config.train
 
     # Rays of all training pixels stay on the device; a few validation views are rendered now and then.
-    images = scene.views("train")
+    images, masks = scene.views("train"), None
+    if config.hull:
+        images, masks = without_bad_masks(images, run.device, note)
     rays = RayBank(images, run.device)
     first = settings.rays if config.samples is None else min(1024, settings.rays)
     loader = RayLoader(settings.steps, config.run.seed, first, rays=len(rays))
@@ -77,11 +79,10 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
     wanted = min(settings.validation_views, count)
     held_out = scene.views("val", np.linspace(0, count - 1, wanted).round().astype(int))
 
-    # A resumed field gets its box and its weights from the checkpoint, which Lightning loads.
     if run.resumed is None:
-        field = fields.for_scene(config, images, run.device, lambda line: print(line, file=sys.stderr))
+        field = fields.for_scene(config, images.cameras, masks, run.device, note)
     else:
-        field = fields.build(config, run.resumed.value("rows", NonNegativeInt))
+        field = fields.trained(config, run.resumed, run.device)
 
     module = NerfModule(run, field, rays, loader, held_out)
     module.loop = Loop(
@@ -109,4 +110,9 @@ def fit(run: Run, module: NerfModule, loader: RayLoader, callbacks: Sequence[L.C
         callbacks=list(callbacks),
     )
     resumed = None if run.resumed is None else run.resumed.path / fields.WEIGHTS
-    trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
+    try:
+        trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
+    except Exception as error:
+        if resumed is None or module.started:
+            raise
+        raise CheckpointError(f"{resumed} does not fit this run: {first_line(error)}") from error

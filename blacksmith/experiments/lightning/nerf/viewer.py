@@ -21,7 +21,7 @@ from viser.transforms import SO3
 from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.errors import ConfigError
 from blacksmith.experiments.lightning.nerf.pictures import depth_colors, to_bytes
-from blacksmith.experiments.lightning.nerf.viewer_access import checked_requests, quiet_about_junk
+from blacksmith.experiments.lightning.nerf.viewer_access import guarded
 from blacksmith.models.pytorch.nerf.rendering import RadianceField, camera_rays
 
 RESPONSE_SECONDS = 0.08  # for a preview, and while refining until the next check for a newer camera
@@ -75,7 +75,9 @@ def serve(
     # A browser may disconnect while its picture is rendered; viser warns about that.
     warnings.filterwarnings("ignore", message="Queued a .* on a closed connection")
     rich.get_console().quiet = True  # viser prints a banner to stdout, which is for results
-    with _started(host, port) as server:
+    with guarded(host), contextlib.ExitStack() as stack:
+        server = _Server(host=host, port=port, label="blacksmith", verbose=False)
+        stack.callback(server.stop)
         server.scene.set_up_direction("+z")
         server.gui.configure_theme(show_share_button=False, show_logo=False)
         server.initial_camera.position = camera.pose[:, 3]
@@ -97,18 +99,6 @@ def serve(
             busy = [browser.step() for browser in list(browsers.values())]
             if not any(busy):
                 time.sleep(IDLE_SECONDS)
-
-
-@contextlib.contextmanager
-def _started(host: str, port: int) -> Iterator[_Server]:
-    """A running server that answers only to its own page; it is stopped at the end."""
-    with checked_requests(host):
-        server = _Server(host=host, port=port, label="blacksmith", verbose=False)
-    with quiet_about_junk():
-        try:
-            yield server
-        finally:
-            server.stop()
 
 
 class Browser:

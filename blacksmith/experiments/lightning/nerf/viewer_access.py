@@ -52,9 +52,13 @@ def _is_address(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def checked_requests(host: str) -> Iterator[None]:
-    """Servers that viser starts meanwhile refuse requests as `refusal` says, with status 403."""
-    serve = websockets.asyncio.server.serve
+def guarded(host: str) -> Iterator[None]:
+    """A viewer that is started meanwhile refuses requests as `refusal` says, with status 403.
+
+    Messages that are not viser's are mentioned in one line for each kind, instead of a traceback each.
+    """
+    serve, told = websockets.asyncio.server.serve, set()
+    loggers = [logging.getLogger(name) for name in ("websockets.server", "asyncio")]
 
     def checking(*arguments: Any, process_request: Any, **options: Any) -> Any:
         def check(connection: ServerConnection, request: Request) -> Response | None:
@@ -66,43 +70,22 @@ def checked_requests(host: str) -> Iterator[None]:
 
         return serve(*arguments, process_request=check, **options)
 
-    # viser has no argument for this.
-    websockets.asyncio.server.serve = checking
+    def shown(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        kind = type(error).__name__
+        # A handshake fails if someone does not speak HTTP.
+        if error is not None and kind not in told and record.getMessage() != "opening handshake failed":
+            told.add(kind)
+            what = f"{kind}: {first_line(error)}"[:120].encode("unicode_escape").decode()
+            print(f"viewer: ignored a message that is not from its page ({what})", file=sys.stderr)
+        return error is None
+
+    websockets.asyncio.server.serve = checking  # viser has no argument for this
+    for logger in loggers:
+        logger.addFilter(shown)
     try:
         yield
     finally:
         websockets.asyncio.server.serve = serve
-
-
-class _OneLine(logging.Filter):
-    """Turns the traceback of a message that viser cannot read into a line, once per kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._told: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not record.exc_info or record.exc_info[1] is None:
-            return True
-        if record.getMessage() == "opening handshake failed":  # by someone who does not speak HTTP
-            return False
-        error = record.exc_info[1]
-        kind = type(error).__name__
-        if kind not in self._told:
-            self._told.add(kind)
-            what = f"{kind}: {first_line(error)}"[:120].encode("unicode_escape").decode()
-            print(f"viewer: ignored a message that is not from its page ({what})", file=sys.stderr)
-        return False
-
-
-@contextlib.contextmanager
-def quiet_about_junk() -> Iterator[None]:
-    """Messages that are not viser's are mentioned in one line each kind, instead of a traceback each."""
-    loggers, filter_ = [logging.getLogger(name) for name in ("websockets.server", "asyncio")], _OneLine()
-    for logger in loggers:
-        logger.addFilter(filter_)
-    try:
-        yield
-    finally:
         for logger in loggers:
-            logger.removeFilter(filter_)
+            logger.removeFilter(shown)

@@ -328,6 +328,8 @@ class GridField(nn.Module):
         self._shape = tuple(self.shape.tolist())
         self.unit = float(self.unit_length)
         size = self.bounds[1] - self.bounds[0]
+        if min(self._shape) < 2 or not bool((size > 0).all()):
+            raise ValueError(f"a grid of {self._shape} vertices over {self.bounds.tolist()}")
         self.voxel = float(size.mean()) / (sum(self._shape) / 3 - 1)
         self.row.zero_()
         vertices = reachable_vertices(self.allocated, self._shape).view(-1).nonzero()[:, 0]

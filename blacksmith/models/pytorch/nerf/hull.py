@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blacksmith.datasets.blender.cameras import Camera
 from blacksmith.models.pytorch.nerf.occupancy import grid_points, unravel
-from blacksmith.models.pytorch.nerf.projection import NEAR, grow, pixels_across, project, splat
+from blacksmith.models.pytorch.nerf.projection import NEAR, contained, grow, pixels_across, project, splat
 
 _COMPARED_CELLS = (32, 64)  # along each side of the box, coarse to fine, when masks are compared
 _COMPARED_PIXELS = 128  # of the longer side of a mask, at most
@@ -38,13 +38,9 @@ def visual_hull(masks: Tensor, cameras: Sequence[Camera], bounds: Tensor, resolu
             x, y, depth = project(camera, centers)
             radius = float(side.norm()) / 2
             pixels = pixels_across(camera, radius, depth)
-            grown = grow(mask.to(bounds.device), pixels)
-            column, row = x.long(), y.long()
             # A view can rule out only cells that are completely inside its picture.
-            seen = (depth > NEAR * radius) & (x >= pixels) & (x < camera.width - pixels)
-            seen &= (y >= pixels) & (y < camera.height - pixels)
-            place = row.clamp(0, camera.height - 1) * camera.width + column.clamp(0, camera.width - 1)
-            cells = cells[~seen | grown.view(-1)[place]]
+            inside, masked = contained(camera, x, y, pixels, grow(mask.to(bounds.device), pixels))
+            cells = cells[~(inside & (depth > NEAR * radius)) | masked]
         if level == resolution:
             hull = torch.zeros(level**3, dtype=torch.bool, device=bounds.device)
             hull[cells] = True
@@ -114,11 +110,9 @@ def _votes(
         )
         # The bound of `pixels_across`, for each ball instead of the nearest.
         pixels = (max(camera.focal) * radius * (1 + slope) / depth.clamp(min=NEAR * radius)).ceil() + 1
-        inside = (depth > NEAR * radius) & (pixels <= _FARTHEST)
-        inside &= (x >= pixels) & (x < camera.width - pixels) & (y >= pixels) & (y < camera.height - pixels)
-        place = y.long().clamp(0, camera.height - 1) * camera.width + x.long().clamp(0, camera.width - 1)
-        seen.append(inside)
-        empty.append(inside & (distance.view(-1).to(centers.device)[place] > pixels))
+        inside, nearest = contained(camera, x, y, pixels, distance.to(centers.device))
+        seen.append(inside & (depth > NEAR * radius) & (pixels <= _FARTHEST))
+        empty.append(seen[-1] & (nearest > pixels))
     return torch.stack(seen), torch.stack(empty)
 
 
@@ -138,18 +132,14 @@ def _reduced(matter: Tensor, maybe: Tensor, cameras: Sequence[Camera]) -> tuple[
     factor = -(-max(height, width) // _COMPARED_PIXELS)
     rows, columns = -(-height // factor), -(-width // factor)
     padding = [0, columns * factor - width, 0, rows * factor - height]
-    smaller = [
-        F.max_pool2d(F.pad(mask.float()[None], padding), factor)[0] > 0
-        for masks in (matter, maybe)
-        for mask in masks
-    ]
+
+    def smaller(masks: Tensor) -> Tensor:
+        return torch.stack(
+            [F.max_pool2d(F.pad(mask.float()[None], padding), factor)[0] > 0 for mask in masks]
+        )
+
     whole = [dataclasses.replace(c, width=columns * factor, height=rows * factor) for c in cameras]
-    count = len(cameras)
-    return (
-        torch.stack(smaller[:count]),
-        torch.stack(smaller[count:]),
-        [c.resized(columns, rows) for c in whole],
-    )
+    return smaller(matter), smaller(maybe), [c.resized(columns, rows) for c in whole]
 
 
 def _parts(cells: Tensor, level: int) -> Tensor:

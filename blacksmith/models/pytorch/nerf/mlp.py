@@ -91,6 +91,11 @@ class MlpField(nn.Module):
         self.coarse = Network(**network)
         self.fine = Network(**network)
 
+    @property
+    def unit(self) -> float:
+        """A 96th of the box, for which opacities are given."""
+        return float((self.bounds[1] - self.bounds[0]).mean()) / 96
+
     def trace(
         self,
         origins: Tensor,

@@ -55,55 +55,66 @@ class Occupancy(nn.Module):
         Rays are origins and unit directions, [rays, 3]; places are in the unit box. The generator shifts each
         ray's samples by a random part of a step; without one they are at half steps.
         """
-        device, resolution = origins.device, self.resolution
-        low, size = self.bounds[0], self.bounds[1] - self.bounds[0]
-        # Transposed to [3, rays]: the values of an axis are contiguous, which CPU vector instructions need.
-        start = ((origins - low) / size).T.contiguous()
-        # A direction along an axis is tilted a little, so that nothing below divides by zero.
-        slanted = torch.where(directions.abs() < 1e-6, torch.full_like(directions, 1e-6), directions)
-        slope = (slanted / size).T.contiguous()
-        # In the unit box a ray is start + distance * slope, and it crosses the two planes of an axis at
-        # -start / slope and (1 - start) / slope. It is inside from the last entry to the first exit (the slab
-        # method, Kay and Kajiya 1986).
-        enter, leave = -start / slope, (1 - start) / slope
-        near = torch.minimum(enter, leave).amax(0).clamp(min=self.near_far[0])
-        far = torch.maximum(enter, leave).amin(0).clamp(max=self.near_far[1])
-
-        # Rays are cut into segments of `count` samples, at most two blocks long. One lookup at the middle of
-        # a segment decides for all of its samples: they lie within one block of the middle, and `blocks`
-        # marks the neighbors of marked blocks too.
-        count = max(1, int(_SEGMENT * float(size.min()) / resolution / step))
-        length = count * step
-        longest = float((far - near).amax()) if len(near) else 0.0
-        most = max(1, math.ceil(longest / length))
-        begin = near[:, None] + torch.arange(most, device=device) * length
-        block = torch.zeros(begin.shape, dtype=torch.int64, device=device)
-        for axis in (2, 1, 0):
-            place = torch.addcmul(start[axis, :, None], slope[axis, :, None], begin + length / 2)
-            index = place.mul_(resolution / BLOCK).long().clamp_(0, self.blocks.shape[0] - 1)
-            block.mul_(self.blocks.shape[0]).add_(index)
-        active = self.blocks.view(-1)[block] & (begin < far[:, None])
-        ray, segment = active.nonzero(as_tuple=True)
+        rays, device = len(origins), origins.device
+        start, slope, near, far = self._within(origins, directions)
+        # Rays are cut into segments of `count` samples, at most two blocks long.
+        count = max(
+            1, int(_SEGMENT * float((self.bounds[1] - self.bounds[0]).min()) / self.resolution / step)
+        )
+        ray, begin = self._segments(start, slope, near, far, count * step)
         if generator is None:
-            shift = torch.full((len(origins),), 0.5, device=device)
+            shift = torch.full((rays,), 0.5, device=device)
         else:
-            shift = torch.rand(len(origins), generator=generator, device=device)
-        first = (begin[ray, segment] + shift[ray] * step)[:, None]
-        distance = torch.arange(count, device=device) * step + first
+            shift = torch.rand(rays, generator=generator, device=device)
+        distance = torch.arange(count, device=device) * step + (begin + shift[ray] * step)[:, None]
 
-        # Now the cell of each sample in the segments that are left.
+        # Now the cell of each sample in these segments.
         cell = torch.zeros(distance.shape, dtype=torch.int64, device=device)
         inside = distance < self.near_far[1]
         places = []
         for axis in (2, 1, 0):
             place = torch.addcmul(start[axis][ray][:, None], slope[axis][ray][:, None], distance)
             inside &= (place >= 0) & (place < 1)
-            cell.mul_(resolution).add_((place * resolution).long())
+            cell.mul_(self.resolution).add_((place * self.resolution).long())
             places.append(place.view(-1))
-        cell.clamp_(0, resolution**3 - 1)
+        cell.clamp_(0, self.resolution**3 - 1)
         kept = (inside & self.cells.view(-1)[cell]).view(-1).nonzero()[:, 0]
         unit = torch.stack([place[kept] for place in reversed(places)])
         return Samples(ray[kept // count], distance.view(-1)[kept], step), unit
+
+    def _within(self, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rays in the unit box, start + distance * slope, [3, rays], and between which distances, [rays]."""
+        low, size = self.bounds[0], self.bounds[1] - self.bounds[0]
+        # Transposed to [3, rays]: the values of an axis are contiguous, which CPU vector instructions need.
+        start = ((origins - low) / size).T.contiguous()
+        # A direction along an axis is tilted a little, so that nothing below divides by zero.
+        slanted = torch.where(directions.abs() < 1e-6, torch.full_like(directions, 1e-6), directions)
+        slope = (slanted / size).T.contiguous()
+        # A ray crosses the two planes of an axis at -start / slope and (1 - start) / slope. It is inside from
+        # the last entry to the first exit (the slab method, Kay and Kajiya 1986).
+        enter, leave = -start / slope, (1 - start) / slope
+        near = torch.minimum(enter, leave).amax(0).clamp(min=self.near_far[0])
+        far = torch.maximum(enter, leave).amin(0).clamp(max=self.near_far[1])
+        return start, slope, near, far
+
+    def _segments(
+        self, start: Tensor, slope: Tensor, near: Tensor, far: Tensor, length: float
+    ) -> tuple[Tensor, Tensor]:
+        """The segments of rays, `length` long, near marked cells: ray and distance where they begin.
+
+        One lookup at the middle of a segment decides for all of its samples: they lie within one block of the
+        middle, and `blocks` marks the neighbors of marked blocks too.
+        """
+        blocks = self.blocks.shape[0]
+        longest = float((far - near).amax()) if len(near) else 0.0
+        most = max(1, math.ceil(longest / length))
+        begin = near[:, None] + torch.arange(most, device=near.device) * length
+        block = torch.zeros(begin.shape, dtype=torch.int64, device=near.device)
+        for axis in (2, 1, 0):
+            place = torch.addcmul(start[axis, :, None], slope[axis, :, None], begin + length / 2)
+            block.mul_(blocks).add_(place.mul_(self.resolution / BLOCK).long().clamp_(0, blocks - 1))
+        ray, segment = (self.blocks.view(-1)[block] & (begin < far[:, None])).nonzero(as_tuple=True)
+        return ray, begin[ray, segment]
 
     def visible_pixels(self, cameras: Sequence[Camera]) -> Iterator[Tensor]:
         """For each camera, which rays can meet a marked cell, bool [height, width]; may include others."""

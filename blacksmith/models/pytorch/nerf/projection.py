@@ -41,6 +41,18 @@ def _steepest(camera: Camera) -> float:
     return max(x, y, 0.0)
 
 
+def contained(
+    camera: Camera, x: Tensor, y: Tensor, margin: Tensor | int, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which points x, y are farther than `margin` pixels from the rim of a picture, and its values there.
+
+    `values` is [height, width]; those of points beside the picture mean nothing.
+    """
+    inside = (x >= margin) & (x < camera.width - margin) & (y >= margin) & (y < camera.height - margin)
+    column, row = x.long().clamp(0, camera.width - 1), y.long().clamp(0, camera.height - 1)
+    return inside, values.view(-1)[row * camera.width + column]
+
+
 def grow(mask: Tensor, pixels: int) -> Tensor:
     """Marks everything within `pixels` of a marked pixel."""
     # A square maximum is one along rows, then one along columns: 2n operations per pixel instead of n^2.

@@ -123,6 +123,9 @@ class RadianceField(Protocol):
     bounds: Tensor
     """float32 [2, 3]: the lower and the upper corner of the box that holds the scene, in world units."""
 
+    unit: float
+    """The length in world units for which opacities are given."""
+
     def render(
         self, origins: Tensor, directions: Tensor, background: Tensor, *, quality: float = 1.0
     ) -> Rendered:

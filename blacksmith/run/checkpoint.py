@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,15 @@ import pydantic
 from safetensors import SafetensorError, safe_open
 
 from blacksmith.errors import CheckpointError, ConfigError, first_line, note
-from blacksmith.files import TEMPORARY, file_sha256, read_json, remove, temporary_directory, temporary_name
+from blacksmith.files import (
+    TEMPORARY,
+    file_sha256,
+    read_json,
+    remove,
+    settle,
+    temporary_directory,
+    temporary_name,
+)
 from blacksmith.run.manifest import Manifest, set_aside
 
 FORMAT_VERSION = 3
@@ -130,8 +137,6 @@ class Checkpoints:
         with temporary_directory(target) as temporary:
             own = write(temporary)
             files = sorted(p for p in temporary.rglob("*") if p.is_file())
-            for path in files:
-                _fsync(path)
             content = {
                 **state,
                 "own": dict(own or {}),
@@ -141,12 +146,8 @@ class Checkpoints:
                 "sha256": {str(p.relative_to(temporary)): file_sha256(p) for p in files},
             }
             content["state_sha256"] = _content_sha256(content)
-            with (temporary / "state.json").open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            for path in files:
-                shutil.copymode(temporary / "state.json", path)  # safetensors makes its files private
+            (temporary / "state.json").write_text(json.dumps(content, indent=1))
+            settle(temporary)
             _fsync(temporary)
             if os.path.lexists(target) and not (self._owns(target) and target.is_dir()):
                 set_aside(target)

@@ -98,16 +98,7 @@ class Run:
                         self.begin()
                     yield self
                 except BaseException as error:
-                    refused = isinstance(error, (ConfigError, DataError, CheckpointError))
-                    if refused and made and not self.checkpoints.steps():
-                        self._close()
-                        # Another run, or a user's file, may be in one of them by now.
-                        with contextlib.suppress(OSError):
-                            (self._manifest.dispose if self._manifest else self.directory.rmdir)()
-                            for parent in made[1:]:
-                                parent.rmdir()
-                    elif self._changed and self._in_place():
-                        self._record_failure(error)
+                    self._give_up(error, made)
                     raise
                 finally:
                     self._close()
@@ -121,6 +112,18 @@ class Run:
         with locked(self.directory) as self._in_place:
             self._manifest = self.checkpoints.manifest = Manifest(self.directory)
             yield
+
+    def _give_up(self, error: BaseException, made: Sequence[Path]) -> None:
+        """After `error`: removes the directories that a refused run `made`, or records that a run failed."""
+        refused = isinstance(error, (ConfigError, DataError, CheckpointError))
+        if refused and made and not self.checkpoints.steps():
+            self._close()
+            with contextlib.suppress(OSError):  # another run, or a user's file, may be in one of them by now
+                (self._manifest.dispose if self._manifest else self.directory.rmdir)()
+                for parent in made[1:]:
+                    parent.rmdir()
+        elif self._changed and self._in_place():
+            self._record_failure(error)
 
     def _explain(self, error: Exception) -> None:
         """Raises a `RunError` in place of an error that has its cause in the run directory."""

@@ -29,6 +29,14 @@ def test_every_link_leads_to_a_file(page):
             assert (page.parent / target).exists(), target
 
 
+def test_every_promise_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+|tests/\S+)`", (ROOT / "docs" / "reliability.md").read_text()))
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    there = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert len(named) > 30
+    assert named <= there | {str(file.relative_to(ROOT)) for file in files}
+
+
 def test_the_tables_of_parameters_are_up_to_date():
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "parameter_tables.py", "--check"], capture_output=True, text=True

@@ -115,6 +115,15 @@ def _describe(say: Callable[[str], None], box: np.ndarray, source: str) -> None:
     say(f"box {source}: ({low}) to ({high}) in world units; nerf.Data.bounds sets it")
 
 
+def like(config: Config, saved: Saved) -> GridField | MlpField:
+    """A new field of the size of a checkpoint's; raises CheckpointError if there is no room for it."""
+    rows = saved.value("rows", NonNegativeInt)
+    try:
+        return build(config, rows)
+    except RuntimeError as error:
+        raise CheckpointError(f"{saved.path}: a table of {rows:,} rows: {first_line(error)}") from error
+
+
 def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
     """The field of a checkpoint, for rendering.
 
@@ -126,7 +135,7 @@ def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {name.removeprefix("field."): value for name, value in content["state_dict"].items()}
-        field = build(config, saved.value("rows", NonNegativeInt))
+        field = like(config, saved)
         field.load_state_dict(state)
     except CheckpointError:
         raise

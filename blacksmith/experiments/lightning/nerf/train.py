@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from pydantic import NonNegativeInt
 
 from blacksmith.datasets.blender import Scene
 from blacksmith.errors import ConfigError
@@ -81,7 +80,7 @@ def prepare(run: Run, scene: Scene) -> tuple[NerfModule, RayLoader, Loop]:
     if run.resumed is None:
         field = fields.for_scene(config, images, run.device, lambda line: print(line, file=sys.stderr))
     else:
-        field = fields.build(config, run.resumed.value("rows", NonNegativeInt))
+        field = fields.like(config, run.resumed)
 
     module = NerfModule(run, field, rays, loader, held_out)
     module.loop = Loop(

@@ -26,38 +26,35 @@ def export_model(model: keras.Model, directory: Path, inputs: np.ndarray, output
     Raises:
       RunError: a file cannot be loaded, or computes something else than the model.
     """
-    own = "model.stablehlo" if keras.config.backend() == "jax" else "model.pt2"
+    own_layers = {type(layer).__name__: type(layer) for layer in model._flatten_layers()}
+    # In Keras's safe mode, which runs no code from the file.
+    loaders = {
+        "model.keras": lambda path: keras.saving.load_model(path, custom_objects=own_layers),
+    }
     model.save(directory / "model.keras")
-    if own == "model.stablehlo":
-        (directory / own).write_bytes(_stablehlo(model))
+    if keras.config.backend() == "jax":
+        (directory / "model.stablehlo").write_bytes(_stablehlo(model))
+        loaders["model.stablehlo"] = _load_stablehlo
     else:
-        _export_torch(model, directory / own)
+        _export_torch(model, directory / "model.pt2")
+        loaders["model.pt2"] = _load_torch
     precise = all(layer.compute_dtype == "float32" for layer in model._flatten_layers())
     tolerance = TOLERANCE if precise else LOW_PRECISION_TOLERANCE
     x = ops.convert_to_tensor(inputs, model.inputs[0].dtype)
-    own_layers = {type(layer).__name__: type(layer) for layer in model._flatten_layers()}
-    loaders = {
-        # In Keras's safe mode, which runs no code from the file.
-        "model.keras": lambda path: keras.saving.load_model(path, custom_objects=own_layers),
-        "model.stablehlo": _load_stablehlo,
-        "model.pt2": _load_torch,
-    }
-    for name in ("model.keras", own):
+    cure = "a layer of one's own needs a get_config that returns all its arguments; nothing is exported"
+    for name, load in loaders.items():
         try:
-            found = ops.convert_to_numpy(ops.cast(loaders[name](directory / name)(x), "float32"))
+            found = ops.convert_to_numpy(ops.cast(load(directory / name)(x), "float32"))
         except Exception as error:  # of three libraries
-            raise RunError(
-                f"{name} cannot be loaded back ({type(error).__name__}: {first_line(error)}); a layer of "
-                "one's own needs a get_config that returns all its arguments; nothing is exported"
-            ) from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise RunError(f"{name} cannot be loaded back ({reason}); {cure}") from error
         difference = np.abs(found - outputs).max() / max(np.abs(outputs).max(), np.finfo(np.float32).tiny)
         if not difference <= tolerance:
             raise RunError(
                 f"{name} computes something else than the evaluated model: its outputs differ by "
-                f"{difference:.2g} of the largest, allowed {tolerance:g}; a layer of one's own needs a "
-                "get_config that returns all its arguments; nothing is exported"
+                f"{difference:.2g} of the largest, allowed {tolerance:g}; {cure}"
             )
-    return ["model.keras", own]
+    return list(loaders)
 
 
 def _load_stablehlo(path: Path) -> Callable:

@@ -5,7 +5,7 @@ and autograd.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -26,6 +26,22 @@ from blacksmith.trainers.backend_state import (
 from blacksmith.trainers.task import Backend, Task
 from blacksmith.trainers.torch_graph import Tensors, simplify, trace
 from blacksmith.trainers.torch_optimizer import make_optimizer_step, write_back
+
+
+class Row(NamedTuple):
+    """What a step needs besides the data and the weights."""
+
+    columns: tuple[Tensor, ...]  # indices int64 [batch], weights [batch], and augmentation, if there is any
+    seed: int  # of PyTorch's generator
+    planned: Any  # by the optimizer, see `torch_optimizer`
+
+
+class Taken(NamedTuple):
+    """What a step computed: from it, `TorchBackend.values` makes the logged values."""
+
+    loss: Tensor  # []
+    outputs: Tensor  # [batch, ...]
+    labels: Tensor  # [batch, ...]
 
 
 class TorchBackend(Backend):
@@ -49,8 +65,8 @@ class TorchBackend(Backend):
     def train_block(self, block: Block, step: int) -> dict[str, np.ndarray]:
         return self.values([self.step(row) for row in self.rows(block, step)], block.weights)
 
-    def rows(self, block: Block, step: int) -> list[tuple[Any, ...]]:
-        """What `step` needs for each step: indices, weights and augmentation; seed; the optimizer's plan."""
+    def rows(self, block: Block, step: int) -> list[Row]:
+        """What `step` needs for each step of a block."""
         count, batch = block.indices.shape
         columns = [block.indices.astype(np.int64), block.weights]
         if self.task.augmentation is not None:
@@ -58,18 +74,18 @@ class TorchBackend(Backend):
         tensors = [self._on_device(column).unbind(0) for column in columns]
         # Some of PyTorch's generators take signed and some unsigned 64-bit seeds; 63 bits fit both.
         seeds = (step_seeds(self.task.seed, step, count) >> np.uint64(1)).tolist()
-        return list(zip(zip(*tensors), seeds, self._optimizer.plan(count)))
+        return list(map(Row, zip(*tensors), seeds, self._optimizer.plan(count)))
 
-    def step(self, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Trains on one batch; returns the loss [], the outputs [batch, ...] and the labels [batch]."""
+    def step(self, row: Row) -> Taken:
+        """Trains on one batch."""
         with torch.no_grad():
-            loss, outputs, labels, gradients = self.gradients(row)
-            self._optimizer.apply(self._trainable, gradients, row[-1])
-        return loss, outputs, labels
+            taken, gradients = self.gradients(row)
+            self._optimizer.apply(self._trainable, gradients, row.planned)
+        return taken
 
-    def gradients(self, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+    def gradients(self, row: Row) -> tuple[Taken, Tensors]:
         """What `step` returns, and the gradients of the trainable variables; changes no trainable weight."""
-        (indices, *drawn), seed, _ = row
+        indices, *drawn = row.columns
         x, y = (data.index_select(0, indices) for data in self._data)
         columns, count = [x, y, *drawn], self.task.accumulate
         parts = [columns] if count == 1 else [list(p) for p in zip(*(c.chunk(count) for c in columns))]
@@ -78,19 +94,17 @@ class TorchBackend(Backend):
             self._graph = simplify(trace(self._forward_backward, (self._trainable, self._fixed, parts[0])))
         if self._random:
             # After tracing, which draws random numbers too, and a resumed run traces at a different step.
-            self._reseed(seed)
+            self._reseed(row.seed)
         if len(parts) == 1:
             return self._part(parts[0])
         done = [self._part(part) for part in parts]
-        total = done[0][3]
-        for _, _, _, more in done[1:]:
+        total = done[0][1]
+        for _, more in done[1:]:
             torch._foreach_add_(total, more)
-        loss = torch.stack([d[0] for d in done]).sum()
-        return loss, torch.cat([d[1] for d in done]), y, total
+        loss = torch.stack([taken.loss for taken, _ in done]).sum()
+        return Taken(loss, torch.cat([taken.outputs for taken, _ in done]), y), total
 
-    def values(
-        self, done: Sequence[tuple[Tensor, Tensor, Tensor]], weights: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def values(self, done: Sequence[Taken], weights: np.ndarray) -> dict[str, np.ndarray]:
         """Loss and metrics, float32 [steps], from what `step` returned; one transfer per name."""
         losses, outputs, labels = zip(*done)
         found = {"loss": torch.stack(losses).cpu().numpy()}
@@ -115,7 +129,7 @@ class TorchBackend(Backend):
     def distributions(self, block: Block, step: int) -> dict[str, np.ndarray]:
         fixed = [t.clone() for t in self._fixed]
         with torch.no_grad():
-            *_, gradients = self.gradients(self.rows(block, step)[0])
+            _, gradients = self.gradients(self.rows(block, step)[0])
         self._fixed = fixed
         found = {}
         for v, w, g in zip(self.task.model.trainable_variables, self._trainable, gradients):
@@ -148,11 +162,11 @@ class TorchBackend(Backend):
         self._trainable = [v.value.detach() for v in model.trainable_variables]
         self._fixed = [v.value.detach() for v in model.non_trainable_variables]
 
-    def _part(self, part: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+    def _part(self, part: Tensors) -> tuple[Taken, Tensors]:
         loss, outputs, *rest = self._graph(*self._trainable, *self._fixed, *part)
         count = len(self._trainable)
         self._fixed = rest[count:]
-        return loss, outputs, part[1], rest[:count]
+        return Taken(loss, outputs, part[1]), rest[:count]
 
     def _forward_backward(
         self, trainable: Tensors, fixed: Tensors, part: Tensors

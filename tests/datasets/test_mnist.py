@@ -322,3 +322,9 @@ def test_loading_imports_neither_frameworks_nor_tfds():
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("source", ["auto", "idx", "tfds"])
+def test_a_path_that_cannot_be_looked_at_is_refused(tmp_path, source):
+    with pytest.raises(DataError, match=r"a+: cannot be read \(File name too long\)"):
+        mnist.load(source, tmp_path / ("a" * 5000))

@@ -207,6 +207,12 @@ def write_idx(directory: Path) -> None:
         (directory / f"{name}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
 
 
+def test_pixels_that_float32_cannot_hold_are_refused():
+    for extreme in ("scale = 1e-40", "std = 1e-300", "mean = -1e300"):
+        with pytest.raises(ConfigError, match="give pixels up to"):
+            launcher.resolve([FILES["jax"]], [f"mnist.Data.{extreme}"])
+
+
 def test_a_mode_that_the_experiment_lacks_is_refused(tmp_path):
     resolved = launcher.resolve([FILES["torch"]], [])
     with pytest.raises(ConfigError, match=r"--mode=view: .*train, eval, export"):

@@ -47,9 +47,9 @@ def train_eagerly(steps, **setup):
     loss = []
     for step in range(steps):
         row = made.backend.rows(made.order.block(step, 1), step)[0]
-        one, _, _, gradients = made.backend.gradients(row)
+        taken, gradients = made.backend.gradients(row)
         made.task.optimizer.apply(gradients, made.task.model.trainable_variables)
-        loss.append(one.item())
+        loss.append(taken.loss.item())
     # Not the backend's state, which would write its own step count into the optimizer.
     state = {f"state/{name}": array for name, array in read_state(made.task).items()}
     return {"loss": np.array(loss, np.float32), **state}

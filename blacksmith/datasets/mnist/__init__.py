@@ -12,6 +12,7 @@ import numpy as np
 
 from blacksmith import files
 from blacksmith.datasets.mnist import idx, mnist5k, tfds_source
+from blacksmith.datasets.mnist.arrays import Arrays
 from blacksmith.errors import DataError, note
 from blacksmith.run import order
 
@@ -98,21 +99,14 @@ def load(
     directory = None if path is None else files.absolute(path)
     if name != "mnist" and source != "tfds":
         raise DataError(f"the set {name!r} needs source 'tfds', not {source!r}")
-    if source == "auto":
-        source = _first_available(directory)
-    if source == "idx":
-        origin = directory or files.cache_dir() / "mnist"
-        arrays = idx.load(origin)
-    elif source == "tfds":
-        arrays, origin = tfds_source.load(name, directory or tfds_source.default_data_dir())
-    elif source == "mnist5k" and directory is None:
-        arrays, origin = mnist5k.load(), None
-        if validation == DEFAULT_VALIDATION:
-            validation = MNIST5K_VALIDATION
-    elif source == "mnist5k":
-        raise DataError("the source mnist5k is bundled; remove the path, or choose idx or tfds")
-    else:
-        raise DataError(f"no MNIST source {source!r}; allowed: auto, idx, tfds, mnist5k")
+    try:
+        if source == "auto":
+            source = _first_available(directory)
+        arrays, origin = _read(source, name, directory)
+    except OSError as error:  # a path that is too long, say, or may not be looked at
+        raise DataError(f"{directory or source}: cannot be read ({error.strerror})") from error
+    if source == "mnist5k" and validation == DEFAULT_VALIDATION:
+        validation = MNIST5K_VALIDATION
 
     size = len(arrays.train_labels)
     held_out = 0 if validation == "test" else validation
@@ -138,6 +132,20 @@ def load(
         validation_is_test=validation == "test",
     )
     return Mnist(train, validation_split, test, info)
+
+
+def _read(source: str, name: str, directory: Path | None) -> tuple[Arrays, Path | None]:
+    """The arrays of one source, and where they were, if they are not bundled."""
+    if source == "idx":
+        directory = directory or files.cache_dir() / "mnist"
+        return idx.load(directory), directory
+    if source == "tfds":
+        return tfds_source.load(name, directory or tfds_source.default_data_dir())
+    if source != "mnist5k":
+        raise DataError(f"no MNIST source {source!r}; allowed: auto, idx, tfds, mnist5k")
+    if directory is not None:
+        raise DataError("the source mnist5k is bundled; remove the path, or choose idx or tfds")
+    return mnist5k.load(), None
 
 
 def _first_available(directory: Path | None) -> str:

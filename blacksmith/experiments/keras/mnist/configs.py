@@ -8,10 +8,12 @@ from pydantic import NonNegativeInt, PositiveInt
 from blacksmith.config.conditions import Is
 from blacksmith.config.sections import section, setting
 from blacksmith.config.settings import CheckpointConfig, KerasConfig, KerasTrainConfig, check_warmup
+from blacksmith.errors import ConfigError
 
 if TYPE_CHECKING:
     from blacksmith.datasets import mnist
 
+_FLOAT32_MAX = 3.4e38
 _VALIDATION = {"mnist.Data.validation": Is("not 0", lambda samples: samples != 0)}
 
 
@@ -103,8 +105,15 @@ class Config(KerasConfig):
     checkpoint: Checkpoint
 
     def check(self) -> None:
-        """Raises ConfigError if the warm-up is longer than the run."""
+        """Raises ConfigError if the warm-up is longer than the run, or prepared pixels cannot be numbers."""
         check_warmup(self.schedule, self.train.steps)
+        data = self.data
+        largest = 255 / data.scale / data.std + abs(data.mean) / data.std
+        if not largest < _FLOAT32_MAX:
+            raise ConfigError(
+                f"mnist.Data.scale = {data.scale}, mean = {data.mean} and std = {data.std} give pixels up to "
+                f"{largest:.3g}, which float32 cannot hold"
+            )
 
     def parity_bindings(self) -> dict[str, object]:
         """The settings that a comparison of backends changes, by Gin name.

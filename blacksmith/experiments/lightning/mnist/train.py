@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import lightning as L
-import torch
 
 from blacksmith.datasets import mnist
 from blacksmith.models.keras.mnist.mlp import mlp
@@ -21,6 +20,7 @@ from blacksmith.trainers.augmentation import ShiftAndRotate
 from blacksmith.trainers.classification import make_setup, score_classifier
 from blacksmith.trainers.keras_trainer import KerasTrainer, Samples, Setup
 from blacksmith.trainers.lightning import make_trainer
+from blacksmith.trainers.torch_backend import Row, Taken
 
 
 def train(run: Run) -> int:
@@ -82,7 +82,7 @@ class Batches:
         _, cursor = self._order.position(self._loop.step)
         return min(self._order.steps_per_epoch - cursor, self._loop.end - self._loop.step)
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Row]:
         epoch, _ = self._order.position(self._loop.step)
         for step, steps in self._loop.blocks(self._limit):
             if self._order.position(step)[0] != epoch:
@@ -99,7 +99,7 @@ class MnistModule(L.LightningModule):
         self.automatic_optimization = False
         self.model = trainer.setup.task.model
         self.keras_trainer, self._batches = trainer, batches
-        self._done: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._done: list[Taken] = []
 
     def on_train_start(self) -> None:
         """Takes SIGTERM back: Lightning's own handler would end the run in the middle of a block."""

@@ -81,6 +81,12 @@ class Saved:
     path: Path
     state: Mapping[str, Any]
 
+    def file(self, name: str) -> Path:
+        """The path of one of its files; raises CheckpointError if it was not verified."""
+        if name not in self.state["sha256"]:
+            raise CheckpointError(f"{self.path / 'state.json'} lists no {name}")
+        return self.path / name
+
     @property
     def step(self) -> int:
         """Optimizer steps taken when it was written."""
@@ -90,6 +96,10 @@ class Saved:
     def own(self) -> Mapping[str, Any]:
         """The JSON values that the experiment saved."""
         return self.state["own"]
+
+    def value(self, name: str, kind: Any) -> Any:
+        """One of `own`; raises CheckpointError if it is missing or not of the type `kind`."""
+        return checked(self.own.get(name), kind, self.path / "state.json", "own", name)
 
 
 @dataclass
@@ -336,18 +346,26 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} has format version {state.get('format_version')}, this blacksmith reads {FORMAT_VERSION}"
         )
-    try:
-        _State.model_validate(state)
-        Position(**state.get("position", {}))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{file}: {where} is not valid: {first['msg']}") from error
+    checked(state, _State, file)
+    checked(state.get("position", {}), Position, file, "position")
     named = _STEP.fullmatch(path.name)
     if named and _step_of(path) != state["step"]:
         raise CheckpointError(f"{file} is that of step {state['step']}")
     absent = {name: field.default for name, field in _State.model_fields.items() if not field.is_required()}
     return absent | state
+
+
+def checked(value: Any, kind: Any, file: Path, *keys: str) -> Any:
+    """Returns the JSON value that `file` has under `keys` as the type `kind`.
+
+    Raises CheckpointError if it is not of that type.
+    """
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (*keys, *first["loc"])))
+        raise CheckpointError(f"{file}: {where} is not valid: {first['msg']}") from error
 
 
 def _content_sha256(content: Mapping[str, Any]) -> str:

@@ -87,6 +87,12 @@ class Saved:
     path: Path
     state: Mapping[str, Any]
 
+    def file(self, name: str) -> Path:
+        """The path of one of its files; raises CheckpointError if it was not verified."""
+        if name not in self.state["sha256"]:
+            raise CheckpointError(f"{self.path / 'state.json'} lists no {name}")
+        return self.path / name
+
     @property
     def step(self) -> int:
         """Optimizer steps taken when it was written."""

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from blacksmith import launch as launcher
 from blacksmith.datasets import sst2
 from blacksmith.errors import CheckpointError, ConfigError, DataError, UserError
 from blacksmith.experiments.pytorch.llama.prompts import Prompt
+from blacksmith.files import file_sha256
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
+from blacksmith.run import checkpoint
 from blacksmith.run.checkpoint import find
 
 LORA = ["llama.Lora.rank = 4", "llama.Lora.alpha = 8.0"]
@@ -139,6 +142,66 @@ def test_an_adapter_that_does_not_fit_is_one_line(run_llama, base, tmp_path, pre
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(resolve_llama, tmp_path_factory) -> Path:
+    """The directory of a run with `LORA`."""
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    assert launcher.run_experiment(resolve_llama(*LORA), directory, device="cpu") == 0
+    return directory
+
+
+def without_a_moment(own, path):
+    tensors = load_file(path / "optimizer.safetensors")
+    del tensors[min(name for name in tensors if name.endswith("exp_avg"))]
+    save_file(tensors, path / "optimizer.safetensors")
+
+
+FORGED = {
+    "no base": (lambda own, path: own.pop("base"), "own.base is not valid"),
+    "base": (lambda own, path: own.update(base=[1]), "own.base is not valid"),
+    "fingerprint": (lambda own, path: own["base"].update(weights=5), r"own.base.weights is not valid"),
+    "no fingerprint": (lambda own, path: own["base"].clear(), "base model with different weights"),
+    "numbers": (lambda own, path: own.update(optimizer_numbers="x"), "own.optimizer_numbers is not valid"),
+    "number": (
+        lambda own, path: own.update(optimizer_numbers={"a/step": {}}),
+        r"own.optimizer_numbers.a/step",
+    ),
+    "weight": (lambda own, path: own.update(optimizer_numbers={"a/step": 1}), "has a parameter 'a'"),
+    "moment": (without_a_moment, "the optimizer's state of .* does not fit"),
+    "adapter": (lambda own, path: (path / "adapter_model.safetensors").unlink(), "lists no adapter_model"),
+    "optimizer": (lambda own, path: (path / "optimizer.safetensors").unlink(), "lists no optimizer"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_checkpoint_is_one_line(trained, run_llama, tmp_path, case):
+    change, message = FORGED[case]
+    run = shutil.copytree(trained, tmp_path / "forged")
+    saved = find(run)
+    state = json.loads((saved.path / "state.json").read_text())
+    change(state["own"], saved.path)
+    state["sha256"] = {
+        name: file_sha256(saved.path / name) for name in state["sha256"] if (saved.path / name).exists()
+    }
+    del state["state_sha256"]
+    state["state_sha256"] = checkpoint._content_sha256(state)
+    (saved.path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        run_llama(*LORA, resume=str(saved.path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_a_checkpoint_does_not_list_are_not_loaded(run_llama, tmp_path):
+    assert run_llama() == 0
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        planted = load_file(path / "model.safetensors")
+        save_file({name: value * 0 for name, value in planted.items()}, path / "model_2.safetensors")
+    assert run_llama(mode="eval") == 0
+    loss = json.loads((tmp_path / "run" / "eval.json").read_text())["test"]["loss"]
+    assert loss == result(tmp_path / "run")["test"]["loss"]
 
 
 def test_a_longer_linear_schedule_is_refused(run_llama, tmp_path):

@@ -120,7 +120,7 @@ def test_a_saved_adapter_loads_bit_for_bit(tmp_path, options):
     assert not any(p.requires_grad for p in loaded.parameters())
     assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
     fresh = adapters.add_lora(base(), rank=4, alpha=8.0, seed=9, **options)
-    adapters.load_weights(fresh, tmp_path)
+    adapters.load_weights(fresh, tmp_path / adapters.WEIGHTS)
     assert torch.equal(logits(fresh), logits(model))
 
 

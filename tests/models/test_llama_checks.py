@@ -1,32 +1,18 @@
 """Model directories by others: what is refused before a run uses it, and what is put right."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from small_llama import BYTES, small
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
 from blacksmith.errors import ConfigError, DataError
 from blacksmith.models.pytorch.llama import checks, loading
-from blacksmith.models.pytorch.llama.tokens import END, PAD, byte_tokenizer
+from blacksmith.models.pytorch.llama.tokens import END, PAD
 
-BYTES = len(byte_tokenizer())
 TOKENS = torch.tensor([[5, 80, 7, 200, 3, 9]])
-
-
-def small(**options):
-    return loading.make_model(BYTES, 32, 48, 2, 4, 2, 64, seed=5, **options)
-
-
-@pytest.fixture
-def directory(tmp_path) -> Path:
-    """A model directory."""
-    path = tmp_path / "model"
-    small().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
 
 
 def edit(file, **values):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_llama import BYTES, small
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -20,13 +21,7 @@ from blacksmith.models.pytorch.llama import adapters, loading
 from blacksmith.models.pytorch.llama.tokens import byte_tokenizer
 
 TOKENS = torch.tensor([[5, 80, 7, 200, 3, 9]])
-BYTES = len(byte_tokenizer())
 MERGED = BYTES + 1  # a GGUF tokenizer needs at least one merge
-
-
-def small(tokens=BYTES, **options):
-    """A model with 2 layers and twice as many query heads as key heads."""
-    return loading.make_model(tokens, 32, 48, 2, 4, 2, 64, **{"seed": 5, **options})
 
 
 def logits(model):
@@ -42,15 +37,6 @@ def error_of(name) -> str:
     assert "\n" not in message
     assert len(message) < 500
     return message
-
-
-@pytest.fixture
-def directory(tmp_path) -> Path:
-    """A model directory."""
-    path = tmp_path / "model"
-    small().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The model of a run, and its checkpoints: an adapter in PEFT's layout or all weights, and the optimizer."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,21 +82,24 @@ def load_weights(model: torch.nn.Module, saved: Saved, base: Mapping[str, str]) 
     """Loads a checkpoint's weights (or averages) into a model.
 
     Raises:
-      CheckpointError: the fingerprint of the base model that it was trained on is not `base`.
+      CheckpointError: the fingerprint of the base model that it was trained on is not `base`, or it lacks its
+        weights.
       DataError: the weights do not fit.
     """
-    for what, value in saved.value("base", dict[str, str]).items():
-        if base.get(what) != value:
+    trained_on = saved.value("base", dict[str, str])
+    for what, value in base.items():
+        if trained_on.get(what) != value:
             raise CheckpointError(
                 f"{saved.path} was trained on a base model with different {what} than the one that "
                 "llama.Model names; set llama.Model.name_or_path to the model it was trained on"
             )
     if hasattr(model, "get_base_model"):
-        adapters.load_weights(model, saved.path)
+        adapters.load_weights(model, saved.file(adapters.WEIGHTS))
         return
     tensors: dict[str, Tensor] = {}
-    for file in sorted(saved.path.glob("model*.safetensors")):
-        tensors |= adapters.read_safetensors(file)
+    for name in saved.state["sha256"]:  # not what else may be in the directory
+        if fnmatch.fnmatch(name, "model*.safetensors"):
+            tensors |= adapters.read_safetensors(saved.path / name)
     wanted = model.state_dict()
     if model.config.tie_word_embeddings:
         wanted.pop("lm_head.weight")
@@ -132,12 +136,17 @@ class TrainState:
         load_weights(self.model, saved, self.base)
         if self.averages.values:
             # The model has the averages now; training resumes from the weights themselves.
-            path = saved.path / UNAVERAGED
+            path = saved.file(UNAVERAGED)
             unaveraged = adapters.read_safetensors(path)
             adapters.check_fit(unaveraged, self.weights, path)
             for name, weight in self.weights.items():
                 self.averages.values[name].copy_(weight)
                 weight.copy_(unaveraged[name])
-        tensors = adapters.read_safetensors(saved.path / OPTIMIZER)
+        tensors = adapters.read_safetensors(saved.file(OPTIMIZER))
         numbers = saved.value("optimizer_numbers", dict[str, bool | int | float])
         load_optimizer_state(self.optimizer, self.weights, tensors, numbers)
+        slots = [self.optimizer.state[weight] for weight in self.weights.values()]
+        for state, (name, weight) in zip(slots, self.weights.items()):
+            fits = all(isinstance(v, Tensor) and v.shape in ((), weight.shape) for v in state.values())
+            if state.keys() != slots[0].keys() or not fits:
+                raise CheckpointError(f"{saved.path}: the optimizer's state of {name} does not fit")

@@ -21,6 +21,8 @@ from transformers import LlamaForCausalLM
 
 from blacksmith.errors import ConfigError, DataError, UserError, first_line
 
+WEIGHTS = "adapter_model.safetensors"
+
 # What an adapter may ask for in `adapter_config.json`. Of the rest, some import a module by name, some change
 # the weights of the base model, and some compute something else than an adapter.
 _HONORED = (
@@ -81,7 +83,7 @@ def add_lora(
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
-    """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory."""
+    """Writes ``adapter_config.json`` and `WEIGHTS` into a directory."""
     # peft keeps the names in a set and would write them in hash order, different in each process.
     settings = model.peft_config["default"]
     settings.target_modules = sorted(settings.target_modules)
@@ -91,8 +93,8 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 
 def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
     """Adds a saved LoRA adapter to a model, in place, for evaluation; raises DataError if it does not fit."""
-    path = Path(directory) / "adapter_config.json"
-    found = read_safetensors(Path(directory) / "adapter_model.safetensors")
+    path, weights = (Path(directory) / name for name in ("adapter_config.json", WEIGHTS))
+    found = read_safetensors(weights)
     try:
         settings = _read_settings(path)
         base = "".join(c for c in str(settings.base_model_name_or_path)[:200] if c.isprintable())
@@ -112,7 +114,7 @@ def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
         f"{model.name_or_path or 'a model from scratch'}; llama.Lora has no effect on it",
         file=sys.stderr,
     )
-    load_weights(peft_model, directory)
+    load_weights(peft_model, weights)
     return peft_model
 
 
@@ -185,9 +187,8 @@ def _check_counts(settings: LoraConfig, found: Mapping[str, Tensor]) -> None:
             raise DataError(f"{len(one):,} trainable token indices do not fit its weights, of at most {most}")
 
 
-def load_weights(model: PeftModel, directory: Path) -> None:
-    """Loads the weights of a saved adapter into a similar one; raises DataError if they do not fit."""
-    path = Path(directory) / "adapter_model.safetensors"
+def load_weights(model: PeftModel, path: Path) -> None:
+    """Loads the `WEIGHTS` of a saved adapter into a similar one; raises DataError if they do not fit."""
     found, own = read_safetensors(path), model.state_dict()
     wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     # peft saves a copy of the base model's embeddings beside an adapter of them.

@@ -1,16 +1,17 @@
-"""Reads labeled sentences from files, directories and the Hugging Face hub.
+"""Reads labeled sentences from files, directories and the Hugging Face hub with the library `datasets`.
 
-The libraries for Parquet and for the hub take up to a second to import, so they are imported on first use.
+The library takes more than half a second to import, so it is imported on first use.
 """
 
 import csv
-import functools
+import glob
 import json
 import logging
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,22 @@ from blacksmith.errors import DataError, first_line
 
 _SAMPLE = Path(__file__).with_name("sample.tsv")
 
-# What is read at most. A compressed Parquet file of a few megabytes can hold billions of rows, or one long
-# text a million times.
-_MOST_ROWS = 5_000_000
+# What is read at most: a few megabytes of compressed Parquet can hold billions of rows, or one long text a
+# million times.
+_MOST_ROWS = 5_000_000  # of Parquet
 _MOST_BYTES = 1 << 30
+
+# Readers of `datasets.Dataset` and their options. In GLUE's TSV a quote character is part of the sentence. By
+# default, pandas would turn the sentence "null" into a missing value.
+_CSV = {"keep_default_na": False}
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".tsv": ("from_csv", {**_CSV, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".csv": ("from_csv", _CSV),
+    ".json": ("from_json", {}),
+    ".jsonl": ("from_json", {}),
+    # Without a batch size, a file without rows is a division by zero.
+    ".parquet": ("from_parquet", {"batch_size": 10_000}),
+}
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w[\w.-]*))?", re.ASCII)  # owner/name[:configuration]
 
@@ -54,8 +67,8 @@ def read(source: str = "sample", *, sentence_column: str = "sentence", label_col
     columns = (sentence_column, label_column)
     path = Path(os.path.expanduser(source)).absolute()
     if source == "sample":
-        table = _read_file(_SAMPLE, (*columns, "split"))
-        examples, splits = table.examples(*columns), np.array(table.columns["split"])
+        table = _read_file(_SAMPLE, columns)
+        examples, splits = table.examples(*columns), np.array(table.rows["split"][:])
         train, test = (examples.take(np.flatnonzero(splits == name)) for name in ("train", "test"))
         return Source("sample", "sample", None, _SAMPLE.name, [], train, test)
     if os.path.isdir(path):
@@ -65,7 +78,7 @@ def read(source: str = "sample", *, sentence_column: str = "sentence", label_col
         examples = _read_file(path, columns).examples(*columns)
         return Source("file", path.stem, str(path), "the file", [], examples, None)
     if _HUB_ID.fullmatch(source) and path.suffix not in _FORMATS:
-        return _choose_splits("hub", source, None, _read_hub(source, columns), columns)
+        return _choose_splits("hub", source, None, _read_hub(source), columns)
     raise DataError(
         f"{source!r}: no such file or directory; allowed: 'sample', a directory, a file "
         f"({' '.join(_FORMATS)}) or a Hugging Face dataset id such as stanfordnlp/sst2"
@@ -78,23 +91,23 @@ class _Table:
 
     place: str  # the file, or dataset and split, for messages
     name: str  # of the file or split
-    names: Sequence[str]  # of all columns
-    columns: dict[str, list]  # the values of those that are used
+    rows: Any  # a `datasets.Dataset`
 
     def has_labels(self, label_column: str) -> bool:
         # GLUE's test set has no such column, and on the hub it has -1 in all rows.
-        labels = self.columns.get(label_column, [])
+        labels = self.rows[label_column][:] if label_column in self.rows.column_names else []
         return any(str(label).strip() not in ("", "-1", "None", "nan") for label in labels)
 
     def examples(self, sentence_column: str, label_column: str) -> Examples:
         """Checks the rows and returns them as examples."""
+        names = self.rows.column_names
         for setting, column in (("sentence_column", sentence_column), ("label_column", label_column)):
-            if column not in self.columns:
+            if column not in names:
                 raise DataError(
-                    f"{self.place}: no column {column!r}; there are: {', '.join(self.names)}; set {setting} "
-                    "to a column that all files have"
+                    f"{self.place}: no column {column!r}; there are: {', '.join(names)}; set {setting} to a "
+                    "column that all files have"
                 )
-        sentences, labels = self.columns[sentence_column], self.columns[label_column]
+        sentences, labels = self.rows[sentence_column][:], self.rows[label_column][:]
         for row, (sentence, label) in enumerate(zip(sentences, labels), 1):
             if not isinstance(sentence, str) or not sentence.strip() or str(label).strip() not in _LABELS:
                 raise DataError(
@@ -141,96 +154,66 @@ def _choose_splits(
 def _read_file(path: Path, columns: Sequence[str]) -> _Table:
     if path.suffix not in _FORMATS:
         raise DataError(f"{path}: unknown format; allowed: {', '.join(_FORMATS)}")
+    reader, options = _FORMATS[path.suffix]
+    if reader == "from_csv":  # as text, because the sentence "1987" would become a number
+        options = {**options, "converters": dict.fromkeys(columns, str)}
     try:
-        _check_size(0, path.stat().st_size)
-        names, values = _FORMATS[path.suffix](path, columns)
-        if not names or (values and not any(values.values())):
-            raise ValueError("it is empty")
-    except Exception as error:  # of pyarrow, the file system and the readers below
-        reason = first_line(error)
+        _check_size(path.stat().st_size)
+        if reader == "from_parquet":
+            _check_parquet(path, columns)
+        if reader == "from_json":
+            _check_json(path)
+        # `datasets.load_dataset` does the same, but reports each use to the hub. The library always writes to
+        # a cache; a temporary one leaves nothing behind.
+        with _library() as library, tempfile.TemporaryDirectory() as cache:
+            open_file = getattr(library.Dataset, reader)
+            rows = open_file(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True, **options)
+    except Exception as error:  # of pandas, pyarrow, the library itself and the file system
+        reason = first_line(error.__cause__ or error)
         raise DataError(f"{path}: no rows, or cannot be read as {path.suffix[1:]} ({reason})") from error
-    return _Table(str(path), path.name, names, values)
+    # If all rows have more fields than the header, pandas makes the first column an index.
+    if reader == "from_csv" and "__index_level_0__" in rows.column_names:
+        raise DataError(f"{path}: the rows have more fields than the header")
+    return _Table(str(path), path.name, rows)
 
 
-def _check_size(rows: int, size: int) -> None:
-    """Raises ValueError if there are more rows or bytes than a file may have."""
-    if rows > _MOST_ROWS:
-        raise ValueError(f"more than {_MOST_ROWS:,} rows")
+def _check_size(size: int) -> None:
     if size > _MOST_BYTES:
         raise ValueError(f"more than {_MOST_BYTES:,} bytes of text")
 
 
-def _read_csv(path: Path, columns: Sequence[str], **options: Any) -> tuple[Sequence[str], dict[str, list]]:
-    # All values stay text: the sentence "1987" is no number, and "null" is not missing.
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        lines = csv.reader(stream, strict=True, **options)
-        names = next(lines, [])
-        places = {column: names.index(column) for column in columns if column in names}
-        values: dict[str, list] = {column: [] for column in places}
-        row = 0
-        for fields in lines:
-            if len(fields) < 2 and not "".join(fields).strip():
-                continue
-            row += 1
-            _check_size(row, 0)
-            if len(fields) > len(names):
-                raise ValueError(f"row {row} has {len(fields)} fields, more than the header's {len(names)}")
-            for column, place in places.items():
-                values[column].append(fields[place] if place < len(fields) else "")
-    return names, values
-
-
-def _read_json(path: Path, columns: Sequence[str]) -> tuple[Sequence[str], dict[str, list]]:
-    """Reads a list of objects, or objects one after another."""
-    text, decoder = path.read_text("utf-8-sig"), json.JSONDecoder()
-    rows: list[Any] = []
-    position = _SPACE.match(text).end()
-    while position < len(text):
-        value, position = decoder.raw_decode(text, position)
-        rows.append(value)
-        position = _SPACE.match(text, position).end()
-    if len(rows) == 1 and isinstance(rows[0], list):
-        rows = rows[0]
-    _check_size(len(rows), 0)
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("needed: objects with the columns as keys")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return names, {column: [row.get(column) for row in rows] for column in columns if column in names}
-
-
-def _read_parquet(path: Path, columns: Sequence[str]) -> tuple[Sequence[str], dict[str, list]]:
+def _check_parquet(path: Path, columns: Sequence[str]) -> None:
+    """Raises ValueError for a file whose few bytes stand for too many rows or too much text."""
     import pyarrow.compute
     import pyarrow.parquet
 
     metadata = pyarrow.parquet.read_metadata(path)
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    _check_size(metadata.num_rows, sum(group.total_byte_size for group in groups))
-    names = metadata.schema.to_arrow_schema().names
-    values: dict[str, list] = {column: [] for column in columns if column in names}
+    if metadata.num_rows > _MOST_ROWS:
+        raise ValueError(f"more than {_MOST_ROWS:,} rows")
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    _check_size(sum(group.total_byte_size for group in groups))
+    names = [column for column in columns if column in metadata.schema.to_arrow_schema().names]
     size = 0
     # A repeated text is stored once. Read as a dictionary it stays so until its size is known.
-    with pyarrow.parquet.ParquetFile(path, read_dictionary=list(values)) as file:
-        for batch in file.iter_batches(10_000, columns=list(values)):
-            for column, array in zip(batch.schema.names, batch.columns):
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=names) as file:
+        for batch in file.iter_batches(10_000, columns=names):
+            for array in batch.columns:
                 if isinstance(array, pyarrow.DictionaryArray):
                     lengths = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
                     size += pyarrow.compute.sum(lengths).as_py() or 0
-                    _check_size(0, size)
-                values[column] += array.to_pylist()
-    return names, values
+                    _check_size(size)
 
 
-_FORMATS: dict[str, Callable[[Path, Sequence[str]], tuple[Sequence[str], dict[str, list]]]] = {
-    # In GLUE's TSV a quote character is part of the sentence.
-    ".tsv": functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE),
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".parquet": _read_parquet,
-}
+def _check_json(path: Path) -> None:
+    """Raises an exception for JSON that is broken, or nested so deeply that pyarrow would crash."""
+    text, decoder = path.read_text("utf-8-sig"), json.JSONDecoder()
+    position = _SPACE.match(text).end()
+    while position < len(text):
+        _, position = decoder.raw_decode(text, position)
+        position = _SPACE.match(text, position).end()
 
 
-def _read_hub(source: str, columns: Iterable[str]) -> dict[str, _Table]:
+def _read_hub(source: str) -> dict[str, _Table]:
     path, configuration = _HUB_ID.fullmatch(source).groups()
     with _library() as library:
         unreachable = "HF_HUB_OFFLINE is set"
@@ -239,25 +222,14 @@ def _read_hub(source: str, columns: Iterable[str]) -> dict[str, _Table]:
         # The library retries for minutes when the hub does not answer. Offline, it goes to its cache at once.
         library.config.HF_HUB_OFFLINE = unreachable is not None
         try:
-            # Not for local files: the library reports each use to the hub.
             splits = library.load_dataset(path, configuration)
-            for rows in splits.values():
-                _check_size(len(rows), 0)
         except Exception as error:  # of the library, its HTTP client, pyarrow and the file system
             offline = f"; the hub is unreachable: {unreachable}" if unreachable else ""
             raise DataError(
                 f"{source}: no such file or directory, and cannot be loaded from the Hugging Face hub "
                 f"({first_line(error)}{offline}); without a network, use a directory, a file or 'sample'"
             ) from error
-    return {
-        name: _Table(
-            f"{source}, split {name}",
-            name,
-            rows.column_names,
-            {column: rows[column][:] for column in columns if column in rows.column_names},
-        )
-        for name, rows in splits.items()
-    }
+    return {name: _Table(f"{source}, split {name}", name, rows) for name, rows in splits.items()}
 
 
 @contextmanager

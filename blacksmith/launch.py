@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import difflib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     resolved = resolve(values.gin_file, values.gin_param, allow_imports=values.allow_imports)
     stem = Path(values.gin_file[-1]).stem if values.gin_file else "params"
-    workdir = Path(values.workdir) if values.workdir else new_directory(stem)
+    workdir = new_directory(stem) if values.workdir is None else user_path(values.workdir)
     if values.dry_run:
         print(configuration.as_gin(resolved.config))
         print(f"# {resolved.experiment.name} on {resolved.backend}, run directory {workdir}")
@@ -159,6 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=values.device,
         command=["python", "-m", "blacksmith.launch", *argv[1:]],
     )
+
+
+def user_path(value: str) -> Path:
+    """A path given to --workdir, with ``~`` replaced, which shells leave as it is in --workdir=~/run."""
+    if not value:
+        raise ConfigError("--workdir is empty")
+    return Path(os.path.expanduser(value))
 
 
 def new_directory(name: str) -> Path:
@@ -264,7 +272,7 @@ def starting_point(
         if not training:
             raise ConfigError(f"--mode={mode} reads a checkpoint, but --resume=never forbids it")
         return None, None
-    path, marker = Path(resume), resolved.experiment.external_weights
+    path, marker = Path(os.path.expanduser(resume)), resolved.experiment.external_weights
     if marker is not None and (path / marker).is_file() and not (path / "state.json").is_file():
         if training:
             raise ConfigError(

@@ -5,12 +5,16 @@ its own process with the same data, initial weights and batches, prints a table 
 Exit status: 0 within tolerance, 1 not, 2 bad usage or configuration. If a run fails, its status is returned.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,17 +92,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     launch.import_plugins(values.plugin)
     params, notes, weights = comparable_params(values)
-    workdir = Path(values.workdir) if values.workdir else launch.new_directory("parity")
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ConfigError(f"--workdir: {workdir} is not empty; choose a new directory")
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = launch.new_directory("parity") if values.workdir is None else launch.user_path(values.workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if any(workdir.iterdir()):
+            raise ConfigError(f"--workdir: {workdir} is not empty; choose a new directory")
+    except OSError as error:
+        raise ConfigError(f"--workdir: cannot make {workdir}: {error.strerror}") from error
     for line in notes:
         note(f"note: {line}")
     outcomes: list[Outcome] = []
-    for number, gin_file in enumerate(values.gin_file):
-        name = Path(gin_file).stem
-        if name in (outcome.name for outcome in outcomes):
-            name = f"{name}_{number}"
+    taken = {"parity.json", "parity.html"}
+    for gin_file in values.gin_file:
+        stem = Path(gin_file).stem
+        names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
         print(f"running {name} ...", file=sys.stderr, flush=True)
         if status := _run(gin_file, params, workdir / name, values):
             print(f"error: {name} ended with exit status {status}; see above", file=sys.stderr)
@@ -171,7 +180,20 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
         command.append("--allow_imports")
     # On GPUs and TPUs, JAX multiplies float32 matrices with reduced precision by default.
     environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
-    return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):  # which ends the child, too
+        return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+
+
+@contextlib.contextmanager
+def _interrupted_by(*numbers: int) -> Iterator[None]:
+    """Makes these signals raise KeyboardInterrupt; only the main thread can handle signals."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = {n: signal.signal(n, signal.default_int_handler) for n in numbers if main_thread}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def read_outcome(name: str, directory: Path, weights: str) -> Outcome:

@@ -447,6 +447,14 @@ def test_keras_imported_with_a_different_backend_is_refused(fails, monkeypatch):
     fails(JAX, says=["Keras is already imported with the backend 'torch'", "'jax'", "start a new process"])
 
 
+def test_a_tilde_in_the_workdir_is_the_home_and_an_empty_one_is_refused(tmp_path, monkeypatch, capsys, toy):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert launch.main(["launch", *toy, "--workdir=~/run", "--dry_run"]) == 0
+    assert f"run directory {tmp_path / 'run'}\n" in capsys.readouterr().out
+    assert launch.main(["launch", *toy, "--workdir="]) == 2
+    assert capsys.readouterr().err == "error: --workdir is empty\n"
+
+
 @pytest.mark.parametrize(("path", "says"), [("taken", "File exists"), ("taken/run", "Not a directory")])
 def test_a_workdir_in_place_of_or_below_a_file_is_refused(
     tmp_path, toy, monkeypatch, capsys, tree, path, says

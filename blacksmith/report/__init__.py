@@ -4,6 +4,6 @@ The page contains plotly.js, its data and its images and makes no requests, so i
 attached to a message or archived.
 """
 
-from blacksmith.report.pages import own_page, write, write_comparison, write_parity
+from blacksmith.report.pages import write, write_comparison, write_parity
 
-__all__ = ["own_page", "write", "write_comparison", "write_parity"]
+__all__ = ["write", "write_comparison", "write_parity"]

@@ -27,9 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.is_dir() and not any((run / name).exists() for name in files):
             raise DataError(f"{run} is not a run directory: it has none of {', '.join(files)}")
     if len(runs) > 1:
-        written = report.write_comparison(
-            output or report.own_page(shared_directory(runs) / "comparison.html"), runs
-        )
+        written = report.write_comparison(output or shared_directory(runs) / "comparison.html", runs)
     else:
         written = report.write(runs[0], output)
     print(written)

@@ -27,16 +27,7 @@ def write(directory: Path, output: Path | None = None) -> Path:
     """
     directory = Path(directory)
     run = read.load(directory, directory.resolve().name)
-    return _render(output or own_page(directory / "report.html"), **_run_page(run))
-
-
-def own_page(path: Path) -> Path:
-    """The path of a page that may be overwritten; `DataError` if the file there is not a page of ours."""
-    if path.is_file():
-        with path.open("rb") as stream:
-            if b'name="generator" content="blacksmith"' not in stream.read(2000):
-                raise DataError(f"{path} is not a page that this program wrote; move it or give --output")
-    return path
+    return _render(output or directory / "report.html", **_run_page(run))
 
 
 def write_comparison(output: Path, directories: Sequence[Path]) -> Path:
@@ -82,6 +73,10 @@ def _render(output: Path, curves: Sequence[figures.Figure], tests: Sequence = ()
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
+    if output.is_file():
+        with output.open("rb") as stream:
+            if b'name="generator" content="blacksmith"' not in stream.read(2000):
+                raise DataError(f"{output} is not a page that this program wrote; choose another --output")
     # Autoescape turns everything from a run directory into text; only our own files are Markup.
     here = Path(__file__).parent
     environment = jinja2.Environment(

@@ -48,8 +48,8 @@ class Loop:
     configuration say how often things happen.
 
     Raises:
-      ConfigError: the warm-up is longer than the run, a resumed run's learning rate would follow a different
-        schedule, or there is no validation set for `stop_at` or `early_stopping`.
+      ConfigError: the warm-up is longer than the run, a resumed run is past the end or its learning rate
+        would follow a different schedule, or there is no validation set for `stop_at` or `early_stopping`.
     """
 
     run: Run  # resumes from `run.resumed` if set
@@ -91,6 +91,11 @@ class Loop:
                 run.config.schedule, run.resumed.state["config"], order.steps_per_epoch, self.end
             )
             self.position = Position(**run.resumed.state["position"])
+            if self.step > self.end:
+                raise ConfigError(
+                    f"the run has taken {self.step:,} steps, more than the {self.end:,} that it is to end "
+                    "after now; give a later end, or start from nothing in a new --workdir"
+                )
             if run.resumes_in_place:
                 self._saved_at = self.step
             else:  # the best checkpoint so far is in the other directory: the search starts again here

@@ -136,6 +136,10 @@ class Run:
             return
         if not self._in_place():
             raise RunError(self._gone()) from error
+        if self.resumed is not None and not self.resumed.path.is_dir():
+            raise CheckpointError(
+                f"{self.resumed.path} was removed meanwhile, perhaps by the run that wrote it; start again"
+            ) from error
         if isinstance(error, OSError) and error.filename is not None:
             path = Path(os.fsdecode(error.filename)) if not isinstance(error.filename, int) else Path()
             if self.directory.absolute() in path.absolute().parents:

@@ -113,9 +113,9 @@ def score_classifier(
     np.add.at(confusion, (samples.labels, predictions), 1)
     if worst_to is not None:
         _save_worst(worst_to, samples, logits)
-    counts = confusion.sum(axis=1)
-    per_class = np.divide(confusion.diagonal(), counts, out=np.zeros(len(counts)), where=counts > 0)
-    return {**means, "per_class_accuracy": per_class.tolist(), "confusion_matrix": confusion.tolist()}
+    # A class that no sample is of has no accuracy.
+    per_class = [float(row[i] / row.sum()) if row.any() else None for i, row in enumerate(confusion)]
+    return {**means, "per_class_accuracy": per_class, "confusion_matrix": confusion.tolist()}
 
 
 def _save_worst(claim: Callable[[str], Path], samples: Samples, logits: np.ndarray) -> None:

@@ -169,6 +169,18 @@ def test_a_tilde_and_a_link_to_the_scene_are_followed(scene, tmp_path, monkeypat
 # --- files of pictures ---
 
 
+def test_a_truncated_jpeg_is_found_when_the_scene_is_opened(scene):
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    (scene / "train/r_1.png").unlink()
+    _save(scene, noise, "train/r_1.jpg")
+    _set(file_path="train/r_1.jpg")(scene)
+    content = (scene / "train/r_1.jpg").read_bytes()
+    blender.open_scene(scene, needs_alpha=False)
+    (scene / "train/r_1.jpg").write_bytes(content[:-10])
+    with pytest.raises(DataError, match=r"r_1\.jpg: cannot be read .*(?i:truncated)"):
+        blender.open_scene(scene, needs_alpha=False)
+
+
 def test_a_jpeg_named_with_its_extension_is_read(scene):
     (scene / "train/r_1.png").unlink()
     _save(scene, np.full((HEIGHT, WIDTH, 3), 40, np.uint8), "train/r_1.jpg")

@@ -134,6 +134,7 @@ def test_glue_directory_is_read_without_its_unlabeled_test_file(tmp_path):
         ("validation", 2),
         ("test", 3),
         ("class_counts", {name: split.class_counts() for name, split in splits.items()}),
+        ("test_in_train", 0),
         ("parts_left_out", 0),
     ]
     assert info["class_counts"]["test"] == {"negative": 1, "positive": 2}
@@ -436,6 +437,8 @@ BROKEN = {
     "label 0.5": ("some.jsonl", b'{"sentence": "hi", "label": 0.5}\n', "row 1: .*label = 0.5"),
     "label true": ("some.jsonl", b'{"sentence": "hi", "label": true}\n', "row 1: .*label = True"),
     "label NaN": ("some.jsonl", b'{"sentence": "hi", "label": NaN}\n', "row 1: .*label = nan"),
+    "a column twice": ("some.csv", b"sentence,label,label\nhi,1,0\n", "the header has 'label' twice"),
+    "a key twice": ("some.jsonl", b'{"sentence": "hi", "label": 1, "label": 0}\n', "a key twice"),
     "too few fields": ("some.tsv", HEADER + b"hi\t1\nho\n", "row 2: .*label = ''"),
     "too many fields": ("some.tsv", HEADER + b"hi\t1\nho\t1\t1\n", "cannot be read as tsv .*saw 3"),
     "always too many": ("some.csv", b"sentence,label\nhi,1,1\n", "more fields than the header"),
@@ -472,6 +475,14 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path):
     columns = {"sentence": pyarrow.array([], pyarrow.string()), "label": pyarrow.array([], "int8")}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "some.parquet")
     refused("no rows", tmp_path / "some.parquet")
+
+
+def test_test_sentences_that_are_trained_on_are_counted(tmp_path):
+    write(tmp_path / "train.tsv", numbered(8))
+    write(tmp_path / "dev.tsv", numbered(12))
+    info = load(tmp_path, validation=2).info
+    assert info.test_in_train == 6
+    assert "6 of the test sentences are also in the training data" in info.describe()
 
 
 @pytest.mark.parametrize(

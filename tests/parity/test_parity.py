@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +181,47 @@ def test_500_steps_at_the_defaults_agree(tmp_path, optimizer, rate):
         ]
     )
     assert status == 0
+
+
+def test_a_signal_ends_the_run_that_is_training(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("subprocess.run", stop)
+    arguments = [f"--gin_file={file}" for file in FILES[:2]]
+    assert parity.main(["parity", *arguments, f"--workdir={tmp_path / 'p'}"]) == 130
+
+
+def test_every_run_has_a_directory_of_its_own(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    made = []
+
+    def run(gin_file, params, workdir, values):
+        made.append(workdir.name)
+        return 0
+
+    def outcome(name, *_):
+        if len(made) == 4:
+            raise Stop
+        return Outcome(name, "", "", "", np.zeros(1), {}, None, 0.0)
+
+    files = [tmp_path / name for name in ("a.gin", "a_2.gin", "x/a.gin", "parity.json.gin")]
+    (tmp_path / "x").mkdir()
+    for file in files:
+        file.write_text('include "gin/mnist_jax.gin"')
+    monkeypatch.setattr(parity, "_run", run)
+    monkeypatch.setattr(parity, "read_outcome", outcome)
+    with pytest.raises(Stop):
+        parity.main(["parity", *(f"--gin_file={file}" for file in files), f"--workdir={tmp_path / 'p'}"])
+    assert made == ["a", "a_2", "a_3", "parity.json_2"]
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "x"):
+        arguments = [f"--gin_file={file}" for file in FILES[:2]]
+        assert parity.main(["parity", *arguments, f"--workdir={workdir}"]) == 2
+        assert f"error: --workdir: cannot make {workdir}: " in capsys.readouterr().err

@@ -244,7 +244,7 @@ def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
     assert not list(run.glob(".*"))
 
 
-def test_only_our_own_page_is_overwritten_unless_named(run, capsys):
+def test_only_our_own_page_is_overwritten(run, capsys):
     page = run / "report.html"
     page.write_text("<!doctype html>mine")
     comparison = run.parent / "comparison.html"
@@ -253,5 +253,7 @@ def test_only_our_own_page_is_overwritten_unless_named(run, capsys):
     assert f"{page} is not a page that this program wrote" in capsys.readouterr().err
     assert main([str(run), str(run)]) == 3
     assert (page.read_text(), comparison.read_text()) == ("<!doctype html>mine", "mine")
-    assert main([str(run), f"--output={page}"]) == 0
+    assert main([str(run), f"--output={run / 'result.json'}"]) == 3
+    page.unlink()
     assert main([str(run)]) == 0
+    assert main([str(run), f"--output={page}"]) == 0

@@ -193,6 +193,14 @@ def test_a_later_end_continues_a_finished_run(tmp_path, stream):
     assert stream(tmp_path / "run") == stream(tmp_path / "whole")
 
 
+def test_an_end_before_the_steps_taken_is_refused_and_changes_nothing(tmp_path, tree):
+    train(tmp_path, STEPS)
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match="has taken 14 steps, more than the 9 "):
+        train(tmp_path, "toy.Train.steps = 9")
+    assert tree(tmp_path) == before
+
+
 def test_a_decay_to_another_end_is_refused_and_changes_nothing(tmp_path, tree):
     train(tmp_path, "Schedule.name = 'cosine'", "toy.Train.steps = 6")
     before = tree(tmp_path)

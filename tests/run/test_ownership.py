@@ -360,6 +360,16 @@ def test_lines_after_the_checkpoint_may_be_damaged(make):
 # A directory that goes away
 
 
+def test_a_checkpoint_that_is_removed_while_it_is_evaluated_is_one_line(make, tmp_path):
+    with make().opened() as run:
+        take_steps(run, 1)
+    saved = run.checkpoints.newest()
+    other = make(resumed=saved, mode="eval", directory=tmp_path / "other")
+    shutil.rmtree(saved.path)
+    with pytest.raises(CheckpointError, match="was removed meanwhile"), other.opened():
+        (saved.path / "arrays").read_bytes()
+
+
 def _replace(run):
     shutil.rmtree(run.directory)
     run.directory.mkdir()

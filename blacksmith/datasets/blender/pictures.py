@@ -48,8 +48,12 @@ def inspect(file: Path, *, needs_alpha: bool) -> Header:
             with Image.open(file, formats=FORMATS) as image:
                 (width, height), mode, alpha = image.size, image.mode, image.has_transparency_data
                 orientation = _orientation(image)
+                # A truncated file is found now, not at the first validation.
                 if image.format == "PNG":
-                    image.verify()  # finds a truncated file now, not at the first validation
+                    image.verify()
+                else:
+                    image.draft(mode, (1, 1))  # an eighth of the pixels, or fewer, are decoded
+                    image.load()
         sha256 = file_sha256(file)
     except Exception as error:
         raise _unreadable(file, error) from error

@@ -174,6 +174,10 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
     # If all rows have more fields than the header, pandas makes the first column an index.
     if reader == "from_csv" and "__index_level_0__" in rows.column_names:
         raise DataError(f"{path}: the rows have more fields than the header")
+    if reader == "from_csv" and (
+        twice := [c for c in columns if f"{c}.1" in rows.column_names]
+    ):  # so pandas says it
+        raise DataError(f"{path}: the header has {twice[0]!r} twice")
     return _Table(str(path), path.name, rows)
 
 
@@ -206,11 +210,17 @@ def _check_parquet(path: Path, columns: Sequence[str]) -> None:
 
 def _check_json(path: Path) -> None:
     """Raises an exception for JSON that is broken, or nested so deeply that pyarrow would crash."""
-    text, decoder = path.read_text("utf-8-sig"), json.JSONDecoder()
+    text, decoder = path.read_text("utf-8-sig"), json.JSONDecoder(object_pairs_hook=_unique)
     position = _SPACE.match(text).end()
     while position < len(text):
         _, position = decoder.raw_decode(text, position)
         position = _SPACE.match(text, position).end()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
 
 
 def _read_hub(source: str) -> dict[str, _Table]:

@@ -56,6 +56,7 @@ class Info:
     validation: int
     test: int
     class_counts: dict[str, dict[str, int]]  # by split and class
+    test_in_train: int  # test sentences that are training sentences, too
     parts_left_out: int  # phrases that are in no split because all sentences around them were held out
 
     def describe(self) -> str:
@@ -67,6 +68,8 @@ class Info:
             notes.append("not SST-2 itself, which is stanfordnlp/sst2 on the Hugging Face hub")
         if self.parts_left_out:
             notes.append(f"{self.parts_left_out:,} phrases of held-out sentences were left out")
+        if self.test_in_train:
+            notes.append(f"{self.test_in_train:,} of the test sentences are also in the training data")
         if self.unused:
             notes.append(f"not used: {', '.join(self.unused)}")
         training = f"{self.train:,} train, {self.validation:,} validation, " if self.train else ""
@@ -144,6 +147,7 @@ class Source:
             sha256=self.sha256,
             **{name: len(split) for name, split in splits.items()},
             class_counts={name: split.class_counts() for name, split in splits.items()},
+            test_in_train=sum(map(set(train.sentences).__contains__, test.sentences)),
             parts_left_out=left_out,
         )
         return Sst2(**splits, info=info)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -113,10 +112,12 @@ def test(
     ]
     write_json(run.claim(directory / "eval_results.json"), lines)
     confusion = scores.confusion
+    # A class that no sentence is of has no accuracy.
+    per_class = [float(row[i] / row.sum()) if row.any() else None for i, row in enumerate(confusion)]
     return {
         "loss": scores.loss,
         "accuracy": scores.accuracy,
-        "per_class_accuracy": (confusion.diagonal() / np.maximum(confusion.sum(1), 1)).tolist(),
+        "per_class_accuracy": per_class,
         "confusion_matrix": confusion.tolist(),
         "class_names": [word.strip() for word in words],
         "questions": {"examples": len(encoded), "truncated": encoded.truncated},

@@ -224,7 +224,12 @@ def test_a_mode_that_the_experiment_lacks_is_refused(tmp_path):
     ("name", "steps", "says"),
     [
         # The first step sees the initial weights, and the second those that the first one ruined.
-        ("lightning", 10, r"loss (nan|inf) .*at step 2 \(training samples [\d, ]+"),
+        pytest.param(
+            "lightning",
+            10,
+            r"loss (nan|inf) .*at step 2 \(training samples [\d, ]+",
+            marks=pytest.mark.slow,  # tests/run/test_loop.py has the loop's part of it
+        ),
         (
             "jax",
             1,

@@ -19,7 +19,7 @@ def result(directory: Path) -> dict:
     "settings",
     [
         ['nerf.Data.background = "random"'],
-        ['nerf.Data.background = "black"'],
+        ['nerf.Data.background = "black"', "nerf.Train.samples = None", "nerf.Train.rays = 600"],
         ["nerf.Data.hull = False", "nerf.Train.distortion = 0.01"],
         ["nerf.Train.total_variation = 1e-4", "nerf.Train.opacity_entropy = 1e-3"],
         [
@@ -27,9 +27,8 @@ def result(directory: Path) -> dict:
             "nerf.Data.near = 2.5",
             "nerf.Data.far = 5.5",
         ],
-        ['nerf.Train.precision = "bfloat16"'],
-        ["nerf.Train.samples = None", "nerf.Train.rays = 600"],
-        ["nerf.Grid.rows = 3000"],  # fewer than the finest level has: a coarser one is taken
+        # Fewer rows than the finest level has: a coarser one is taken.
+        ['nerf.Train.precision = "bfloat16"', "nerf.Grid.rows = 3000"],
     ],
     ids=lambda settings: settings[0].partition(" ")[0],
 )

@@ -25,9 +25,8 @@ def test_evaluation_agrees_on_both_backends(backends):
         np.testing.assert_allclose(jax[f"{size}/loss"], torch[f"{size}/loss"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_reading_distributions_changes_nothing(backend, model):
-    found = backend.run("distributions_between", steps=5, model=model, dropout=0.3)
+def test_reading_distributions_changes_nothing(backend):
+    found = backend.run("distributions_between", steps=5, model="mlp", dropout=0.3)
     assert found["plain"].tobytes() == found["read"].tobytes()
     for name, array in found.under("before/").items():
         assert array.tobytes() == found[f"after/{name}"].tobytes(), name

@@ -524,6 +524,12 @@ def test_keys_that_are_not_used_are_named_once(scene):
     assert note == r"scene mug: keys of the scene's files that are not used: 'depth_unit', 'expo\nsure'"
 
 
+def test_test_pictures_that_are_trained_on_are_named(scene):
+    shutil.copy(scene / "transforms_train.json", scene / "transforms_test.json")
+    (note,) = blender.open_scene(scene).notes
+    assert note == "scene mug: test pictures that are also trained on: r_0, r_1, r_2, r_3"
+
+
 def _turn(scene, orientation, *, form="PNG", **intrinsics):
     """Stores the pictures as a camera does that is held in an orientation."""
     back = {3: 3, 6: 8, 8: 6}[orientation]

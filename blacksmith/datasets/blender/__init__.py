@@ -186,6 +186,9 @@ def open_scene(
     turned = [name for *_, names in found.values() for name in names]
     if turned:
         notes.append(f"turned as their EXIF orientation says: {listed(turned)}")
+    trained = {os.path.realpath(shot.file) for shot in shots["train"]}
+    if seen := [shot.name for shot in shots["test"] if os.path.realpath(shot.file) in trained]:
+        notes.append(f"test pictures that are also trained on: {listed(seen)}")
     if unused := sorted(set().union(*(keys for _, keys in read.values()))):
         notes.append(f"keys of the scene's files that are not used: {listed(map(reprlib.repr, unused))}")
     return Scene(info, shots, tuple(f"scene {directory.name}: {note}" for note in notes))

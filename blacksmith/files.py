@@ -103,19 +103,24 @@ def remove(path: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
+    _check_is_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, limit: int) -> Any:
     """The content of a JSON file; `ValueError` if it is not JSON, nested too deeply or over `limit` bytes."""
-    if not path.is_file():  # a pipe, say, would never end
-        raise FileNotFoundError(errno.ENOENT, "not a file", str(path))
+    _check_is_file(path)
     with path.open("rb") as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"more than {limit:,} bytes")
     return parse_json(content)
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():  # a pipe, say, would never end
+        raise FileNotFoundError(errno.ENOENT, "not a file", str(path))
 
 
 def parse_json(content: str | bytes) -> Any:

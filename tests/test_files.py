@@ -113,3 +113,9 @@ def test_write_json_writes_non_finite_numbers_as_null(tmp_path):
     written = json.loads((tmp_path / "file.json").read_bytes())
     assert written == {"a": None, "b": [1.5, None], "c": {"d": [None, "é"]}}
     assert _names(tmp_path) == ["file.json"]
+
+
+def test_a_pipe_has_no_hash(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="not a file"):
+        files.file_sha256(tmp_path / "pipe")

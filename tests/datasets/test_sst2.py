@@ -437,6 +437,7 @@ BROKEN = {
     "label 0.5": ("some.jsonl", b'{"sentence": "hi", "label": 0.5}\n', "row 1: .*label = 0.5"),
     "label true": ("some.jsonl", b'{"sentence": "hi", "label": true}\n', "row 1: .*label = True"),
     "label NaN": ("some.jsonl", b'{"sentence": "hi", "label": NaN}\n', "row 1: .*label = nan"),
+    "half a character": ("some.jsonl", b'{"sentence": "\\ud800", "label": 1}\n', "surrogate pair .* row 0"),
     "a column twice": ("some.csv", b"sentence,label,label\nhi,1,0\n", "the header has 'label' twice"),
     "a key twice": ("some.jsonl", b'{"sentence": "hi", "label": 1, "label": 0}\n', "a key twice"),
     "too few fields": ("some.tsv", HEADER + b"hi\t1\nho\n", "row 2: .*label = ''"),

@@ -5,6 +5,7 @@ The launcher prints their message, one readable line, without a traceback.
 
 import difflib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -13,6 +14,9 @@ from blacksmith import console
 # What an error shows at most, in characters; its beginning says where, and its end what to do.
 LONGEST_LINE = 1000
 LONGEST_VALUE = 200
+
+
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -57,7 +61,9 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return error.exit_status
-        except (MemoryError, RecursionError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
+                raise
             reason = one_line(f"{type(error).__name__}: {first_line(error)}")
             print(f"error: not enough memory or stack for this ({reason})", file=sys.stderr)
             return 1
@@ -66,6 +72,11 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
             return 130
 
     return run
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory or stack ran out; PyTorch and JAX say so in a `RuntimeError`."""
+    return isinstance(error, (MemoryError, RecursionError)) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def one_line(message: object) -> str:

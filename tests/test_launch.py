@@ -368,7 +368,14 @@ def test_values_without_bounds_are_one_short_line(capsys, nothing_runs, case):
     assert line[:-1].isprintable()
 
 
-@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 GiB"), RecursionError("too deep")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB"),
+        RecursionError("too deep"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_running_out_of_memory_or_stack_is_one_line(monkeypatch, capsys, error):
     def fail(*_, **__):
         raise error

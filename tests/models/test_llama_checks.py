@@ -1,9 +1,11 @@
 """Model directories by others: what is refused before a run uses it, and what is put right."""
 
 import json
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_llama import BYTES, small
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
@@ -56,7 +58,21 @@ def exploding(directory):
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
+def integers(directory):
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def pipe(directory):
+    (directory / "config.json").unlink()
+    os.mkfifo(directory / "config.json")
+
+
 REFUSED = {
+    "integers": (integers, "model.norm.weight has the type I8; allowed: F64, F32, F16, BF16"),
+    "pipe": (pipe, "config.json is not a file"),
+    "dropout": (edit("config.json", attention_dropout=2.0), "dropout probability has to be between"),
     "code of the tokenizer": (tokenizer_of_its_own, "custom code"),
     "shard in another directory": (
         index_of("../other.safetensors"),

@@ -72,7 +72,7 @@ class Model:
     )
     hidden_size: int = setting(64, "width", gt=0, only_with=_FROM_SCRATCH)
     intermediate_size: int = setting(176, "width inside the MLP", gt=0, only_with=_FROM_SCRATCH)
-    layers: int = setting(2, "decoder layers", gt=0, only_with=_FROM_SCRATCH)
+    layers: int = setting(2, "decoder layers", gt=0, le=1000, only_with=_FROM_SCRATCH)
     heads: int = setting(4, "attention heads", gt=0, only_with=_FROM_SCRATCH)
     key_value_heads: int = setting(2, "heads of keys and values", gt=0, only_with=_FROM_SCRATCH)
     max_positions: int = setting(512, "longest context, in tokens", gt=0, only_with=_FROM_SCRATCH)

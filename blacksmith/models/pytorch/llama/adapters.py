@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from blacksmith.errors import ConfigError, DataError, UserError, first_line
+from blacksmith.models.pytorch.llama.checks import check_files, one_line_errors
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -94,6 +95,8 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 def load_adapter(model: LlamaForCausalLM, directory: Path) -> PeftModel:
     """Adds a saved LoRA adapter to a model, in place, for evaluation; raises DataError if it does not fit."""
     path, weights = (Path(directory) / name for name in ("adapter_config.json", WEIGHTS))
+    with one_line_errors(str(directory)):
+        check_files(Path(directory))
     found = read_safetensors(weights)
     try:
         settings = _read_settings(path)

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from blacksmith.errors import ConfigError, DataError, UserError, first_line
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, target_logits
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PROBE_SECONDS, _PROBE_BYTES = 60, 4 << 30
 # Ordinary text, and the runs of equal characters that make a pattern backtrack.
 _PROBE_TEXT = (
@@ -45,9 +47,8 @@ def one_line_errors(name: str) -> Iterator[None]:
     except ImportError as error:  # sentencepiece for a tokenizer.model
         raise ConfigError(f"{name} needs a package that is not installed: {first_line(error)}") from error
     except BaseException as error:  # a panic in a library written in Rust is no `Exception`
-        raise DataError(
-            f"{name} cannot be read: {type(error).__name__}: {first_line(error)[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{name} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def check_attention(attention: str) -> None:
@@ -59,8 +60,20 @@ def check_attention(attention: str) -> None:
         )
 
 
-def check_names(directory: Path) -> None:
-    """Raises DataError if an index of weights names files outside the model's directory."""
+def check_files(directory: Path) -> None:
+    """Raises DataError for what is not safe to read in the directory of a model or adapter.
+
+    That is a pipe, which would never end; weights that are not floating-point numbers, which the libraries
+    would convert as they stand; and an index of weights that names files in other directories.
+    """
+    for path in sorted(directory.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DataError(f"{path} is not a file")
+        if path.suffix == ".safetensors":
+            with one_line_errors(str(path)), safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if (kind := file.get_slice(name).get_dtype()) not in _FLOATS:
+                        raise DataError(f"{path}: {name} has the type {kind}; allowed: {', '.join(_FLOATS)}")
     for index in sorted(directory.glob("*.safetensors.index.json")):
         for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
             if name != os.path.basename(name) or name in (".", ".."):
@@ -177,7 +190,9 @@ def try_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None
     tokenizer.decode(ids, skip_special_tokens=True)
     end = torch.tensor([[tokenizer.eos_token_id]])
     if model.config._attn_implementation != "flash_attention_2":  # not on a CPU
-        target_logits(model, Batch(end[0], end, torch.full_like(end, IGNORED)))
+        with torch.random.fork_rng(devices=[]):  # attention may have dropout
+            target_logits(model.train(), Batch(end[0], end, torch.full_like(end, IGNORED)))
+        model.eval()
     with tempfile.TemporaryDirectory() as directory:
         for part in (tokenizer, model.config, model.generation_config):
             part.save_pretrained(directory)

@@ -229,7 +229,7 @@ def _read(name: str, path: Path, **options: Any) -> tuple[LlamaForCausalLM, PreT
     place = name if name == str(path) else f"{name} ({path})"
     with checks.one_line_errors(place), quiet():
         if path.is_dir():
-            checks.check_names(path)
+            checks.check_files(path)
             checks.check_counts(path)
         config = transformers.AutoConfig.from_pretrained(directory, **where)
         if config.model_type != "llama":

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from blacksmith.files import TEMPORARY
 from blacksmith.run import metrics
 from blacksmith.run.checkpoint import Checkpoints
 
@@ -135,7 +136,7 @@ def _lines(directory: Path) -> int:
 
 def _saving(directory: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
-        return any(name.endswith("-tmp") for name in os.listdir(directory / "checkpoints"))
+        return any(map(TEMPORARY.fullmatch, os.listdir(directory / "checkpoints")))
     return False
 
 
@@ -242,7 +243,7 @@ def torture(case: str, directory: Path, cycles: int, seed: int) -> dict:
         for part in ("result", "stream", "saved"):
             if getattr(found, part) != getattr(expected, part):
                 count("mismatches", f"the {part} of {work} differs from {whole}")
-        if left := [path for path in work.rglob(".*") if ".tmp" in path.name or ".old" in path.name]:
+        if left := [path for path in work.rglob(".*") if TEMPORARY.fullmatch(path.name)]:
             count("partial_directories", f"{left} in {work}")
     return counted | {"failures": failures}
 

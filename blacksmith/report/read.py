@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
@@ -24,7 +24,10 @@ FIRST_METRICS = ("accuracy", "loss")
 MAX_JSON_BYTES = 2**24
 MAX_TEXT = 300  # characters of a title or a line of a caption, lines of a caption
 MAX_IMAGE_BYTES = 32 * 2**20  # all images of a run together
+MAX = 2**63  # of a whole number
 TILE_PIXELS = 100  # images up to this size are shown as small tiles
+
+Count = Annotated[int, pydantic.Field(ge=0, le=MAX)]
 
 
 class Config(pydantic.BaseModel):
@@ -48,7 +51,7 @@ class Test(pydantic.BaseModel, extra="allow"):
     """`test` in `result.json`: any number of scores, and per-class tables."""
 
     class_names: list[str] = []
-    confusion_matrix: list[list[pydantic.FiniteFloat]] = []
+    confusion_matrix: list[list[Annotated[float, pydantic.Field(ge=0, le=MAX)]]] = []
     per_class_accuracy: list[pydantic.FiniteFloat | None] = []
 
     @pydantic.field_validator("confusion_matrix")
@@ -57,6 +60,12 @@ class Test(pydantic.BaseModel, extra="allow"):
         if any(len(row) != len(matrix) for row in matrix):
             raise ValueError("it is not square")
         return matrix
+
+    @pydantic.model_validator(mode="after")
+    def _check_scores(self) -> "Test":
+        if name := next((n for n, v in self.model_extra.items() if isinstance(v, int) and abs(v) > MAX), ""):
+            raise ValueError(f"{name} is too large")
+        return self
 
     @property
     def scores(self) -> dict[str, float]:
@@ -70,11 +79,11 @@ class Result(pydantic.BaseModel):
 
     status: str = "unfinished"
     error: str = ""
-    step: int | None = None
-    epoch: float | None = None
-    seconds: float | None = None
-    parameters: int | None = None
-    trained_parameters: int | None = None
+    step: Count | None = None
+    epoch: pydantic.FiniteFloat | None = None
+    seconds: pydantic.FiniteFloat | None = None
+    parameters: Count | None = None
+    trained_parameters: Count | None = None
     initial_weights_sha256: str | None = None
     order_sha256: str | None = None
     tested_checkpoint: str = ""

@@ -194,6 +194,10 @@ def test_long_curves_are_thinned_without_losing_spikes(tmp_path, make, page):
         ("config.json", b"{", "is not valid JSON"),
         ("result.json", b"[1]", "valid dictionary"),
         ("environment.json", b"\xff\xfe", "is not valid JSON"),
+        ("result.json", b'{"seconds": NaN}', "seconds"),
+        ("result.json", b'{"step": 1%s}' % (b"0" * 400), "step"),
+        ("result.json", b'{"test": {"loss": 1%s}}' % (b"0" * 400), "loss is too large"),
+        ("result.json", b'{"test": {"confusion_matrix": [[1e308]]}}', "confusion_matrix"),
         ("metrics.jsonl", b'{"st\n{"step": 3}\n', "line 1"),
     ],
 )

@@ -119,7 +119,7 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def _check_is_file(path: Path) -> None:
-    if not path.is_file():  # a pipe, say, would never end
+    if path.exists() and not path.is_file():  # a pipe, say, would never end
         raise FileNotFoundError(errno.ENOENT, "not a file", str(path))
 
 

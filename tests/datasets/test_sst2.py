@@ -438,6 +438,12 @@ BROKEN = {
     "label true": ("some.jsonl", b'{"sentence": "hi", "label": true}\n', "row 1: .*label = True"),
     "label NaN": ("some.jsonl", b'{"sentence": "hi", "label": NaN}\n', "row 1: .*label = nan"),
     "half a character": ("some.jsonl", b'{"sentence": "\\ud800", "label": 1}\n', "surrogate pair .* row 0"),
+    "many columns": ("some.csv", b"sentence,label" + b",a" * 1000 + b"\n", "more than 1,000 columns"),
+    "many keys": (
+        "some.jsonl",
+        b"".join(b'{"sentence": "hi", "label": 1, "k%d": 0}\n' % i for i in range(1000)),
+        "more than 1,000 columns",
+    ),
     "a column twice": ("some.csv", b"sentence,label,label\nhi,1,0\n", "the header has 'label' twice"),
     "a key twice": ("some.jsonl", b'{"sentence": "hi", "label": 1, "label": 0}\n', "a key twice"),
     "too few fields": ("some.tsv", HEADER + b"hi\t1\nho\n", "row 2: .*label = ''"),

@@ -30,6 +30,7 @@ _SAMPLE = Path(__file__).with_name("sample.tsv")
 # million times.
 _MOST_ROWS = 5_000_000  # of Parquet
 _MOST_BYTES = 1 << 30
+_MOST_COLUMNS = 1000  # of text formats, where the library takes memory for each column of each row
 
 # Readers of `datasets.Dataset` and their options. In GLUE's TSV a quote character is part of the sentence. By
 # default, pandas would turn the sentence "null" into a missing value.
@@ -159,6 +160,8 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
         options = {**options, "converters": dict.fromkeys(columns, str)}
     try:
         _check_size(path.stat().st_size)
+        if reader == "from_csv":
+            _check_header(path, options.get("sep", ","))
         if reader == "from_parquet":
             _check_parquet(path, columns)
         if reader == "from_json":
@@ -186,6 +189,13 @@ def _check_size(size: int) -> None:
         raise ValueError(f"more than {_MOST_BYTES:,} bytes of text")
 
 
+def _check_header(path: Path, separator: str) -> None:
+    with path.open("rb") as stream:
+        header = next((line for line in stream if line.strip()), b"")
+        if header.count(separator.encode()) >= _MOST_COLUMNS:
+            raise ValueError(f"more than {_MOST_COLUMNS:,} columns")
+
+
 def _check_parquet(path: Path, columns: Sequence[str]) -> None:
     """Raises ValueError for a file whose few bytes stand for too many rows or too much text."""
     import pyarrow.compute
@@ -211,9 +221,13 @@ def _check_parquet(path: Path, columns: Sequence[str]) -> None:
 def _check_json(path: Path) -> None:
     """Raises an exception for JSON that is broken, or nested so deeply that pyarrow would crash."""
     text, decoder = path.read_text("utf-8-sig"), json.JSONDecoder(object_pairs_hook=_unique)
-    position = _SPACE.match(text).end()
+    position, columns = _SPACE.match(text).end(), set()
     while position < len(text):
-        _, position = decoder.raw_decode(text, position)
+        value, position = decoder.raw_decode(text, position)
+        for row in value if isinstance(value, list) else [value]:
+            columns.update(row if isinstance(row, dict) else ())
+        if len(columns) > _MOST_COLUMNS:
+            raise ValueError(f"more than {_MOST_COLUMNS:,} columns")
         position = _SPACE.match(text, position).end()
 
 

@@ -22,6 +22,9 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 NUMBERS = "optimizer.json"
 
+# Of a matrix, Adafactor keeps two factors of the second moment, which have length 1 along this axis.
+_FACTORS = {"row_var": -1, "col_var": -2}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Numbers:
@@ -106,6 +109,17 @@ def load_optimizer_state(
         if isinstance(value, Tensor):
             value = _placed(value, slot, parameter, groups[id(parameter)])
         optimizer.state[parameter][slot] = value
+
+
+def slot_fits(slot: str, value: object, parameter: Tensor) -> bool:
+    """Whether PyTorch's own optimizers could keep this value for a parameter.
+
+    A fused kernel reads and writes beyond the end of a slot that is too small.
+    """
+    shape = list(parameter.shape)
+    if slot in _FACTORS:
+        shape[_FACTORS[slot]] = 1
+    return isinstance(value, Tensor) and (not value.dim() or list(value.shape) == shape)
 
 
 def _placed(value: Tensor, slot: str, parameter: Tensor, group: Mapping[str, object]) -> Tensor:

@@ -81,14 +81,11 @@ def test_the_tiny_file_learns_and_shows_it(stream, tmp_path, capsys):
         [],
         ["llama.Train.accumulate = 4", *LORA, "llama.Lora.dropout = 0.2"],
         ["llama.Train.average = 0.7", "llama.Train.shared_prefix = False", *SGD],
-        pytest.param(
-            [
-                'Optimizer.name = "adafactor"',
-                'Schedule.name = "cosine"',
-                'llama.Train.precision = "bfloat16"',
-            ],
-            marks=pytest.mark.slow,
-        ),
+        [
+            'Optimizer.name = "adafactor"',
+            'Schedule.name = "cosine"',
+            'llama.Train.precision = "bfloat16"',
+        ],
         [*LORA, 'llama.Model.dtype = "bfloat16"', 'llama.Train.precision = "bfloat16"'],
         [*LORA, "llama.Train.average = 0.7", "llama.Lora.dropout = 0.2"],
     ],

@@ -17,6 +17,7 @@ from blacksmith.trainers.torch_state import (
     optimizer_state,
     save_state,
     set_learning_rate,
+    slot_fits,
 )
 
 OPTIMIZERS = {
@@ -217,3 +218,18 @@ def test_the_learning_rate_of_every_group_is_set():
         weight.grad = torch.ones(1)
     optimizer.step()
     assert [float(w.detach()) for w in weights] == [0.75, 0.75]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slots_of_pytorchs_optimizers_fit_and_others_do_not(case):
+    name, options = CASES[case]
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (5,))]
+    optimizer = getattr(torch.optim, name)(parameters, lr=0.01, **options)
+    sum(parameter.sum() for parameter in parameters).backward()
+    optimizer.step()
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if isinstance(value, torch.Tensor):
+                assert slot_fits(slot, value, parameter), slot
+            assert not slot_fits(slot, torch.zeros(2), parameter)
+    assert not slot_fits("exp_avg", 1.0, parameters[0])

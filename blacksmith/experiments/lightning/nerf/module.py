@@ -26,6 +26,7 @@ from blacksmith.run.order import generator, seed_int
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import learning_rate
 from blacksmith.trainers.native_optimizers import make_optimizer
+from blacksmith.trainers.torch_state import slot_fits
 
 _CHECK_AT = 0.05  # when to check for a collapse, as a fraction of the training
 _SMOOTHING = 0.9  # of the samples per ray, from which the number of rays follows
@@ -87,7 +88,7 @@ class NerfModule(L.LightningModule):
         if self.global_step != self.loop.step:
             raise ValueError(f"it was written at step {self.global_step}, its state.json at {self.loop.step}")
         for parameter, state in self.optimizers().optimizer.state.items():
-            if any(value.dim() and value.shape != parameter.shape for value in state.values()):
+            if not all(slot_fits(slot, value, parameter) for slot, value in state.items()):
                 raise ValueError("the optimizer's moments have other shapes than the weights")
         self.started = True
         # Lightning's own handler of SIGTERM would raise in the middle of a step.

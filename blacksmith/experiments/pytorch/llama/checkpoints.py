@@ -19,7 +19,7 @@ from blacksmith.models.pytorch.llama.prefix import causal_model, checkpoint_laye
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.order import seed_int
 from blacksmith.run.run import Run
-from blacksmith.trainers.torch_state import load_optimizer_state, optimizer_state
+from blacksmith.trainers.torch_state import load_optimizer_state, optimizer_state, slot_fits
 
 OPTIMIZER = "optimizer.safetensors"
 UNAVERAGED = "unaveraged.safetensors"
@@ -145,8 +145,9 @@ class TrainState:
         tensors = adapters.read_safetensors(saved.file(OPTIMIZER))
         numbers = saved.value("optimizer_numbers", dict[str, bool | int | float])
         load_optimizer_state(self.optimizer, self.weights, tensors, numbers)
-        slots = [self.optimizer.state[weight] for weight in self.weights.values()]
-        for state, (name, weight) in zip(slots, self.weights.items()):
-            fits = all(isinstance(v, Tensor) and v.shape in ((), weight.shape) for v in state.values())
-            if state.keys() != slots[0].keys() or not fits:
+        expected: dict[int, Any] = {}  # slots by number of dimensions, on which Adafactor's depend
+        for name, weight in self.weights.items():
+            slots = self.optimizer.state.get(weight, {})
+            fits = all(slot_fits(slot, value, weight) for slot, value in slots.items())
+            if slots.keys() != expected.setdefault(weight.dim(), slots.keys()) or not fits:
                 raise CheckpointError(f"{saved.path}: the optimizer's state of {name} does not fit")

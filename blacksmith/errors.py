@@ -15,7 +15,6 @@ from blacksmith import console
 LONGEST_LINE = 1000
 LONGEST_VALUE = 200
 
-
 _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
 
 
@@ -39,6 +38,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, corrupt or does not fit the run."""
 
     exit_status = 3
+
+
+class NotFinite(CheckpointError, DataError):
+    """Outputs are not finite, because of the weights or of the data that they come from."""
 
 
 class RunError(UserError):

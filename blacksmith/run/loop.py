@@ -19,12 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from blacksmith.config.settings import check_warmup
-from blacksmith.errors import ConfigError, RunError, closest
+from blacksmith.errors import ConfigError, NotFinite, RunError, closest
 from blacksmith.run.checkpoint import Position, Saved, direction
 from blacksmith.run.metrics import is_timed
 from blacksmith.run.progress import Progress
 from blacksmith.run.run import Run
 from blacksmith.run.schedule import check_same_decay
+
+_CURE = "a lower learning rate or gradient clipping may help"
 
 
 class Batches(Protocol):
@@ -57,6 +59,7 @@ class Loop:
     _: dataclasses.KW_ONLY
     end: int  # the last step
     # Returns the metrics of the validation set, or None if the run is to stop; None: no validation set.
+    # May raise `NotFinite`, which ends a run that has taken steps with a `RunError`.
     validate: Callable[[], Mapping[str, float] | None] | None
     # Writes the experiment's files into a directory; returns JSON values to find again in `Saved.own`.
     save: Callable[[Path], Mapping[str, Any] | None]
@@ -93,8 +96,8 @@ class Loop:
             self.position = Position(**run.resumed.state["position"])
             if self.step > self.end:
                 raise ConfigError(
-                    f"the run has taken {self.step:,} steps, more than the {self.end:,} that it is to end "
-                    "after now; give a later end, or start from nothing in a new --workdir"
+                    f"the run has taken {self.step:,} steps, more than the {self.end:,} at which it should "
+                    "now end; set a later end, or start again in a new --workdir"
                 )
             if run.resumes_in_place:
                 self._saved_at = self.step
@@ -301,8 +304,14 @@ class Loop:
             return False
         # Outside of the pause: waiting for the steps taken so far is training time.
         self._fetch()
-        with self.paused():
-            means = self.validate()
+        try:
+            with self.paused():
+                means = self.validate()
+        except NotFinite as error:
+            if not self.step:
+                raise
+            newest = self.run.checkpoints.describe_newest()
+            raise RunError(f"validation at step {self.step}: {error}; {newest}; {_CURE}") from error
         if means is None:
             return False
         position, metric = self.position, self.run.config.checkpoint.metric
@@ -366,7 +375,7 @@ class Loop:
         at = int(np.argmin(finite))
         shown = " and ".join(f"{name} {array[at]}" for name, array in values.items())
         examples = f" ({self.examples_of(first + at)})" if self.examples_of else ""
-        cure = "a lower learning rate or gradient clipping may help"
+        cure = _CURE
         if first + at == self._first:  # no step of this process has changed the weights yet
             cure = "the weights that it started with, or these examples, are the reason"
         newest = self.run.checkpoints.describe_newest()

@@ -14,6 +14,7 @@ from blacksmith.run.order import Order
 from blacksmith.run.run import Run
 from blacksmith.trainers import losses
 from blacksmith.trainers.augmentation import ShiftAndRotate
+from blacksmith.trainers.confusion import class_tables
 from blacksmith.trainers.export import export_model
 from blacksmith.trainers.initial_weights import initialize
 from blacksmith.trainers.keras_trainer import (
@@ -107,15 +108,9 @@ def score_classifier(
     The worst-classified images are saved for the report, where `worst_to` puts them: `Run.claim`.
     """
     means, logits = evaluate(backend, samples)
-    classes = logits.shape[1]
-    predictions = logits.argmax(axis=1)
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (samples.labels, predictions), 1)
     if worst_to is not None:
         _save_worst(worst_to, samples, logits)
-    # A class that no sample is of has no accuracy.
-    per_class = [float(row[i] / row.sum()) if row.any() else None for i, row in enumerate(confusion)]
-    return {**means, "per_class_accuracy": per_class, "confusion_matrix": confusion.tolist()}
+    return {**means, **class_tables(samples.labels, logits.argmax(axis=1), logits.shape[1])}
 
 
 def _save_worst(claim: Callable[[str], Path], samples: Samples, logits: np.ndarray) -> None:

@@ -6,14 +6,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from blacksmith.errors import CheckpointError
+from blacksmith.errors import NotFinite
 from blacksmith.trainers.task import Backend
 
 
 def check_finite(
     backend: Backend, inputs: np.ndarray, outputs: np.ndarray, values: Mapping[str, np.ndarray]
 ) -> None:
-    """Raises `CheckpointError` that names the first sample without a finite output, and the reason.
+    """Raises `NotFinite` that names the first sample without a finite output, and the reason.
 
     Args:
       backend: which computed the outputs, with its present weights.
@@ -27,7 +27,7 @@ def check_finite(
         sample = int(np.argmin(finite))
         backend.sync()
         reason = _reason(backend.task.model, inputs[sample : sample + 1])
-        raise CheckpointError(
+        raise NotFinite(
             f"the outputs of {np.sum(~finite):,} of {len(inputs):,} samples are not finite, first those of "
             f"sample {sample}: {reason}; nothing is scored or exported"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 from safetensors.numpy import load_file, save_file
 
-from blacksmith.errors import CheckpointError, ConfigError, DataError, RunError
+from blacksmith.errors import CheckpointError, ConfigError, DataError
 from blacksmith.run.checkpoint import Saved
 from blacksmith.run.loop import Loop
 from blacksmith.run.order import EMPTY_DIGEST, Block, Order, chain_digest
@@ -112,13 +112,7 @@ class KerasTrainer:
         return self.loop.finish(test_checkpoint, {"parameters": parameters, **self._hashes})
 
     def _validate(self) -> dict[str, float]:
-        try:
-            return evaluate(self.backend, self.setup.validation)[0]
-        except CheckpointError as error:
-            raise RunError(
-                f"validation at step {self.loop.step}: {error}; {self.run.checkpoints.describe_newest()}; "
-                "a lower learning rate or gradient clipping may help"
-            ) from error
+        return evaluate(self.backend, self.setup.validation)[0]
 
     def _save(self, directory: Path) -> dict[str, str]:
         save_file(self.backend.state(), directory / ARRAYS)
@@ -153,7 +147,7 @@ def backend_of(run: Run, setup: Setup) -> Backend:
 def evaluate(backend: Backend, samples: Samples) -> tuple[dict[str, float], np.ndarray]:
     """Mean loss and metrics over `samples`, and the outputs [samples, ...].
 
-    Raises `CheckpointError` if an output is not finite: an accuracy of it would look like one.
+    Raises `NotFinite` if an output is not finite: an accuracy of it would look like one.
     """
     values, outputs = backend.evaluate(samples.inputs, samples.labels)
     check_finite(backend, samples.inputs, outputs, values)
@@ -163,7 +157,7 @@ def evaluate(backend: Backend, samples: Samples) -> tuple[dict[str, float], np.n
 def load_checkpoint(backend: Backend, saved: Saved) -> None:
     """Loads a checkpoint's weights and optimizer slots; `CheckpointError` if they do not fit."""
     try:
-        backend.load_state(load_file(saved.path / ARRAYS))
+        backend.load_state(load_file(saved.file(ARRAYS)))
     except ValueError as error:
         raise CheckpointError(f"{saved.path} does not fit this configuration: {error}") from error
 

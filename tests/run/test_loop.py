@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy_toy import BY_STEPS, STEPS, VARIANTS, Toy, lines, make_run, result_of, train
 
-from blacksmith.errors import ConfigError, RunError
+from blacksmith.errors import ConfigError, NotFinite, RunError
 from blacksmith.run.checkpoint import direction, load
 from blacksmith.run.loop import show
 from blacksmith.run.order import Order
@@ -147,6 +147,16 @@ def test_a_validation_that_is_not_finite_is_no_best_and_no_target(tmp_path, valu
     train(tmp_path, *BY_STEPS, STEPS, *bindings, toy=Unstable)
     result = result_of(tmp_path)
     assert (result["step"], result["best"]["step"], result["best"]["value"]) == (14, 8, 0.5)
+
+
+def test_outputs_that_are_not_finite_end_a_run_that_has_taken_steps(tmp_path):
+    class Broken(Toy):
+        def loss(self):
+            raise NotFinite("sample 3")
+
+    with pytest.raises(RunError, match=r"validation at step 4: sample 3; .*; a lower learning rate"):
+        train(tmp_path, *BY_STEPS, STEPS, toy=Broken)
+    assert result_of(tmp_path)["status"] == "failed"
 
 
 def test_a_metric_that_validation_does_not_have_is_named(tmp_path):

@@ -76,5 +76,5 @@ KERNEL = "model/hidden_1/kernel"
     ],
 )
 def test_outputs_that_are_not_finite_are_refused(backend, name, value, says):
-    with pytest.raises(backend.Error, match=rf"CheckpointError: the outputs of .*{says}"):
+    with pytest.raises(backend.Error, match=rf"NotFinite: the outputs of .*{says}"):
         backend.run("evaluate_damaged", name=name, value=float(value))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blacksmith.datasets.blender import Views
-from blacksmith.errors import RunError
+from blacksmith.errors import NotFinite, RunError
 from blacksmith.experiments.lightning.nerf import fields
 from blacksmith.experiments.lightning.nerf.pictures import panel_labels, panels, strip, write_png
 from blacksmith.experiments.lightning.nerf.rays import RayBank, RayLoader
@@ -191,9 +191,7 @@ class NerfModule(L.LightningModule):
         for index, name in enumerate(views.names):
             rendered = render_image(self.field, views.cameras[index], self.background)
             if wrong := not_finite(rendered):
-                raise RunError(
-                    f"val view {name} at step {step}: {wrong}; {run.checkpoints.describe_newest()}"
-                )
+                raise NotFinite(f"val view {name}: {wrong}")
             rgb = rendered.rgb.clamp(0, 1).cpu()
             truth = views.picture(index, self._config.background)
             used = views.used[index]

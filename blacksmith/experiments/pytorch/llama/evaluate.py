@@ -20,6 +20,7 @@ from blacksmith.models.pytorch.llama.adapters import merge
 from blacksmith.models.pytorch.llama.finite import check_weights
 from blacksmith.models.pytorch.llama.prefix import causal_model, target_logits
 from blacksmith.run.run import Run
+from blacksmith.trainers.confusion import class_tables
 
 _COMPARED = 8  # sentences for which an export must answer as before
 
@@ -111,14 +112,10 @@ def test(
         )
     ]
     write_json(run.claim(directory / "eval_results.json"), lines)
-    confusion = scores.confusion
-    # A class that no sentence is of has no accuracy.
-    per_class = [float(row[i] / row.sum()) if row.any() else None for i, row in enumerate(confusion)]
     return {
         "loss": scores.loss,
         "accuracy": scores.accuracy,
-        "per_class_accuracy": per_class,
-        "confusion_matrix": confusion.tolist(),
+        **class_tables(scores.labels, scores.predictions, len(words)),
         "class_names": [word.strip() for word in words],
         "questions": {"examples": len(encoded), "truncated": encoded.truncated},
         "generated": {

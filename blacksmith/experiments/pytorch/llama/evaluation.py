@@ -10,15 +10,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from blacksmith.errors import DataError
+from blacksmith.errors import NotFinite
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, Tokens, collate
 from blacksmith.models.pytorch.llama.finite import first_not_finite
 from blacksmith.models.pytorch.llama.prefix import IGNORED, Batch, causal_model, target_logits
 from blacksmith.run.signals import StopFlag
-
-
-class NotFinite(DataError):
-    """The model's output for an example is not finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +34,6 @@ class Scores:
     def accuracy(self) -> float:
         """The fraction of correct predictions."""
         return float((self.predictions == self.labels).mean())
-
-    @property
-    def confusion(self) -> np.ndarray:
-        """Counts by true label (rows) and prediction (columns), int64 [2, 2]."""
-        return np.bincount(2 * self.labels + self.predictions, minlength=4).reshape(2, 2)
 
 
 @torch.no_grad()

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from blacksmith.errors import RunError
 from blacksmith.experiments.pytorch.llama.averages import Averages
 from blacksmith.experiments.pytorch.llama.checkpoints import TrainState, build_model, load_weights
 from blacksmith.experiments.pytorch.llama.data import encode_examples, read_data
 from blacksmith.experiments.pytorch.llama.evaluate import autocast, score, test
-from blacksmith.experiments.pytorch.llama.evaluation import NotFinite
 from blacksmith.experiments.pytorch.llama.prompts import Encoded, collate, collate_whole
 from blacksmith.models.pytorch.llama import loading
 from blacksmith.models.pytorch.llama.prefix import token_losses
@@ -67,15 +65,7 @@ def train(run: Run) -> int:
         if loop.step == 0:
             loop.say(f"validating on {len(validation):,} sentences before the first step")
         with averages.applied():
-            try:
-                scores = score(run, model, validation)
-            except NotFinite as error:
-                if loop.step == 0:
-                    raise
-                raise RunError(
-                    f"validation at step {loop.step}: {error}; {run.checkpoints.describe_newest()}; "
-                    "a lower learning rate or gradient clipping may help"
-                ) from error
+            scores = score(run, model, validation)
         model.train()
         return scores and {"loss": scores.loss, "accuracy": scores.accuracy}
 

@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.blacksmith-(?P<kind>tmp|old)", re.DOTALL)
 
 
+MAX_JSON_BYTES = 2**24  # of the JSON files of a run directory
+
+
 def cache_dir() -> Path:
     """`$BLACKSMITH_CACHE`, else `$XDG_CACHE_HOME/blacksmith`, else `~/.cache/blacksmith`; may not exist."""
     if own := os.environ.get("BLACKSMITH_CACHE"):
@@ -89,8 +92,16 @@ def settle(directory: Path) -> None:
     mode = directory.stat().st_mode & 0o666
     for file in (path for path in directory.rglob("*") if path.is_file()):
         file.chmod(mode)  # some libraries create files that only their owner can read
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
+        fsync(file)
+
+
+def fsync(path: Path) -> None:
+    """Puts a file, or the list of names in a directory, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

@@ -117,13 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [compare_outcomes(o, outcomes[0], values.steps, tolerances) for o in outcomes]
     passed = all(row["within tolerance"] == "yes" for row in rows)
     verdict = "within tolerance" if passed else "NOT within tolerance"
-    print(table(rows))
-    notes.append(
+    limits = (
         f"tolerances: loss {tolerances.loss:g}, weights {tolerances.weights:g} (relative norm), "
         f"accuracy {tolerances.accuracy:g} points"
     )
-    print(notes[-1])
-    print(f"parity over {values.steps} steps: {verdict}")
+    notes.append(limits)
+    print(table(rows), limits, f"parity over {values.steps} steps: {verdict}", sep="\n")
     write_json(workdir / "parity.json", {"passed": passed, "notes": notes, "rows": rows})
     page = report.write_parity(
         workdir / "parity.html",
@@ -180,13 +179,13 @@ def _run(gin_file: str, params: Sequence[str], workdir: Path, values: flags.Flag
         command.append("--allow_imports")
     # On GPUs and TPUs, JAX multiplies float32 matrices with reduced precision by default.
     environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
-    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):  # which ends the child, too
+    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):  # else the child would outlive this process
         return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
 
 
 @contextlib.contextmanager
 def _interrupted_by(*numbers: int) -> Iterator[None]:
-    """Makes these signals raise KeyboardInterrupt; only the main thread can handle signals."""
+    """Makes these signals raise KeyboardInterrupt, as Ctrl-C does; only the main thread can handle them."""
     main_thread = threading.current_thread() is threading.main_thread()
     previous = {n: signal.signal(n, signal.default_int_handler) for n in numbers if main_thread}
     try:

@@ -14,20 +14,19 @@ import numpy as np
 import pydantic
 
 from blacksmith.errors import ConfigError, DataError, first_line
-from blacksmith.files import read_json
+from blacksmith.files import MAX_JSON_BYTES, read_json
 from blacksmith.run import metrics
 from blacksmith.run.checkpoint import direction
 
 AXES = ("step", "epoch", "seconds")
 SPLITS = ("train", "val", "test")
 FIRST_METRICS = ("accuracy", "loss")
-MAX_JSON_BYTES = 2**24
 MAX_TEXT = 300  # characters of a title or a line of a caption, lines of a caption
 MAX_IMAGE_BYTES = 32 * 2**20  # all images of a run together
-MAX = 2**63  # of a whole number
+MAX_NUMBER = 2**63  # of counts and sums
 TILE_PIXELS = 100  # images up to this size are shown as small tiles
 
-Count = Annotated[int, pydantic.Field(ge=0, le=MAX)]
+Count = Annotated[int, pydantic.Field(ge=0, le=MAX_NUMBER)]
 
 
 class Config(pydantic.BaseModel):
@@ -51,7 +50,7 @@ class Test(pydantic.BaseModel, extra="allow"):
     """`test` in `result.json`: any number of scores, and per-class tables."""
 
     class_names: list[str] = []
-    confusion_matrix: list[list[Annotated[float, pydantic.Field(ge=0, le=MAX)]]] = []
+    confusion_matrix: list[list[Annotated[float, pydantic.Field(ge=0, le=MAX_NUMBER)]]] = []
     per_class_accuracy: list[pydantic.FiniteFloat | None] = []
 
     @pydantic.field_validator("confusion_matrix")
@@ -63,7 +62,9 @@ class Test(pydantic.BaseModel, extra="allow"):
 
     @pydantic.model_validator(mode="after")
     def _check_scores(self) -> "Test":
-        if name := next((n for n, v in self.model_extra.items() if isinstance(v, int) and abs(v) > MAX), ""):
+        if name := next(
+            (n for n, v in self.model_extra.items() if isinstance(v, int) and abs(v) > MAX_NUMBER), ""
+        ):
             raise ValueError(f"{name} is too large")
         return self
 

@@ -20,6 +20,7 @@ from blacksmith.errors import CheckpointError, ConfigError, first_line, note
 from blacksmith.files import (
     TEMPORARY,
     file_sha256,
+    fsync,
     read_json,
     remove,
     settle,
@@ -154,7 +155,7 @@ class Checkpoints:
             content["state_sha256"] = _content_sha256(content)
             (temporary / "state.json").write_text(json.dumps(content, indent=1))
             settle(temporary)
-            _fsync(temporary)
+            fsync(temporary)
             if os.path.lexists(target) and not (self._owns(target) and target.is_dir()):
                 set_aside(target)
             if self.manifest is not None:
@@ -166,7 +167,7 @@ class Checkpoints:
                 self._replace(target, temporary)
             else:
                 temporary.rename(target)
-            _fsync(self.directory)
+            fsync(self.directory)
         self.retain(target)
         return target
 
@@ -370,11 +371,3 @@ def checked(value: Any, kind: Any, file: Path, *keys: str) -> Any:
 
 def _content_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

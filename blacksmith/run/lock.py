@@ -101,7 +101,7 @@ def _lock(file: TextIO, directory: Path, owner: Owner | None) -> bool:
             ) from error
         note(
             f"warning: the file system of {directory} has no locks ({error.strerror}): do not start two runs "
-            "there at the same moment",
+            "there at the same moment"
         )
         return False
 

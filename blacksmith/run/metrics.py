@@ -9,10 +9,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
@@ -106,8 +105,7 @@ class WandbWriter:
         import wandb
 
         self._wandb = wandb
-        # Without a key it would ask for one, if standard input were a terminal.
-        with open(os.devnull) as nothing, mock.patch.object(sys, "stdin", nothing):
+        with _no_standard_input():  # without a key, wandb would ask for one on a terminal
             self._run = wandb.init(
                 project=project,
                 mode=mode,
@@ -132,6 +130,16 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+@contextlib.contextmanager
+def _no_standard_input() -> Iterator[None]:
+    stdin = sys.stdin
+    with open(os.devnull) as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
 
 
 class Metrics:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blacksmith.files import read_json
+from blacksmith.files import MAX_JSON_BYTES, read_json
 
 # Environment variables that change what is computed, or how fast, begin like this.
 _VARIABLES = re.compile(
@@ -26,7 +26,7 @@ def describe(directory: Path, **facts: Any) -> dict[str, Any]:
     """The content of a new `environment.json`: `facts`, the machine, and earlier starts in this directory."""
     previous = []
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # a damaged file is no history
-        old = read_json(directory / "environment.json", 2**24)
+        old = read_json(directory / "environment.json", MAX_JSON_BYTES)
         kept = ("started", "command", "backend", "device", "resumed_from")
         previous = [*old.get("previous", []), {key: old.get(key) for key in kept}]
     return {

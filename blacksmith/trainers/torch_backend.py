@@ -29,7 +29,7 @@ from blacksmith.trainers.torch_optimizer import make_optimizer_step, write_back
 
 
 class Row(NamedTuple):
-    """What a step needs besides the data and the weights."""
+    """The inputs of a step, apart from the data and the weights."""
 
     columns: tuple[Tensor, ...]  # indices int64 [batch], weights [batch], and augmentation, if there is any
     seed: int  # of PyTorch's generator
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a step computed: from it, `TorchBackend.values` makes the logged values."""
+    """The results of a step, from which `TorchBackend.values` makes the logged values."""
 
     loss: Tensor  # []
     outputs: Tensor  # [batch, ...]

@@ -439,6 +439,11 @@ BROKEN = {
     "label NaN": ("some.jsonl", b'{"sentence": "hi", "label": NaN}\n', "row 1: .*label = nan"),
     "half a character": ("some.jsonl", b'{"sentence": "\\ud800", "label": 1}\n', "surrogate pair .* row 0"),
     "many columns": ("some.csv", b"sentence,label" + b",a" * 1000 + b"\n", "more than 1,000 columns"),
+    "many columns of a quoted header": (
+        "some.csv",
+        b'\n"sentence\n",label' + b",a" * 1000 + b"\n",
+        "more than 1,000 columns",
+    ),
     "many keys": (
         "some.jsonl",
         b"".join(b'{"sentence": "hi", "label": 1, "k%d": 0}\n' % i for i in range(1000)),

@@ -158,17 +158,18 @@ def open_scene(
         raise DataError(f"{directory}: no {', '.join(missing)}; a scene is a directory with a file per split")
     read = {split: transforms.read(file) for split, file in files.items()}
     found = {split: _inspected(directory, frames, needs_alpha) for split, (frames, _) in read.items()}
-    width, height = _common_size([shot for shots, *_ in found.values() for shot in shots], downscale)
+    width, height = _common_size([shot for part in found.values() for shot in part.shots], downscale)
     size = (width // downscale, height // downscale)
-    _check_memory(directory, max(len(shots) for shots, *_ in found.values()), width * height, math.prod(size))
+    _check_memory(directory, max(len(part.shots) for part in found.values()), width * height, math.prod(size))
     shots, listing = {}, ""
     for split, file in files.items():
-        full, lines, _ = found[split]
-        names = _unique_names([shot.name for shot in full])
+        part = found[split]
+        names = _unique_names([shot.name for shot in part.shots])
         shots[split] = tuple(
-            shot._replace(name=name, camera=shot.camera.resized(*size)) for name, shot in zip(names, full)
+            shot._replace(name=name, camera=shot.camera.resized(*size))
+            for name, shot in zip(names, part.shots)
         )
-        listing += f"{file_sha256(file)}  {file.name}\n{lines}"
+        listing += f"{file_sha256(file)}  {file.name}\n{part.listing}"
     _check_places(directory, [shot.camera for split in SPLITS for shot in shots[split]])
     info = SceneInfo(
         source="anvil" if path is None else "blender",
@@ -183,7 +184,7 @@ def open_scene(
         downscale=downscale,
     )
     notes = []
-    turned = [name for *_, names in found.values() for name in names]
+    turned = [name for part in found.values() for name in part.turned]
     if turned:
         notes.append(f"turned as their EXIF orientation says: {listed(turned)}")
     trained = {os.path.realpath(shot.file) for shot in shots["train"]}
@@ -201,10 +202,16 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names) if rest <= 0 else f"{', '.join(names[:most])} and {rest} more"
 
 
-def _inspected(
-    directory: Path, frames: list[transforms.Frame], needs_alpha: bool
-) -> tuple[list[Shot], str, list[str]]:
-    """The pictures of a split in their full size, their lines in what is hashed, and which were turned."""
+class _Split(NamedTuple):
+    """The checked pictures of a split."""
+
+    shots: list[Shot]  # in their full size
+    listing: str  # their lines in what is hashed
+    turned: list[str]  # those with an EXIF orientation
+
+
+def _inspected(directory: Path, frames: list[transforms.Frame], needs_alpha: bool) -> _Split:
+    """Checks the pictures and masks that the frames of a split name."""
     shots: dict[str, Shot] = {}
     listing, turned = "", []
     for frame in frames:
@@ -227,7 +234,7 @@ def _inspected(
         if header.orientation > 1:
             turned.append(name)
         shots[name] = Shot(file.stem, file, mask, _camera(frame, header))
-    return list(shots.values()), listing, turned
+    return _Split(list(shots.values()), listing, turned)
 
 
 def _camera(frame: transforms.Frame, header: pictures.Header) -> Camera:

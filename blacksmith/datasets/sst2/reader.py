@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,10 +161,10 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
     try:
         _check_size(path.stat().st_size)
         if reader == "from_csv":
-            _check_header(path, options.get("sep", ","))
-        if reader == "from_parquet":
+            _check_header(path, columns, options)
+        elif reader == "from_parquet":
             _check_parquet(path, columns)
-        if reader == "from_json":
+        else:
             _check_json(path)
         # `datasets.load_dataset` does the same, but reports each use to the hub. The library always writes to
         # a cache; a temporary one leaves nothing behind.
@@ -177,10 +177,6 @@ def _read_file(path: Path, columns: Sequence[str]) -> _Table:
     # If all rows have more fields than the header, pandas makes the first column an index.
     if reader == "from_csv" and "__index_level_0__" in rows.column_names:
         raise DataError(f"{path}: the rows have more fields than the header")
-    if reader == "from_csv" and (
-        twice := [c for c in columns if f"{c}.1" in rows.column_names]
-    ):  # so pandas says it
-        raise DataError(f"{path}: the header has {twice[0]!r} twice")
     return _Table(str(path), path.name, rows)
 
 
@@ -189,11 +185,16 @@ def _check_size(size: int) -> None:
         raise ValueError(f"more than {_MOST_BYTES:,} bytes of text")
 
 
-def _check_header(path: Path, separator: str) -> None:
-    with path.open("rb") as stream:
-        header = next((line for line in stream if line.strip()), b"")
-        if header.count(separator.encode()) >= _MOST_COLUMNS:
-            raise ValueError(f"more than {_MOST_COLUMNS:,} columns")
+def _check_header(path: Path, columns: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a header with too many columns, or with one of `columns` twice."""
+    quoting = options.get("quoting", csv.QUOTE_MINIMAL)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        rows = csv.reader(stream, delimiter=options.get("sep", ","), quoting=quoting)
+        header = next((row for row in rows if "".join(row).strip()), [])
+    if len(header) > _MOST_COLUMNS:
+        raise ValueError(f"more than {_MOST_COLUMNS:,} columns")
+    if twice := [column for column in columns if header.count(column) > 1]:
+        raise ValueError(f"the header has {twice[0]!r} twice")
 
 
 def _check_parquet(path: Path, columns: Sequence[str]) -> None:

@@ -138,6 +138,7 @@ class Source:
         self, train: Examples, validation: Examples, test: Examples, test_from: str, left_out: int
     ) -> Sst2:
         splits = {"train": train, "validation": validation, "test": test}
+        trained_on = set(train.sentences)
         info = Info(
             source=self.source,
             name=self.name,
@@ -147,7 +148,7 @@ class Source:
             sha256=self.sha256,
             **{name: len(split) for name, split in splits.items()},
             class_counts={name: split.class_counts() for name, split in splits.items()},
-            test_in_train=sum(map(set(train.sentences).__contains__, test.sentences)),
+            test_in_train=sum(sentence in trained_on for sentence in test.sentences),
             parts_left_out=left_out,
         )
         return Sst2(**splits, info=info)

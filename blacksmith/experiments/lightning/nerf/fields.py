@@ -147,7 +147,7 @@ def trained(config: Config, saved: Saved, device: str) -> GridField | MlpField:
       CheckpointError: the file cannot be read, does not fit the configuration, or has values that are not
         finite.
     """
-    path, rows = saved.path / WEIGHTS, own_of(saved).rows
+    path, rows = saved.file(WEIGHTS), own_of(saved).rows
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {name.removeprefix("field."): value for name, value in content["state_dict"].items()}

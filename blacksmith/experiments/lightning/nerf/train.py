@@ -109,7 +109,7 @@ def fit(run: Run, module: NerfModule, loader: RayLoader, callbacks: Sequence[L.C
         max_steps=run.config.train.steps,
         callbacks=list(callbacks),
     )
-    resumed = None if run.resumed is None else run.resumed.path / fields.WEIGHTS
+    resumed = None if run.resumed is None else run.resumed.file(fields.WEIGHTS)
     try:
         trainer.fit(module, loader, ckpt_path=resumed, weights_only=True)
     except Exception as error:

@@ -192,7 +192,7 @@ def try_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None
     if model.config._attn_implementation != "flash_attention_2":  # not on a CPU
         with torch.random.fork_rng(devices=[]):  # attention may have dropout
             target_logits(model.train(), Batch(end[0], end, torch.full_like(end, IGNORED)))
-        model.eval()
+        model.eval()  # as it was
     with tempfile.TemporaryDirectory() as directory:
         for part in (tokenizer, model.config, model.generation_config):
             part.save_pretrained(directory)
